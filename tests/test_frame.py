@@ -1,0 +1,75 @@
+"""What the two packages promise as packages: what an import brings in, how long it takes, what is on board."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points, metadata, version
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+IMPORT_SLIDELORA = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import slidelora
+seconds = time.perf_counter() - start
+brought = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps({"seconds": seconds, "modules": sorted(brought)}))
+"""
+
+
+def test_import_slidelora_brings_torch_and_safetensors_only() -> None:
+    brought = set(json.loads(run_python(IMPORT_SLIDELORA))["modules"])
+    assert brought - set(sys.stdlib_module_names) <= {"slidelora", "safetensors", "torch"}
+
+
+def test_import_slidelora_takes_no_noticeable_time() -> None:
+    assert min(json.loads(run_python(IMPORT_SLIDELORA))["seconds"] for _ in range(3)) < 0.2
+
+
+@pytest.mark.parametrize("name", ["slidelora", "textharmony"])
+def test_package_is_typed(name: str) -> None:
+    assert files(name).joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("missing", ["transformers", "diffusers"])
+def test_textharmony_without_its_extra_says_what_to_install(missing: str) -> None:
+    message = run_python(
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "try:\n    from textharmony import TextHarmony\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    assert 'pip install "slidelora[textharmony]"' in message
+    assert len(message.strip().splitlines()) == 1
+
+
+def test_console_script_points_at_the_command_line() -> None:
+    (script,) = [script for script in entry_points(group="console_scripts") if script.name == "textharmony"]
+    assert callable(script.load())
+
+
+def test_changelog_speaks_of_this_version() -> None:
+    assert f"## [{version('slidelora')}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_distribution_offers_the_documented_extras() -> None:
+    assert set(metadata("slidelora").get_all("Provides-Extra")) == {"textharmony", "eval", "demo", "dev"}
+
+
+def test_uninitialised_memory_shows() -> None:
+    assert torch.empty(8).isnan().all()
+    assert torch.empty_like(torch.ones(8, dtype=torch.bfloat16)).isnan().all()
+    assert torch.ones(1).new_empty(8).isnan().all()
