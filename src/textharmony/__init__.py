@@ -1,0 +1,14 @@
+"""TextHarmony: one model that reads, answers about, locates, draws and edits text in pictures."""
+
+import importlib.util
+
+_NEEDS = ("transformers", "diffusers", "accelerate", "einops", "PIL")
+_MISSING = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+if _MISSING:
+    raise ImportError(f"textharmony needs {', '.join(_MISSING)}: pip install 'slidelora[textharmony]'")
+
+from textharmony.config import ModelConfig, Stage, TrainConfig  # noqa: E402
+from textharmony.model import TextHarmony  # noqa: E402
+from textharmony.tokens import Task  # noqa: E402
+
+__all__ = ["ModelConfig", "Stage", "Task", "TextHarmony", "TrainConfig"]

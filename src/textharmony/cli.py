@@ -1,0 +1,98 @@
+"""The command line: `textharmony read | answer | locate | draw | edit | train | evaluate | demo`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from textharmony.model import TextHarmony
+
+Model = Annotated[str, tyro.conf.arg(help="'tiny', the embedded model, or a folder that save_pretrained wrote")]
+Out = Annotated[Path, tyro.conf.arg(aliases=["-o"], help="where to write")]
+
+
+def read(images: tyro.conf.Positional[tuple[Path, ...]], model: Model = "tiny") -> None:
+    """Prints the text in each picture."""
+    for text in TextHarmony.from_pretrained(model).read(list(images)):
+        print(text)
+
+
+def answer(image: tyro.conf.Positional[Path], question: tyro.conf.Positional[str], model: Model = "tiny") -> None:
+    """Prints the answer to a question about the text in a picture."""
+    print(TextHarmony.from_pretrained(model).answer(image, question))
+
+
+def locate(image: tyro.conf.Positional[Path], text: tyro.conf.Positional[str], model: Model = "tiny") -> None:
+    """Prints where a word is, x1 y1 x2 y2 in thousandths of the picture, a box a line."""
+    for box in TextHarmony.from_pretrained(model).locate(image, text):
+        print(*box)
+
+
+def draw(
+    prompt: tyro.conf.Positional[str],
+    out: Out = Path("drawing.png"),
+    model: Model = "tiny",
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> None:
+    """Draws the quoted text of a prompt, such as '"HELLO" in red on white'."""
+    picture = TextHarmony.from_pretrained(model).draw(prompt, seed, num_inference_steps, guidance_scale)
+    picture.save(out)
+    print(out)
+
+
+def edit(
+    image: tyro.conf.Positional[Path],
+    text: tyro.conf.Positional[str],
+    box: tuple[float, float, float, float],
+    out: Out = Path("edited.png"),
+    model: Model = "tiny",
+    seed: int = 0,
+) -> None:
+    """Draws a new text into a box (x1 y1 x2 y2, thousandths) of a picture."""
+    TextHarmony.from_pretrained(model).edit(image, box, text, seed).save(out)
+    print(out)
+
+
+def train(preset: str = "tiny", out: Out = Path("runs/tiny")) -> None:
+    """Trains a preset from scratch, or goes on where the folder's checkpoint ends; writes the model to OUT/model."""
+    from textharmony.config import MODELS, TRAININGS
+    from textharmony.training import train as run
+
+    if preset not in TRAININGS:
+        raise ValueError(f"preset is {preset!r}, expected one of {sorted(TRAININGS)}")
+    started = time.monotonic()
+    run(MODELS[preset], TRAININGS[preset], out)
+    print(f"{out / 'model'} after {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def evaluate(preset: Model = "tiny", out: Out = Path("runs/evaluation")) -> None:
+    """Prints the table of measures on held-out words; writes it and sheets of examples to OUT."""
+    from textharmony.evaluation import evaluate as run
+    from textharmony.evaluation import table
+
+    started = time.monotonic()
+    print(table(run(TextHarmony.from_pretrained(preset), out)))
+    print(f"\n{time.monotonic() - started:.0f} s; sheets in {out}")
+
+
+def demo(words: tyro.conf.Positional[tuple[str, ...]] = (), out: Out = Path("demo.png"), model: Model = "tiny") -> None:
+    """Reads pictures, draws WORDS, edits and locates; writes one contact sheet."""
+    from textharmony.demo import WORDS, demonstrate
+
+    demonstrate(TextHarmony.from_pretrained(model), words or WORDS, out, print)
+    print(f"look at {out}")
+
+
+def main() -> None:
+    """The console script; an error in what was given is one line on stderr and exit status 1."""
+    commands = [read, answer, locate, draw, edit, train, evaluate, demo]
+    try:
+        tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands}, prog="textharmony")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"textharmony: {error}")

@@ -1,0 +1,193 @@
+"""What a model is made of and how it is trained, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """The layout planner: one slot a character; None in ModelConfig leaves the planner out."""
+
+    slots: int = 6
+    fonts: int = 12
+    characters: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    width: int = 96
+    depth: int = 3
+    heads: int = 4
+    map_channels: int = 48
+    steps: int = 16
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One TextHarmony: transformers' and diffusers' own configurations, and what joins them.
+
+    vision, language: transformers configurations with their `model_type`; unet, vae, scheduler: diffusers ones with
+    their `_class_name`. image_size: (height, width) in pixels. stem: channels of a convolution stem in place of the
+    ViT's single patch convolution. prediction: what the UNet's output means, the clean "sample" or the "velocity".
+    """
+
+    image_size: tuple[int, int]
+    vision: Mapping[str, Any]
+    language: Mapping[str, Any]
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    slide: Mapping[str, Any]
+    stem: tuple[int, ...] = ()
+    visual_tokens: int = 32
+    context_tokens: int = 16
+    resampler_heads: int = 4
+    resampler_depth: int = 1
+    layout: LayoutConfig | None = None
+    text_weight: float = 1.0
+    image_weight: float = 10.0
+    unconditional_share: float = 0.1
+    time_center: float = 1.5
+    time_spread: float = 1.2
+    guidance_scale: float = 1.0
+    inference_steps: int = 12
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; an unknown key raises ValueError."""
+        return _from_dict(cls, values)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    trainable: a regular expression matched at the start of the names of the parameters that train; tasks: sampling
+    weight by task id; adapters: whether Slide-LoRA acts; objective: "joint" for the text and image losses,
+    "autoencoder" for the VAE's alone, on crops. batch_size in samples, steps and warmup in optimizer steps.
+    """
+
+    name: str
+    trainable: str
+    tasks: Mapping[str, float]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    adapters: bool = False
+    objective: Literal["joint", "autoencoder"] = "joint"
+    warmup: int = 50
+    decay_share: float = 0.3
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The stages and what they share."""
+
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    save_every: int = 200
+    sample_every: int = 400
+
+
+def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{cls.__name__} has no field {unknown}, expected some of {sorted(known)}")
+    arguments = {}
+    for name, value in values.items():
+        if name == "layout" and value is not None and not is_dataclass(value):
+            value = LayoutConfig(**value)
+        arguments[name] = tuple(value) if isinstance(value, list) and name in ("image_size", "stem") else value
+    return cls(**arguments)
+
+
+_TINY_LAYOUT = LayoutConfig()
+_TINY_LATENTS = 8
+
+TINY = ModelConfig(
+    image_size=(32, 128),
+    vision={
+        "model_type": "clip_vision_model",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+        "hidden_act": "gelu",
+    },
+    stem=(32, 64),
+    language={
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.03,
+    },
+    unet={
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": 2 * _TINY_LATENTS + 1 + _TINY_LAYOUT.map_channels,
+        "out_channels": _TINY_LATENTS,
+        "block_out_channels": [64, 128],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 128,
+    },
+    vae={
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [16, 32, 64],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "layers_per_block": 1,
+        "latent_channels": _TINY_LATENTS,
+        "norm_num_groups": 8,
+        "mid_block_add_attention": False,
+    },
+    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 4.0},
+    slide={
+        "experts": ["text", "image", "shared"],
+        "shared": ["shared"],
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "gate": "sequence",
+    },
+    layout=_TINY_LAYOUT,
+)
+
+_FOUR = {"perception": 0.3, "generation": 0.35, "comprehension": 0.15, "editing": 0.2}
+
+TINY_TRAINING = TrainConfig(
+    stages=(
+        # From scratch there is no pretrained VAE: it is made first.
+        Stage(
+            "autoencoder", r"image_decoder\.vae", {"generation": 1}, 4000, 16, 2e-3, objective="autoencoder",
+            decay_share=0.5,
+        ),
+        # Resamplers and image decoder align; from scratch, ViT and language model must be learned here too, so all
+        # four tasks are shown.
+        Stage("align", r"(?!image_decoder\.vae|.*lora_|.*gate\.)", _FOUR, 2000, 64, 1.5e-3),
+        # The language model is frozen; Slide-LoRA and its gate carry it.
+        Stage(
+            "tune", r"(?!image_decoder\.vae|language\.)|language\..*(lora_|gate\.)", _FOUR, 600, 64, 1e-3, adapters=True,
+            decay_share=0.6,
+        ),
+    )
+)
+
+MODELS = {"tiny": TINY}
+TRAININGS = {"tiny": TINY_TRAINING}

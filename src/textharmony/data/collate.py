@@ -1,0 +1,108 @@
+"""Samples to a batch: the keyword arguments of TextHarmony.forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from textharmony.config import ModelConfig
+from textharmony.data.sample import Sample
+from textharmony.tokens import BOI, compose
+
+_IGNORE = -100
+
+
+class Collator:
+    """Pads prompts and answers on the right and stacks pictures, layouts and labels."""
+
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.config, self.tokenizer = config, tokenizer
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Samples -> input_ids, attention_mask, labels (B, T), targets (B,), and what pictures there are."""
+        rows, labels = [], []
+        for sample in samples:
+            prompt = self._encode(compose(sample.task, sample.prompt, self.config.visual_tokens))
+            answer = self._encode(BOI if sample.answer is None else sample.answer + self.tokenizer.eos_token)
+            rows.append(prompt + answer)
+            labels.append([_IGNORE] * len(prompt) + answer)
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        batch = {
+            "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            "labels": torch.tensor([row + [_IGNORE] * (length - len(row)) for row in labels]),
+            "targets": torch.tensor([int(sample.task.modality == "image") for sample in samples]),
+        }
+        seen = [sample for sample in samples if sample.image is not None]
+        if seen:
+            batch["pixel_values"] = to_pixels([hide(s.image, s.region) for s in seen if s.image is not None])
+            if self.config.layout:
+                batch["column_labels"] = torch.stack([self._columns(sample) for sample in seen])
+        drawn = [i for i, sample in enumerate(samples) if sample.target is not None]
+        if drawn:
+            batch |= self._drawn([samples[i] for i in drawn])
+            batch["image_rows"] = torch.tensor(drawn)
+        return batch
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _drawn(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        targets = [s.target for s in samples if s.target is not None]
+        sources = [t if s.image is None else s.image for s, t in zip(samples, targets, strict=True)]
+        nowhere = (float("nan"),) * 4
+        batch = {
+            "target_pixel_values": to_pixels(targets),
+            "source_pixel_values": to_pixels(sources),
+            "region": torch.tensor([s.region or nowhere for s in samples], dtype=torch.float32),
+        }
+        if self.config.layout is None:
+            return batch
+        slots, alphabet = self.config.layout.slots, self.config.layout.characters
+        layouts = [s.layout for s in samples if s.layout is not None]
+        boxes = np.zeros((len(samples), slots, 4), np.float32)
+        characters = torch.full((len(samples), slots), len(alphabet))
+        for i, (sample, layout) in enumerate(zip(samples, layouts, strict=True)):
+            boxes[i, : len(layout.boxes)] = layout.boxes
+            characters[i, : len(sample.text)] = torch.tensor([alphabet.index(c) for c in sample.text])
+        return batch | {
+            "layout_boxes": torch.from_numpy(boxes),
+            "layout_fonts": torch.eye(self.config.layout.fonts)[[layout.font for layout in layouts]],
+            "layout_colors": torch.from_numpy(
+                np.stack([np.concatenate([layout.ink, layout.ground]) for layout in layouts]) / 127.5 - 1
+            ),
+            "characters": characters,
+        }
+
+    def _columns(self, sample: Sample) -> Tensor:
+        """(columns,) long: which character covers each column of half a patch, len(alphabet) where none does."""
+        assert self.config.layout is not None
+        alphabet = self.config.layout.characters
+        step = self.config.vision["patch_size"] / 2
+        centers = (torch.arange(int(self.config.image_size[1] / step)) + 0.5) * step
+        if sample.region is not None or sample.layout is None:
+            return torch.full(centers.shape, _IGNORE)
+        labels = torch.full(centers.shape, len(alphabet))
+        for char, box in zip(sample.text, sample.layout.boxes, strict=True):
+            labels[(centers >= box[0] - 1) & (centers < box[2] + 1)] = alphabet.index(char)
+        return labels
+
+
+def to_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
+    """(H, W, 3) uint8 each -> (N, 3, H, W) float32 in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def hide(picture: np.ndarray, region: tuple[int, int, int, int] | None) -> np.ndarray:
+    """The picture with mid grey in the region."""
+    if region is None:
+        return picture
+    x1, y1, x2, y2 = region
+    hidden = picture.copy()
+    hidden[y1:y2, x1:x2] = 127
+    return hidden

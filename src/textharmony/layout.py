@@ -1,0 +1,206 @@
+"""The layout planner: where each character of a drawing stands, in which font and colours, drawn from noise.
+
+TextDiffuser (Chen et al. 2023) and TextDiffuser-2 plan a layout before they draw; TextHarmony does not. Here a small
+rectified-flow transformer plans it from the image decoder's context tokens, and a painter turns the plan into a feature
+map that is added to the UNet's input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from textharmony.config import LayoutConfig
+from textharmony.resampler import Attention, feed_forward
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """A batch of plans.
+
+    boxes: (B, S, 4) x1, y1, x2, y2 in pixels, one row a slot; present: (B, S) bool; fonts: (B, fonts) one-hot; ink and
+    ground: (B, 3) in -1..1.
+    """
+
+    boxes: Tensor
+    present: Tensor
+    fonts: Tensor
+    ink: Tensor
+    ground: Tensor
+
+
+# Brings start, top, bottom and width of the characters, in picture heights, to about zero mean and unit variance.
+_LINE_MEAN, _LINE_STD = (1.2, 0.25, 0.75), (0.8, 0.12, 0.12)
+_SLOT_MEAN, _SLOT_STD = (0.08, 0.37), (0.08, 0.12)
+_LINE = 3 + 6  # start, top, bottom, ink, ground
+
+
+class LayoutPlanner(nn.Module):
+    """Samples a layout from context tokens, whose first `slots` stand for the characters, in order."""
+
+    def __init__(self, config: LayoutConfig, context_width: int, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.config, self.image_size = config, image_size
+        width = config.width
+        self.character_head = nn.Linear(context_width, len(config.characters) + 1)
+        self.project = nn.Linear(context_width, width)
+        self.line_in = nn.Linear(_LINE + config.fonts + 5, width)
+        self.slot_in = nn.Linear(2 + 1, width)
+        self.slot_positions = nn.Parameter(torch.randn(config.slots, width) * 0.02)
+        self.time_in = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([Attention(width, config.heads), feed_forward(width)]) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.line_out = nn.Linear(width, _LINE + config.fonts)
+        self.slot_out = nn.Linear(width, 2)
+
+    def encode(self, layouts: Layouts) -> tuple[Tensor, Tensor]:
+        """Layouts -> line values (B, L), slot values (B, S, 2), each of about unit variance."""
+        height = self.image_size[0]
+        boxes = layouts.boxes / height
+        line = boxes[:, 0, [0, 1, 3]]  # (B, 3)
+        line = (line - line.new_tensor(_LINE_MEAN)) / line.new_tensor(_LINE_STD)
+        gaps = F.pad(boxes[:, 1:, 0] - boxes[:, :-1, 2], (1, 0), value=_SLOT_MEAN[0])
+        slots = torch.stack([gaps, boxes[..., 2] - boxes[..., 0]], dim=-1)  # (B, S, 2)
+        slots = (slots - slots.new_tensor(_SLOT_MEAN)) / slots.new_tensor(_SLOT_STD)
+        fonts = 2 * layouts.fonts.float() - 1
+        return torch.cat([line, layouts.ink, layouts.ground, fonts], -1), slots * layouts.present[..., None]
+
+    def decode(self, line: Tensor, slots: Tensor, present: Tensor) -> Layouts:
+        """The inverse of `encode`."""
+        height = self.image_size[0]
+        place = (line[:, :3] * line.new_tensor(_LINE_STD) + line.new_tensor(_LINE_MEAN)) * height
+        sizes = (slots * slots.new_tensor(_SLOT_STD) + slots.new_tensor(_SLOT_MEAN)) * height
+        gaps, widths = sizes[..., 0], sizes[..., 1].clamp(min=1)
+        gaps = torch.cat([torch.zeros_like(gaps[:, :1]), gaps[:, 1:]], 1)
+        right = place[:, :1] + (gaps + widths).cumsum(1)  # (B, S)
+        top, bottom = place[:, 1:2].expand_as(right), place[:, 2:3].expand_as(right)
+        fonts = F.one_hot(line[:, _LINE:].argmax(-1), self.config.fonts)
+        boxes = torch.stack([right - widths, top, right, bottom], -1)
+        return Layouts(boxes, present, fonts, line[:, 3:6].clamp(-1, 1), line[:, 6:9].clamp(-1, 1))
+
+    def denoise(
+        self, line: Tensor, slots: Tensor, time: Tensor, context: Tensor, region: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Noisy values, time (B,) in 0..1, context (B, Q, D), region (B, 5) -> clean values of the same shapes."""
+        count = self.config.slots
+        clock = self.time_in(_waves(time[:, None], 8))[:, None]  # (B, 1, D)
+        known = self.project(context)  # (B, Q, D)
+        line_token = self.line_in(torch.cat([line, region], -1))[:, None]
+        slot_tokens = self.slot_in(torch.cat([slots, present[..., None].to(slots.dtype)], -1))
+        slot_tokens = slot_tokens + self.slot_positions + known[:, :count]
+        x = torch.cat([line_token + clock, slot_tokens + clock, known[:, count:]], 1)
+        for attend, perceptron in self.layers:  # type: ignore[misc]
+            x = x + attend(x)
+            x = x + perceptron(x)
+        x = self.norm(x)
+        return self.line_out(x[:, 0]), self.slot_out(x[:, 1 : 1 + count])
+
+    def loss(self, layouts: Layouts, characters: Tensor, context: Tensor, region: Tensor, draws: int = 4) -> Tensor:
+        """Character cross-entropy and flow error, the latter over `draws` noise levels a sample.
+
+        characters: (B, S) long, len(config.characters) where a slot is empty; region: (B, 5), see `region_features`.
+        """
+        logits = self.character_head(context[:, : self.config.slots])
+        spelling = F.cross_entropy(logits.flatten(0, 1), characters.flatten())
+        line, slots = self.encode(layouts)
+        line, slots, context, region = (v.repeat(draws, *[1] * (v.ndim - 1)) for v in (line, slots, context, region))
+        present = layouts.present.repeat(draws, 1)
+        time = torch.rand(line.shape[0], device=line.device)
+        line_noise, slot_noise = torch.randn_like(line), torch.randn_like(slots) * present[..., None]
+        t1, t2 = time[:, None], time[:, None, None]
+        line_out, slot_out = self.denoise(
+            line.lerp(line_noise, t1), slots.lerp(slot_noise, t2), time, context, region, present
+        )
+        slot_error = (slot_out - slots).square().mean(-1)[present].mean()
+        return spelling + (line_out - line).square().mean() + slot_error
+
+    @torch.no_grad()
+    def sample(self, context: Tensor, region: Tensor, noise: Tensor) -> Layouts:
+        """Plans from context (B, Q, D), region (B, 5) and noise (B, noise_size) by Euler steps."""
+        present = self.spell(context) < len(self.config.characters)
+        line, slots = noise[:, : _LINE + self.config.fonts], noise[:, _LINE + self.config.fonts :]
+        slots = slots.unflatten(1, (self.config.slots, 2)) * present[..., None]
+        steps = self.config.steps
+        for i in range(steps):
+            now, then = 1 - i / steps, 1 - (i + 1) / steps
+            time = torch.full(line.shape[:1], now, device=line.device)
+            line_out, slot_out = self.denoise(line, slots, time, context, region, present)
+            line = line_out + (line - line_out) * (then / now)
+            slots = (slot_out + (slots - slot_out) * (then / now)) * present[..., None]
+        return self.decode(line, slots, present)
+
+    def spell(self, context: Tensor) -> Tensor:
+        """(B, S) long: the character each slot stands for, len(config.characters) where none."""
+        spelled = self.character_head(context[:, : self.config.slots]).argmax(-1)
+        blank = len(self.config.characters)
+        ended = (spelled == blank).cumsum(1) > 0
+        return spelled.masked_fill(ended, blank)
+
+    @property
+    def noise_size(self) -> int:
+        """Numbers of noise a plan takes."""
+        return _LINE + self.config.fonts + 2 * self.config.slots
+
+
+class LayoutPainter(nn.Module):
+    """Paints a plan on the latent grid: at each cell, which character, where within it, and the style."""
+
+    def __init__(self, config: LayoutConfig, context_width: int, grid: tuple[int, int], cell: int) -> None:
+        super().__init__()
+        self.config, self.grid, self.cell = config, grid, cell
+        hidden = 2 * config.map_channels
+        self.slot_in = nn.Linear(context_width + config.fonts + 2, hidden)
+        self.column_in = nn.Linear(11, hidden)
+        self.row_in = nn.Linear(11, hidden)
+        self.perceptron = nn.Sequential(
+            nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, config.map_channels)
+        )
+        self.style = nn.Linear(6, config.map_channels)
+        self.places = nn.Parameter(torch.randn(config.map_channels, *grid) * 0.02)
+
+    def forward(self, layouts: Layouts, context: Tensor) -> Tensor:
+        """Layouts and context (B, Q, D) -> (B, map_channels, h, w)."""
+        rows, columns = self.grid
+        boxes = layouts.boxes
+        x = (torch.arange(columns, device=boxes.device) + 0.5) * self.cell
+        y = (torch.arange(rows, device=boxes.device) + 0.5) * self.cell
+        size = torch.stack([boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]], -1) / 16  # (B, S, 2)
+        fonts = layouts.fonts.to(boxes.dtype)[:, None].expand(-1, self.config.slots, -1)
+        slot = self.slot_in(torch.cat([context[:, : self.config.slots], fonts, size], -1))  # (B, S, H)
+        across, column_cover = _within(x, boxes[..., 0], boxes[..., 2])
+        down, row_cover = _within(y, boxes[..., 1], boxes[..., 3])
+        hidden = slot[:, :, None, None] + self.column_in(across)[:, :, None] + self.row_in(down)[:, :, :, None]
+        painted = self.perceptron(hidden)  # (B, S, h, w, M)
+        cover = row_cover[..., None] * column_cover[:, :, None] * layouts.present[:, :, None, None]
+        painted = torch.einsum("bshwm,bshw->bmhw", painted, cover)
+        style = self.style(torch.cat([layouts.ink, layouts.ground], -1))[:, :, None, None]
+        return painted + style + self.places
+
+
+def _waves(time: Tensor, count: int) -> Tensor:
+    """(B, 1) -> (B, 2 * count) sines and cosines."""
+    angles = time * (2.0 ** torch.arange(count, device=time.device)) * (math.pi / 2)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def _within(position: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """position (n,), low and high (B, S) -> features of the place between them (B, S, n, 11), soft cover (B, S, n)."""
+    after, before = position - low[..., None], high[..., None] - position  # (B, S, n) pixels
+    share = after / (after + before).clamp(min=1)
+    angles = share.clamp(-0.5, 1.5)[..., None] * (2.0 ** torch.arange(4, device=position.device)) * math.pi
+    features = torch.cat([angles.sin(), angles.cos(), torch.stack([share, after / 16, before / 16], -1)], -1)
+    return features, torch.sigmoid((after + 4) / 1.5) * torch.sigmoid((before + 4) / 1.5)
+
+
+def region_features(region: Tensor | None, batch: int, image_size: tuple[int, int], device: torch.device) -> Tensor:
+    """(B, 5): x1, y1, x2, y2 of the place to fill in picture heights and 1, or zeros; region (B, 4) pixels, NaN for none."""
+    if region is None:
+        return torch.zeros(batch, 5, device=device)
+    given = ~region.isnan().any(-1, keepdim=True)  # (B, 1)
+    return torch.cat([torch.where(given, region, 0) / image_size[0], given.to(region.dtype)], -1)

@@ -1,0 +1,379 @@
+"""TextHarmony: vision, language and image decoder in one model, its losses, its verbs, save and load."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import slidelora
+from textharmony.config import ModelConfig
+from textharmony.image_decoder import ImageDecoder
+from textharmony.layout import Layouts
+from textharmony.pictures import Box, Frame, Picture, check_box, to_pil
+from textharmony.tokens import BOI, FILL_QUESTION, IMAGE, LOCATE_QUESTION, READ_QUESTION, Task, compose
+from textharmony.visual_tokenizer import VisualTokenizer
+
+T = TypeVar("T")
+
+_BOX = re.compile(r"\((\d{1,3}),(\d{1,3})\)\((\d{1,3}),(\d{1,3})\)")
+_BATCH = 50
+
+
+@dataclass
+class Losses:
+    """What a training step reports; `total` is what is minimised. gate and the rest are means, in nats or squared units."""
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
+    layout: Tensor
+    columns: Tensor
+    gate: Tensor
+
+
+class TextHarmony(nn.Module):
+    """Reads, answers about, locates, draws and edits text in pictures with one set of weights."""
+
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        language = AutoConfig.for_model(
+            **config.language,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self.language = slidelora.inject(AutoModelForCausalLM.from_config(language), **config.slide)
+        characters = len(config.layout.characters) if config.layout else 0
+        self.visual_tokenizer = VisualTokenizer(config, language.hidden_size, characters)
+        self.image_decoder = ImageDecoder(config, language.hidden_size)
+        self.begin_image = nn.Parameter(torch.zeros(language.hidden_size))  # added at every BOI
+        self.boi_id, self.image_id = tokenizer.convert_tokens_to_ids([BOI, IMAGE])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.begin_image.device
+
+    # Training
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), column logits (N, columns, C)."""
+        embeds = self.language.get_input_embeddings()(input_ids)
+        embeds = embeds + (input_ids == self.boi_id)[..., None] * self.begin_image
+        if pixel_values is None:
+            return embeds, None
+        tokens, columns = self.visual_tokenizer(pixel_values)
+        places = input_ids == self.image_id
+        if int(places.sum()) != tokens.shape[0] * tokens.shape[1]:
+            raise ValueError(
+                f"input_ids has {int(places.sum())} image tokens, expected {tokens.shape[1]} for each of "
+                f"{tokens.shape[0]} pictures"
+            )
+        return embeds.masked_scatter(places[..., None], tokens.to(embeds.dtype)), columns
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        pixel_values: Tensor | None = None,
+        column_labels: Tensor | None = None,
+        image_rows: Tensor | None = None,
+        target_pixel_values: Tensor | None = None,
+        source_pixel_values: Tensor | None = None,
+        region: Tensor | None = None,
+        layout_boxes: Tensor | None = None,
+        layout_fonts: Tensor | None = None,
+        layout_colors: Tensor | None = None,
+        characters: Tensor | None = None,
+        adapters: bool = True,
+    ) -> Losses:
+        """The losses of one batch, as textharmony.data.collate makes it.
+
+        input_ids, attention_mask, labels: (B, T), labels -100 but on answers; targets: (B,) 0 where text is asked for, 1
+        where a picture is; image_rows: (M,) rows that the M target pictures belong to, the image decoder's arguments in
+        the same order; adapters: whether Slide-LoRA acts.
+        """
+        embeds, columns = self.embed(input_ids, pixel_values)
+        zero = embeds.new_zeros(())
+        gate_loss = zero
+        if adapters:
+            prompt = attention_mask.bool() & (labels == -100)
+            weights = slidelora.compute_gates(self.language, embeds, prompt)
+            gate_loss = slidelora.aux_loss(self.language, targets=targets)
+            with slidelora.gates(self.language, weights):
+                hidden = self._hidden_states(embeds, attention_mask)
+        else:
+            with slidelora.disabled(self.language):
+                hidden = self._hidden_states(embeds, attention_mask)
+        answered = labels[:, 1:] != -100
+        logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
+        text_loss = F.cross_entropy(logits, labels[:, 1:][answered])
+        column_loss = zero
+        if columns is not None and column_labels is not None and (column_labels != -100).any():
+            column_loss = F.cross_entropy(columns.flatten(0, 1), column_labels.flatten())
+        image_loss, layout_loss = zero, zero
+        if image_rows is not None and target_pixel_values is not None:
+            layouts = None
+            if layout_boxes is not None and layout_fonts is not None and layout_colors is not None:
+                present = characters < len(self.config.layout.characters)  # type: ignore[operator, union-attr]
+                layouts = Layouts(layout_boxes, present, layout_fonts, layout_colors[:, :3], layout_colors[:, 3:])
+            last = attention_mask[image_rows].sum(1) - 1
+            image_loss, layout_loss = self.image_decoder.loss(
+                hidden[image_rows], last, target_pixel_values, source_pixel_values, region, layouts, characters
+            )
+        total = self.config.text_weight * text_loss + self.config.image_weight * image_loss
+        return Losses(
+            total + layout_loss + column_loss + gate_loss, text_loss, image_loss, layout_loss, column_loss, gate_loss
+        )
+
+    def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.language.model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    # Verbs
+
+    def read(self, image: Any) -> Any:
+        """All the text in a picture (or in each of a list): str, or a list of str."""
+        return self.answer(image, READ_QUESTION, task=Task.PERCEPTION)
+
+    def answer(self, image: Any, question: Any, task: Task = Task.COMPREHENSION) -> Any:
+        """The answer to a question about a picture: str; lists of pictures (and one question or a list) give a list."""
+
+        def several(pairs: Sequence[tuple[Picture, str]]) -> list[str]:
+            prompts = [compose(task, question, self.config.visual_tokens) for _, question in pairs]
+            return self._write(prompts, torch.stack([self._frame(picture).pixels for picture, _ in pairs]))
+
+        return _map_batched(several, image, question)
+
+    def locate(self, image: Any, text: Any) -> Any:
+        """Where a word is: [(x1, y1, x2, y2), ...] in thousandths of the picture, empty where no box was said."""
+
+        def several(pairs: Sequence[tuple[Picture, str]]) -> list[list[Box]]:
+            frames = [self._frame(picture) for picture, _ in pairs]
+            questions = [LOCATE_QUESTION.format(text=text) for _, text in pairs]
+            prompts = [compose(Task.PERCEPTION, question, self.config.visual_tokens) for question in questions]
+            answers = self._write(prompts, torch.stack([frame.pixels for frame in frames]))
+            return [[f.outward(box) for box in _read_boxes(a)] for a, f in zip(answers, frames, strict=True)]
+
+        return _map_batched(several, image, text)
+
+    def draw(
+        self,
+        prompt: Any,
+        seed: int | Sequence[int] = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Any:
+        """A picture of the quoted text in a prompt such as '"CAFE" in red on white': a PIL image, or a list for a list.
+
+        seed: one int, the n-th of a list of prompts taking seed + n, or one int a prompt. Text that the model cannot
+        draw raises ValueError.
+        """
+
+        def several(pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
+            prompts = [compose(Task.GENERATION, self._check_caption(caption), 0) for caption, _ in pairs]
+            seeds = [seed for _, seed in pairs]
+            painted = self._paint(prompts, None, None, None, seeds, num_inference_steps, guidance_scale)
+            return [to_pil(picture) for picture in painted]
+
+        return _map_batched(several, prompt, _seeds(prompt, seed))
+
+    def edit(
+        self,
+        image: Any,
+        box: Any,
+        text: Any,
+        seed: int | Sequence[int] = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Any:
+        """The picture with the box, in thousandths, filled anew with the text; pixels outside it stay as they were.
+
+        text: a word, or a word and its colour as in '"CAFE" in red'. Lists of pictures, boxes and texts give a list.
+        A box of the wrong form, or text that the model cannot draw, raises ValueError.
+        """
+
+        def several(rows: Sequence[tuple[Picture, Box, str, int]]) -> list[Image.Image]:
+            frames = [self._frame(picture) for picture, *_ in rows]
+            regions = [frame.inward(check_box(box)) for frame, (_, box, _, _) in zip(frames, rows, strict=True)]
+            source = torch.stack([frame.pixels for frame in frames])
+            hidden = source.clone()
+            for pixels, (x1, y1, x2, y2) in zip(hidden, regions, strict=True):
+                pixels[:, y1:y2, x1:x2] = 0
+            prompts = []
+            for _, _, text, _ in rows:
+                _, word, rest = self._check_caption(text).split('"')
+                prompts.append(compose(Task.EDITING, FILL_QUESTION.format(text=word) + rest, self.config.visual_tokens))
+            seeds = [seed for *_, seed in rows]
+            region = torch.tensor(regions, dtype=torch.float32)
+            painted = self._paint(prompts, hidden, source, region, seeds, num_inference_steps, guidance_scale)
+            return [frame.paste(p, box) for frame, p, (_, box, _, _) in zip(frames, painted, rows, strict=True)]
+
+        return _map_batched(several, image, box, text, _seeds(image, seed))
+
+    def _frame(self, picture: Picture) -> Frame:
+        return Frame.of(picture, self.config.image_size)
+
+    def _check_caption(self, text: str) -> str:
+        """The caption with its word quoted; raises ValueError where the model cannot draw it."""
+        caption = text if '"' in text else f'"{text}"'
+        if caption.count('"') != 2:
+            raise ValueError(f"{text!r} has {caption.count(chr(34))} double quotes, expected one quoted text")
+        word = caption.split('"')[1]
+        if layout := self.config.layout:
+            if not 1 <= len(word) <= layout.slots or set(word) - set(layout.characters):
+                raise ValueError(f"cannot draw {word!r}, expected 1 to {layout.slots} characters of {layout.characters}")
+        return caption
+
+    def _batch(self, prompts: Sequence[str], pixel_values: Tensor | None, side: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts -> inputs_embeds (B, T, D), attention_mask (B, T), gates (B, E)."""
+        batch = self.tokenizer(
+            list(prompts), add_special_tokens=False, padding=True, padding_side=side, return_tensors="pt"
+        ).to(self.device)
+        pixels = None if pixel_values is None else pixel_values.to(self.device)
+        embeds, _ = self.embed(batch["input_ids"], pixels)
+        mask = batch["attention_mask"]
+        return embeds, mask, slidelora.compute_gates(self.language, embeds, mask.bool())
+
+    @torch.no_grad()
+    def _write(self, prompts: Sequence[str], pixel_values: Tensor) -> list[str]:
+        embeds, mask, weights = self._batch(prompts, pixel_values, "left")
+        with slidelora.gates(self.language, weights):
+            ids = self.language.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=[self.tokenizer.eos_token_id, self.boi_id],
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def _paint(
+        self,
+        prompts: Sequence[str],
+        pixel_values: Tensor | None,
+        source: Tensor | None,
+        region: Tensor | None,
+        seeds: Sequence[int],
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+    ) -> Tensor:
+        """Pictures (B, 3, H, W) in -1..1. The gate looks at the prompt, the image decoder at all up to BOI."""
+        _, _, weights = self._batch(prompts, pixel_values, "right")
+        embeds, mask, _ = self._batch([prompt + BOI for prompt in prompts], pixel_values, "right")
+        with slidelora.gates(self.language, weights):
+            hidden = self._hidden_states(embeds, mask)
+        return self.image_decoder.generate(
+            hidden,
+            mask.sum(1) - 1,
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+            None if source is None else source.to(self.device),
+            None if region is None else region.to(self.device),
+            num_inference_steps,
+            guidance_scale,
+        )
+
+    # Files
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes config.json, model.safetensors and the tokenizer to a folder, replacing an earlier model whole.
+
+        dtype: that of the floating-point weights on disk, theirs if None.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            tensors = {}
+            for name, tensor in self.state_dict().items():
+                if name != _TIED:
+                    tensors[name] = tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+            (partial / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            self.tokenizer.save_pretrained(partial)
+            path.mkdir(exist_ok=True)
+            for file in partial.iterdir():
+                file.replace(path / file.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> TextHarmony:
+        """The embedded model ("tiny"), or the one in a folder that `save_pretrained` wrote; in fp32, in eval mode.
+
+        A folder or file that is missing, cut short or of another shape raises ValueError or FileNotFoundError.
+        """
+        folder = _EMBEDDED if str(path) == "tiny" else Path(path)
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}, expected a folder that save_pretrained wrote, or 'tiny'")
+        try:
+            config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            tensors = load_file(folder / "model.safetensors")
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder} does not hold a whole model: {error}") from error
+        model = cls(config, PreTrainedTokenizerFast.from_pretrained(folder))
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        if model.language.config.tie_word_embeddings:
+            tensors[_TIED] = tensors["language.model.embed_tokens.weight"]
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {error}") from error
+        return model.eval()
+
+
+_TIED = "language.lm_head.weight"
+_EMBEDDED = Path(__file__).parent / "weights" / "tiny"
+
+
+def _map_batched(function: Callable[[list[Any]], list[T]], first: Any, *others: Any) -> T | list[T]:
+    """Calls function with rows of arguments, some at a time; a list as first argument gives a list, else one result.
+
+    Other arguments that are lists run along with it, the rest are the same for all.
+    """
+    if not isinstance(first, list):
+        return function([(first, *(o[0] if isinstance(o, list) and len(o) == 1 else o for o in others))])[0]
+    for other in others:
+        if isinstance(other, list) and len(other) != len(first):
+            raise ValueError(f"got a list of {len(other)} beside one of {len(first)}, expected the same length")
+    columns = [first, *(o if isinstance(o, list) else [o] * len(first) for o in others)]
+    rows = list(zip(*columns, strict=True))
+    results: list[T] = []
+    for start in tqdm(range(0, len(rows), _BATCH), disable=len(rows) <= _BATCH, leave=False):
+        results += function(rows[start : start + _BATCH])
+    return results
+
+
+def _seeds(first: Any, seed: int | Sequence[int]) -> list[int] | int:
+    if isinstance(seed, int):
+        return [seed + i for i in range(len(first))] if isinstance(first, list) else seed
+    return list(seed)
+
+
+def _read_boxes(answer: str) -> list[Box]:
+    """The boxes (x1,y1)(x2,y2) in an answer, thousandths."""
+    found = [tuple(float(v) for v in match) for match in _BOX.findall(answer)]
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in found if x1 < x2 and y1 < y2]

@@ -1,0 +1,67 @@
+"""The Perceiver resampler: a fixed number of learned queries read a context of any length."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def sincos_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:
+    """(length, width) fixed sine and cosine positions (Vaswani et al. 2017, section 3.5)."""
+    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-9.21034 / width))
+    angles = torch.arange(length, device=device)[:, None] * rates  # (length, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries over a context, pre-normalised."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, Q, D), context (B, T, D) (x itself if None), mask (B, T) bool of the tokens to see -> (B, Q, D)."""
+        x = self.norm(x)
+        q = rearrange(self.to_q(x), "b q (h d) -> b h q d", h=self.heads)
+        k, v = rearrange(self.to_kv(x if context is None else context), "b t (two h d) -> two b h t d", two=2, h=self.heads)
+        seen = None if mask is None else mask[:, None, None, :]
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=seen), "b h q d -> b q (h d)"))
+
+
+def feed_forward(width: int) -> nn.Sequential:
+    """A pre-normalised two-layer perceptron."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
+
+
+class PerceiverResampler(nn.Module):
+    """Cross-attention from learned queries, then self-attention and a perceptron, depth times (Flamingo, section 3.1)."""
+
+    def __init__(self, context_width: int, width: int, queries: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(queries, width) * 0.5)
+        self.project = nn.Linear(context_width, width)
+        self.norm_context = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([Attention(width, heads), Attention(width, heads), feed_forward(width)]) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """context (B, T, C), positions (T, D) added to it, mask (B, T) bool -> (B, queries, D)."""
+        context = self.project(context)
+        if positions is not None:
+            context = context + positions
+        context = self.norm_context(context)
+        x = self.queries.expand(context.shape[0], -1, -1)  # (B, Q, D)
+        for cross, attend, perceptron in self.layers:  # type: ignore[misc]
+            x = x + cross(x, context, mask)
+            x = x + attend(x)
+            x = x + perceptron(x)
+        return self.norm(x)
