@@ -1,0 +1,23 @@
+"""Gated groups of LoRA experts for any torch model."""
+
+from slidelora.config import SlideLoRAConfig
+from slidelora.gates import released_gates
+from slidelora.inject import inject, print_trainable_parameters, remove
+from slidelora.routing import aux_loss, checkpoint_kwargs, compute_gates, disabled, gates, routing
+from slidelora.state import load_pretrained, save_pretrained
+
+__all__ = [
+    "SlideLoRAConfig",
+    "inject",
+    "remove",
+    "gates",
+    "released_gates",
+    "disabled",
+    "compute_gates",
+    "routing",
+    "aux_loss",
+    "checkpoint_kwargs",
+    "print_trainable_parameters",
+    "save_pretrained",
+    "load_pretrained",
+]

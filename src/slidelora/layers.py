@@ -1,0 +1,73 @@
+"""SlideLoRALinear: a frozen base layer plus its gated mixture of experts."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slidelora.config import SlideLoRAConfig
+from slidelora.ops import gated_lora
+from slidelora.routing import Routing
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear layer, transformers' Conv1D among them; None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and isinstance(weight := getattr(module, "weight", None), Tensor):
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
+class SlideLoRALinear(nn.Module):
+    """base_layer(x) plus the experts' outputs, weighed by the gates in force.
+
+    lora_A (E * r, d_in) starts as PEFT's does, lora_B (E * r, d_out) at zero, so that the output starts as the base
+    layer's. Both are on the base layer's device, in fp32 where its weight is in less.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: SlideLoRAConfig, routing: Routing) -> None:
+        super().__init__()
+        features = linear_features(base_layer)
+        if features is None:
+            raise ValueError(f"base layer is {type(base_layer).__name__}, expected a linear layer")
+        self.base_layer = base_layer
+        self.in_features, self.out_features = features
+        self.r, self.scaling = config.r, config.scaling
+        self.dropout, self.backend = config.lora_dropout, config.backend
+        self.routing = routing
+        weight = self.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        rows = len(config.experts) * config.r
+        self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, self.out_features, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # its fan-in is d_in: each expert as PEFT's lora_A
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        bias: Tensor | None = self.base_layer.bias
+        return bias
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
+        base: Tensor = self.base_layer(x, *args, **kwargs)
+        in_force = self.routing.in_force()
+        if in_force is None:
+            return base
+        gates, experts = in_force.on(x.device)
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return gated_lora(base, dropped, self.lora_A, self.lora_B, gates, self.r, self.scaling, experts, self.backend)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print."""
+        experts = self.lora_A.shape[0] // self.r
+        return f"in_features={self.in_features}, out_features={self.out_features}, experts={experts}, r={self.r}"
