@@ -31,7 +31,7 @@ _CHUNK = 50
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: right of count, the bar, and what the judge says of real renders where there is a judge."""
+    """One line of the table: right of count, the bar, and the same measure of real renders where there is a judge."""
 
     name: str
     right: int
@@ -67,7 +67,9 @@ def _engine() -> Any:
 
 def recognise(picture: Image.Image) -> str:
     """The line of text in a picture, as PP-OCR's recognition reads it (rapidocr), scaled to 64 pixels and padded."""
-    scaled = picture.convert("RGB").resize((max(1, round(picture.width * 64 / picture.height)), 64), Image.Resampling.BICUBIC)
+    scaled = picture.convert("RGB").resize(
+        (max(1, round(picture.width * 64 / picture.height)), 64), Image.Resampling.BICUBIC
+    )
     padded = np.pad(np.asarray(scaled)[:, :, ::-1], ((8, 8), (24, 24), (0, 0)), mode="edge")
     result = _engine()(padded, use_det=False, use_cls=False, use_rec=True)
     return result.txts[0].replace(" ", "") if result.txts else ""

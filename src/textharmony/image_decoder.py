@@ -47,7 +47,7 @@ class ImageDecoder(nn.Module):
 
     def read_context(self, hidden_states: Tensor, last: Tensor) -> Tensor:
         """hidden_states (B, T, D) up to each row's `last` (B,), nearest first -> context tokens (B, Q, C)."""
-        batch, length, width = hidden_states.shape
+        _, length, width = hidden_states.shape
         index = last[:, None] - torch.arange(length, device=last.device)  # (B, T)
         flipped = hidden_states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, width))
         positions = sincos_positions(length, self.unet.config.cross_attention_dim, last.device)
@@ -108,24 +108,27 @@ class ImageDecoder(nn.Module):
         region: Tensor | None = None,
         layouts: Layouts | None = None,
         characters: Tensor | None = None,
+        diffuse: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Diffusion loss and layout loss (zero without a planner).
+        """Diffusion loss (zero unless diffuse) and layout loss (zero without a planner).
 
         hidden_states: (B, T, D); last: (B,) place of each row's image-begin token; target and source: (B, 3, H, W) in
         -1..1; region: (B, 4) pixels to fill, NaN for the whole picture; layouts, characters: see LayoutPlanner.loss.
         """
         batch = hidden_states.shape[0]
         context = self.read_context(hidden_states, last)
-        latents = self.encode(target_pixel_values)
-        kept, mask = self._fill_in(source_pixel_values, region, batch)
-        extra = [kept, mask]
-        dropped = torch.rand(batch, device=latents.device) < self.config.unconditional_share
-        layout_loss = latents.new_zeros(())
-        if self.planner is not None and self.painter is not None:
+        layout_loss = context.new_zeros(())
+        if self.planner is not None:
             if layouts is None or characters is None:
-                raise ValueError("layouts and characters are None, expected them: this model plans layouts")
-            place = region_features(region, batch, self.config.image_size, latents.device)
+                raise ValueError("layouts or characters are None, expected both: this model plans layouts")
+            place = region_features(region, batch, self.config.image_size, context.device)
             layout_loss = self.planner.loss(layouts, characters, context, place)
+        if not diffuse:
+            return context.new_zeros(()), layout_loss
+        latents = self.encode(target_pixel_values)
+        extra = [*self._fill_in(source_pixel_values, region, batch)]
+        dropped = torch.rand(batch, device=latents.device) < self.config.unconditional_share
+        if self.painter is not None and layouts is not None:
             extra.append(self.painter(layouts, context) * ~dropped[:, None, None, None])
         context = torch.where(dropped[:, None, None], self.unconditional, context)
         time = torch.sigmoid(

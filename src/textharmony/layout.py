@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textharmony.config import LayoutConfig
-from textharmony.resampler import Attention, feed_forward
+from textharmony.resampler import Block
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class LayoutPlanner(nn.Module):
         self.slot_in = nn.Linear(2 + 1, width)
         self.slot_positions = nn.Parameter(torch.randn(config.slots, width) * 0.02)
         self.time_in = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
-        self.layers = nn.ModuleList(
-            nn.ModuleList([Attention(width, config.heads), feed_forward(width)]) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.line_out = nn.Linear(width, _LINE + config.fonts)
         self.slot_out = nn.Linear(width, 2)
@@ -95,9 +93,8 @@ class LayoutPlanner(nn.Module):
         slot_tokens = self.slot_in(torch.cat([slots, present[..., None].to(slots.dtype)], -1))
         slot_tokens = slot_tokens + self.slot_positions + known[:, :count]
         x = torch.cat([line_token + clock, slot_tokens + clock, known[:, count:]], 1)
-        for attend, perceptron in self.layers:  # type: ignore[misc]
-            x = x + attend(x)
-            x = x + perceptron(x)
+        for block in self.blocks:
+            x = block(x)
         x = self.norm(x)
         return self.line_out(x[:, 0]), self.slot_out(x[:, 1 : 1 + count])
 
@@ -199,7 +196,7 @@ def _within(position: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor
 
 
 def region_features(region: Tensor | None, batch: int, image_size: tuple[int, int], device: torch.device) -> Tensor:
-    """(B, 5): x1, y1, x2, y2 of the place to fill in picture heights and 1, or zeros; region (B, 4) pixels, NaN for none."""
+    """Region (B, 4) in pixels, NaN for none -> (B, 5): its sides in picture heights and 1, or zeros."""
     if region is None:
         return torch.zeros(batch, 5, device=device)
     given = ~region.isnan().any(-1, keepdim=True)  # (B, 1)

@@ -6,8 +6,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import slidelora
-from textharmony.config import ModelConfig
+from textharmony.config import LOSSES, ModelConfig
 from textharmony.image_decoder import ImageDecoder
 from textharmony.layout import Layouts
 from textharmony.pictures import Box, Frame, Picture, check_box, to_pil
@@ -36,7 +36,7 @@ _BATCH = 50
 
 @dataclass
 class Losses:
-    """What a training step reports; `total` is what is minimised. gate and the rest are means, in nats or squared units."""
+    """What a training step reports; `total` is what is minimised, the rest are means (nats or squares)."""
 
     total: Tensor
     text: Tensor
@@ -105,45 +105,52 @@ class TextHarmony(nn.Module):
         layout_colors: Tensor | None = None,
         characters: Tensor | None = None,
         adapters: bool = True,
+        losses: Collection[str] = LOSSES,
     ) -> Losses:
         """The losses of one batch, as textharmony.data.collate makes it.
 
-        input_ids, attention_mask, labels: (B, T), labels -100 but on answers; targets: (B,) 0 where text is asked for, 1
-        where a picture is; image_rows: (M,) rows that the M target pictures belong to, the image decoder's arguments in
-        the same order; adapters: whether Slide-LoRA acts.
+        input_ids, attention_mask, labels: (B, T), labels -100 but on answers; targets: (B,) 0 where text is asked
+        for, 1 where a picture is; image_rows: (M,) rows that the M target pictures belong to, the image decoder's
+        arguments in the same order; adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
         """
         embeds, columns = self.embed(input_ids, pixel_values)
         zero = embeds.new_zeros(())
-        gate_loss = zero
-        if adapters:
-            prompt = attention_mask.bool() & (labels == -100)
-            weights = slidelora.compute_gates(self.language, embeds, prompt)
-            gate_loss = slidelora.aux_loss(self.language, targets=targets)
-            with slidelora.gates(self.language, weights):
+        found = dict.fromkeys((field.name for field in fields(Losses)), zero)
+        if "columns" in losses and columns is not None and column_labels is not None:
+            if (column_labels != -100).any():
+                found["columns"] = F.cross_entropy(columns.flatten(0, 1), column_labels.flatten())
+        if {"text", "image", "layout"} & set(losses):
+            if adapters:
+                prompt = attention_mask.bool() & (labels == -100)
+                weights = slidelora.compute_gates(self.language, embeds, prompt)
+                found["gate"] = slidelora.aux_loss(self.language, targets=targets)
+                acting = slidelora.gates(self.language, weights)
+            else:
+                acting = slidelora.disabled(self.language)
+            with acting:
                 hidden = self._hidden_states(embeds, attention_mask)
-        else:
-            with slidelora.disabled(self.language):
-                hidden = self._hidden_states(embeds, attention_mask)
-        answered = labels[:, 1:] != -100
-        logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
-        text_loss = F.cross_entropy(logits, labels[:, 1:][answered])
-        column_loss = zero
-        if columns is not None and column_labels is not None and (column_labels != -100).any():
-            column_loss = F.cross_entropy(columns.flatten(0, 1), column_labels.flatten())
-        image_loss, layout_loss = zero, zero
-        if image_rows is not None and target_pixel_values is not None:
-            layouts = None
-            if layout_boxes is not None and layout_fonts is not None and layout_colors is not None:
-                present = characters < len(self.config.layout.characters)  # type: ignore[operator, union-attr]
-                layouts = Layouts(layout_boxes, present, layout_fonts, layout_colors[:, :3], layout_colors[:, 3:])
-            last = attention_mask[image_rows].sum(1) - 1
-            image_loss, layout_loss = self.image_decoder.loss(
-                hidden[image_rows], last, target_pixel_values, source_pixel_values, region, layouts, characters
-            )
-        total = self.config.text_weight * text_loss + self.config.image_weight * image_loss
-        return Losses(
-            total + layout_loss + column_loss + gate_loss, text_loss, image_loss, layout_loss, column_loss, gate_loss
-        )
+            answered = labels[:, 1:] != -100
+            logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
+            found["text"] = F.cross_entropy(logits, labels[:, 1:][answered])
+            if image_rows is not None and target_pixel_values is not None:
+                layouts = None
+                if self.config.layout and layout_boxes is not None and characters is not None:
+                    assert layout_fonts is not None and layout_colors is not None
+                    present = characters != len(self.config.layout.characters)
+                    layouts = Layouts(layout_boxes, present, layout_fonts, *layout_colors.split(3, dim=-1))
+                found["image"], found["layout"] = self.image_decoder.loss(
+                    hidden[image_rows],
+                    attention_mask[image_rows].sum(1) - 1,
+                    target_pixel_values,
+                    source_pixel_values,
+                    region,
+                    layouts,
+                    characters,
+                    diffuse="image" in losses,
+                )
+        weigh = {"text": self.config.text_weight, "image": self.config.image_weight}
+        found["total"] = sum((weigh.get(name, 1.0) * found[name] for name in found if name in losses), zero)
+        return Losses(**found)
 
     def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.language.model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
@@ -242,7 +249,9 @@ class TextHarmony(nn.Module):
         word = caption.split('"')[1]
         if layout := self.config.layout:
             if not 1 <= len(word) <= layout.slots or set(word) - set(layout.characters):
-                raise ValueError(f"cannot draw {word!r}, expected 1 to {layout.slots} characters of {layout.characters}")
+                raise ValueError(
+                    f"cannot draw {word!r}, expected 1 to {layout.slots} characters of {layout.characters}"
+                )
         return caption
 
     def _batch(self, prompts: Sequence[str], pixel_values: Tensor | None, side: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -328,7 +337,9 @@ class TextHarmony(nn.Module):
         folder = _EMBEDDED if str(path) == "tiny" else Path(path)
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}, expected a folder that save_pretrained wrote, or 'tiny'")
+                raise FileNotFoundError(
+                    f"{folder} has no {name}, expected a folder that save_pretrained wrote, or 'tiny'"
+                )
         try:
             config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
             tensors = load_file(folder / "model.safetensors")
@@ -341,7 +352,9 @@ class TextHarmony(nn.Module):
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {error}") from error
+            raise ValueError(
+                f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {error}"
+            ) from error
         return model.eval()
 
 

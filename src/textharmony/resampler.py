@@ -30,27 +30,39 @@ class Attention(nn.Module):
         """x (B, Q, D), context (B, T, D) (x itself if None), mask (B, T) bool of the tokens to see -> (B, Q, D)."""
         x = self.norm(x)
         q = rearrange(self.to_q(x), "b q (h d) -> b h q d", h=self.heads)
-        k, v = rearrange(self.to_kv(x if context is None else context), "b t (two h d) -> two b h t d", two=2, h=self.heads)
+        k, v = rearrange(
+            self.to_kv(x if context is None else context), "b t (two h d) -> two b h t d", two=2, h=self.heads
+        )
         seen = None if mask is None else mask[:, None, None, :]
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=seen), "b h q d -> b q (h d)"))
 
 
-def feed_forward(width: int) -> nn.Sequential:
-    """A pre-normalised two-layer perceptron."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
+class Block(nn.Module):
+    """Self-attention, then a two-layer perceptron, each pre-normalised and added."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attend = Attention(width, heads)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        x = x + self.attend(x)
+        return x + self.perceptron(x)
 
 
 class PerceiverResampler(nn.Module):
-    """Cross-attention from learned queries, then self-attention and a perceptron, depth times (Flamingo, section 3.1)."""
+    """Learned queries attend to a context, then to each other, depth times (Flamingo, section 3.1)."""
 
     def __init__(self, context_width: int, width: int, queries: int, depth: int, heads: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, width) * 0.5)
         self.project = nn.Linear(context_width, width)
         self.norm_context = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([Attention(width, heads), Attention(width, heads), feed_forward(width)]) for _ in range(depth)
-        )
+        self.cross = nn.ModuleList(Attention(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, context: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -60,8 +72,6 @@ class PerceiverResampler(nn.Module):
             context = context + positions
         context = self.norm_context(context)
         x = self.queries.expand(context.shape[0], -1, -1)  # (B, Q, D)
-        for cross, attend, perceptron in self.layers:  # type: ignore[misc]
-            x = x + cross(x, context, mask)
-            x = x + attend(x)
-            x = x + perceptron(x)
+        for cross, block in zip(self.cross, self.blocks, strict=True):
+            x = block(x + cross(x, context, mask))
         return self.norm(x)

@@ -21,6 +21,7 @@ READ_QUESTION = "read all the text"
 LOCATE_QUESTION = 'where is "{text}"'
 FILL_QUESTION = 'Fill the masked part in this image with "{text}"'
 
+
 class Task(str, Enum):
     """What a sample asks for; it decides prompt, loss and target modality."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_model
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -42,6 +43,8 @@ def train(model_config: ModelConfig, config: TrainConfig, out: str | Path) -> Te
     model = TextHarmony(model_config, build_tokenizer())
     run = json.loads(json.dumps({"model": model_config.to_dict(), "training": asdict(config)}))
     first, done = _find_checkpoint(out, run)
+    if first and not done:
+        load_model(model, str(out / "checkpoint" / "model.safetensors"))
     for number, stage in enumerate(config.stages):
         if number >= first:
             _run_stage(model, stage, number, done if number == first else 0, config, run, out, accelerator)
@@ -58,7 +61,9 @@ def _find_checkpoint(out: Path, run: dict[str, object]) -> tuple[int, int]:
         return 0, 0
     progress = json.loads(state.read_text())
     if progress["run"] != run:
-        raise ValueError(f"{out / 'checkpoint'} is of another configuration, expected the one given: use another folder")
+        raise ValueError(
+            f"{out / 'checkpoint'} is of another configuration, expected the one given: use another folder"
+        )
     return progress["stage"], progress["step"]
 
 
@@ -83,7 +88,7 @@ def _run_stage(
         {"num_decay_steps": decay, "min_lr_ratio": 0.02},
     )
     prepared, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    if (number, start) != (0, 0):
+    if start:
         accelerator.load_state(str(out / "checkpoint"))
     tasks = {Task(name): weight for name, weight in stage.tasks.items()}
     data = SyntheticWords(config.seed * 1000 + number, "train", tasks)
@@ -102,22 +107,24 @@ def _run_stage(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            last = step + 1 == stage.steps
             recent.append([float(value) for value in losses.values()])
-            if (step + 1) % _LOG_EVERY == 0:
+            if last or (step + 1) % _LOG_EVERY == 0:
                 means = {name: sum(c) / len(c) for name, c in zip(losses, zip(*recent, strict=True), strict=True)}
                 recent = []
                 if accelerator.is_main_process:
                     _log(out, number, stage.name, step + 1, means)
                 bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
-            last = step + 1 == stage.steps
-            if last and stage.objective == "autoencoder":
+            if last and "autoencoder" in stage.losses:
                 model.image_decoder.standardise(_pictures(data, stage.steps * stage.batch_size).to(accelerator.device))
             if last or (step + 1) % config.save_every == 0:
                 progress = (number + 1, 0) if last else (number, step + 1)
                 _save_checkpoint(accelerator, out, run, *progress)
-            if accelerator.is_main_process and (last or (step + 1) % config.sample_every == 0):
+            shown = {"autoencoder", "image"} & set(stage.losses) and (last or (step + 1) % config.sample_every == 0)
+            if shown and accelerator.is_main_process:
                 model.eval()
                 _draw_samples(model, stage).save(out / f"samples-{number}-{stage.name}-{step + 1:05d}.png")
+    accelerator.free_memory()
 
 
 def select_parameters(model: torch.nn.Module, stage: Stage) -> list[torch.nn.Parameter]:
@@ -135,10 +142,10 @@ def _losses(
     model: TextHarmony, stage: Stage, samples: list[Sample], collate: Collator, device: torch.device
 ) -> dict[str, Tensor]:
     batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}
-    if stage.objective == "autoencoder":
+    if "autoencoder" in stage.losses:
         pixels, weight = _crops(batch["target_pixel_values"], samples)
         return {"total": model.image_decoder.autoencoder_loss(pixels, weight)}
-    losses: Losses = model(**batch, adapters=stage.adapters)
+    losses: Losses = model(**batch, adapters=stage.adapters, losses=stage.losses)
     return {field.name: getattr(losses, field.name) for field in fields(losses)}
 
 
@@ -181,7 +188,7 @@ def _save_checkpoint(accelerator: Accelerator, out: Path, run: dict[str, object]
 def _draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
     """A sheet of held-out words: drawn, edited and read; for the autoencoder, pictures and their reconstructions."""
     cells: list[tuple[Image.Image, str]] = []
-    if stage.objective == "autoencoder":
+    if "autoencoder" in stage.losses:
         data = SyntheticWords(1, "held_out", {Task.GENERATION: 1})
         pictures = [data[i].target for i in range(9)]
         pixels = to_pixels([p for p in pictures if p is not None]).to(model.device)
@@ -193,7 +200,9 @@ def _draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
     cells += zip(model.draw(drawn), drawn, strict=True)
     seen = [SyntheticWords(1, "held_out", {Task.PERCEPTION: 1})[i] for i in range(12)]
     pictures = [Image.fromarray(s.image) for s in seen if s.image is not None]
-    for picture, answer in zip(pictures, model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION), strict=True):
+    for picture, answer in zip(
+        pictures, model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION), strict=True
+    ):
         cells.append((picture, f"says {answer}"))
     return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words")
 

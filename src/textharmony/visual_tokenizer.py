@@ -54,8 +54,10 @@ class VisualTokenizer(nn.Module):
         self.column_head = nn.Linear(vision.hidden_size, 2 * (characters + 1)) if characters else None
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """pixel_values (N, 3, H, W) in -1..1 -> visual tokens (N, Q, D), column logits (N, 2 * columns, characters + 1)."""
-        hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state[:, 1:]  # (N, P, C)
+        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), column logits (N, 2 * columns, characters + 1)."""
+        hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state[
+            :, 1:
+        ]  # (N, P, C)
         tokens = self.project(self.resampler(hidden, self.positions))
         if self.column_head is None:
             return tokens, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,13 @@ def font_path(name: str) -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cap_ratio(font: int) -> float:
     box = ImageFont.truetype(str(font_path(FONTS[font])), 200).getbbox("H", anchor="ls")
     return -box[1] / 200
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyphs(font: int, cap_height: int) -> dict[str, _Glyph]:
     face = ImageFont.truetype(str(font_path(FONTS[font])), cap_height / _cap_ratio(font))
     glyphs = {}
@@ -138,9 +138,7 @@ def _jitter(rng: np.random.Generator, name: str) -> np.ndarray:
     return np.asarray(COLORS[name], np.float32) + rng.uniform(-9, 9, 3).astype(np.float32)
 
 
-def render(
-    rng: np.random.Generator, words: list[str], ink: str, ground: str
-) -> tuple[list[np.ndarray], list[Layout]]:
+def render(rng: np.random.Generator, words: list[str], ink: str, ground: str) -> tuple[list[np.ndarray], list[Layout]]:
     """Draws each word alone at the same place, in the same font and size, on the same ground.
 
     Returns the pictures, each (H, W, 3) uint8, and their layouts.
@@ -242,7 +240,7 @@ class SyntheticWords:
         if task is Task.GENERATION:
             return Sample(task, _caption(rng, word, ink, ground), target=picture, **common)
         if task is Task.PERCEPTION:
-            if rng.random() < 0.5:
+            if rng.random() < 0.6:
                 return Sample(task, READ_QUESTION, image=picture, answer=word, **common)
             prompt, answer = LOCATE_QUESTION.format(text=word), format_box(word_box(layout.boxes))
         else:
