@@ -41,7 +41,8 @@ def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
     if isinstance(value, Tensor):
         if value.ndim != 2 or value.shape[1] != len(config.experts):
             raise ValueError(
-                f"gates have shape {tuple(value.shape)}, expected (batch, {len(config.experts)}) for {list(config.experts)}"
+                f"gates have shape {tuple(value.shape)}, expected (batch, {len(config.experts)}) "
+                f"for {list(config.experts)}"
             )
         if not value.is_floating_point():
             raise ValueError(f"gates have dtype {value.dtype}, expected a floating one")

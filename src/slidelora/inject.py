@@ -53,7 +53,8 @@ def find_targets(model: nn.Module, config: SlideLoRAConfig) -> dict[str, nn.Modu
     none."""
     linears = {}
     wrong = []
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_output: Any = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
     # A module held under two names is one layer: it is found, and later replaced, under both.
     for name, module in model.named_modules(remove_duplicate=False):
         if config.target_modules == "all-linear":

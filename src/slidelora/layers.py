@@ -1,7 +1,7 @@
 """SlideLoRALinear: a frozen base layer plus its gated mixture of experts."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +48,12 @@ class SlideLoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight."""
-        weight: Tensor = self.base_layer.weight
-        return weight
+        return cast(Tensor, self.base_layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        bias: Tensor | None = self.base_layer.bias
-        return bias
+        return cast("Tensor | None", self.base_layer.bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
@@ -65,7 +63,20 @@ class SlideLoRALinear(nn.Module):
             return base
         gates, experts = in_force.on(x.device)
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return gated_lora(base, dropped, self.lora_A, self.lora_B, gates, self.r, self.scaling, experts, self.backend)
+        # A plain Linear's output is new and saved by nobody, unless a hook saw it; the compiler plans memory itself.
+        plain = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        return gated_lora(
+            base,
+            dropped,
+            self.lora_A,
+            self.lora_B,
+            gates,
+            self.r,
+            self.scaling,
+            experts,
+            self.backend,
+            overwrite_base=plain and not torch.compiler.is_compiling(),
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for print."""

@@ -37,7 +37,7 @@ class InForce:
                 self.moved[device] = InForce(self.weights.to(device), compact)
             return self.moved[device].on(device)
         # Which experts act differs from gate to gate; a compiled graph must serve them all.
-        if self.compact is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.compact is None:
             return self.weights, None
         return self.compact
 
@@ -62,19 +62,26 @@ def _compact(weights: Tensor) -> tuple[Tensor, Tensor] | None:
 class Routing:
     """What the gate last did, and what is in force now.
 
-    weights: (B, E) fp32, the gates of the last forward or `compute_gates`; None before the first. Gates given by name
-    have one row until a forward through the injected model itself tells the batch.
+    weights: (B, E) fp32, the gates of the last forward or `compute_gates`; None before the first.
     names: the experts, in the order of the columns.
     """
 
     def __init__(self, config: SlideLoRAConfig) -> None:
         self.config = config
         self.names: tuple[str, ...] = tuple(config.experts)
-        self.weights: Tensor | None = None
+        self.recorded: Tensor | None = None  # (1 or B, E)
+        self.batch: int | None = None
         self.logits: Tensor | None = None  # (B, M), of the learned gate, for the auxiliary loss
         self.current: InForce | None = None
         self.disabled = False
         self.replaying = False
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(B, E), one row where gates were given by name and no forward has told the batch; None before the first."""
+        if self.recorded is None or self.batch is None or self.recorded.shape[0] != 1:
+            return self.recorded
+        return self.recorded.expand(self.batch, -1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
         """A copied model starts with nothing in force: the graph behind the last gates is not copied."""
@@ -102,8 +109,8 @@ class Routing:
             return None
         if self.current is None:
             raise RuntimeError(
-                f"no gate is in force for experts {list(self.names)}; expected `with slidelora.gates(model, ...):` around the "
-                "call, or gate='sequence' and a call of the injected model itself"
+                f"no gate is in force for experts {list(self.names)}; expected "
+                "`with slidelora.gates(model, ...):` around the call, or gate='sequence' and a call of the injected model itself"
             )
         return self.current
 
@@ -144,8 +151,7 @@ class GateHook:
                     f"gates have batch {given.shape[0]}, expected {batch}, the input's; for beams or several returned "
                     "sequences pass repeats= to slidelora.gates"
                 )
-            if batch is not None:
-                routing.weights = given.expand(batch, -1)
+            routing.recorded, routing.batch = given, batch
             return
         if routing.config.gate != "sequence":
             return
@@ -227,8 +233,9 @@ def _own_gates(model: nn.Module, routing: Routing, inputs_embeds: Tensor, mask: 
     gate = getattr(model, GATE, None)
     if not isinstance(gate, SequenceGate):
         raise ValueError(f"gate is {routing.config.gate!r}, expected 'sequence' for the model's own gate")
-    routing.weights, routing.logits = gate(inputs_embeds, mask)
-    return routing.weights
+    weights, routing.logits = gate(inputs_embeds, mask)
+    routing.recorded, routing.batch = weights, None
+    return weights
 
 
 def injected(model: nn.Module) -> nn.Module:
@@ -264,17 +271,19 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
     weights = given_gates(state.config, value)
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats is {repeats!r}, expected an integer of at least 1")
-    devices = {layer.lora_A.device for layer in host.modules() if isinstance(getattr(layer, "lora_A", None), Tensor)}
+    devices = {parameter.device for name, parameter in host.named_parameters() if name.endswith(".lora_A")}
     if not isinstance(value, Tensor):
         weights = weights.to(min(devices, key=str))
     elif weights.device not in devices:
         raise ValueError(
             f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))}, the model's"
         )
-    if value is not state.weights and not weights.requires_grad:
+    if value is not state.recorded and not weights.requires_grad:
         state.logits = None  # these are not the learned gate's: no auxiliary loss is due
-    state.weights = weights if repeats == 1 else weights.repeat_interleave(repeats, 0)
-    return state.put(InForce(state.weights, _compact(state.weights)), state.disabled)
+    if repeats > 1:
+        weights = weights.repeat_interleave(repeats, 0)
+    state.recorded, state.batch = weights, None
+    return state.put(InForce(weights, _compact(weights)), state.disabled)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:

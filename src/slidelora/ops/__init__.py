@@ -17,6 +17,7 @@ def gated_lora(
     scaling: float = 1.0,
     experts: Tensor | None = None,
     backend: str = "auto",
+    overwrite_base: bool = False,
 ) -> Tensor:
     """base + scaling * sum_e gates[., e] * B_e A_e x, in base's dtype.
 
@@ -28,6 +29,7 @@ def gated_lora(
         all; then gates is (1 or B, K), aligned with it, and 0 where a slot pads. Gradients of the others are exact
         zeros.
     backend: "auto", "reference" or "stacked".
+    overwrite_base: base may be reused for the result; nobody else may hold it.
     Raises ValueError naming what does not fit.
     """
     if x.shape[:-1] != base.shape[:-1]:
@@ -40,7 +42,8 @@ def gated_lora(
     samples = x.shape[0] if x.ndim > 1 else 1
     if gates.ndim != 2 or gates.shape[0] not in (1, samples):
         raise ValueError(
-            f"gates have shape {tuple(gates.shape)}, expected ({samples}, experts) for an input of shape {tuple(x.shape)}"
+            f"gates have shape {tuple(gates.shape)}, expected ({samples}, experts) "
+            f"for an input of shape {tuple(x.shape)}"
         )
     if gates.device != x.device:
         raise ValueError(f"gates are on {gates.device}, expected {x.device}")
@@ -48,8 +51,9 @@ def gated_lora(
         raise ValueError(f"lora_A has {lora_A.shape[0]} rows, expected {gates.shape[1]} experts of rank {r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {list(BACKENDS)}")
-    compute = reference.gated_lora if backend == "reference" else stacked.gated_lora
-    if not torch.is_autocast_enabled(x.device.type):
-        return compute(base, x, lora_A, lora_B, gates, r, scaling, experts)
-    with torch.autocast(x.device.type, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
-        return compute(base, x, lora_A, lora_B, gates, r, scaling, experts)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
+            return gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, backend, overwrite_base)
+    if backend == "reference":
+        return reference.gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts)
+    return stacked.gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)

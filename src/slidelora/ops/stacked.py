@@ -20,9 +20,10 @@ def gated_lora(
     r: int,
     scaling: float,
     experts: Tensor | None,
+    overwrite_base: bool,
 ) -> Tensor:
     """See `slidelora.ops.gated_lora`; computed in base's dtype, the gates applied in theirs."""
-    y: Tensor = _GatedLoRA.apply(base, x, lora_A, lora_B, gates, r, scaling, experts)
+    y: Tensor = _GatedLoRA.apply(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)
     return y
 
 
@@ -38,15 +39,20 @@ class _GatedLoRA(torch.autograd.Function):
         r: int,
         scaling: float,
         experts: Tensor | None,
+        overwrite_base: bool,
     ) -> Tensor:
         groups = 1 if experts is None else experts.shape[0]
         A, B = (_rows(weight.to(base.dtype), r, experts) for weight in (lora_A, lora_B))
         h = _grouped(x, base.dtype, groups) @ A.mT  # (T, n), or (B, T / B, n) where each sample has its experts
         weighted = _weigh(h, gates, r, scaling)
         rows = _grouped(base, base.dtype, groups)
-        y = torch.addmm(rows, weighted, B) if groups == 1 else torch.baddbmm(rows, weighted, B)
         ctx.save_for_backward(x, lora_A, lora_B, gates, experts, h)
         ctx.r, ctx.scaling = r, scaling
+        if overwrite_base and base.is_contiguous():
+            ctx.mark_dirty(base)
+            rows.addmm_(weighted, B) if groups == 1 else rows.baddbmm_(weighted, B)
+            return base
+        y = torch.addmm(rows, weighted, B) if groups == 1 else torch.baddbmm(rows, weighted, B)
         return y.view(base.shape)
 
     @staticmethod
@@ -71,7 +77,7 @@ class _GatedLoRA(torch.autograd.Function):
                 dx = (dh @ _rows(lora_A.to(dy.dtype), r, experts)).view(x.shape).to(x.dtype)
             if needs_A:
                 dA = _expert_rows(dh.mT @ _grouped(x, dy.dtype, groups), lora_A, r, experts)
-        return dy if needs_base else None, dx, dA, dB, dgates, None, None, None
+        return dy if needs_base else None, dx, dA, dB, dgates, None, None, None, None
 
 
 def _grouped(tensor: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
