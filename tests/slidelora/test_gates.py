@@ -1,0 +1,95 @@
+from typing import Any
+
+import pytest
+import torch
+
+from slidelora import SlideLoRAConfig, released_gates
+from slidelora.gates import SequenceGate, given_gates, load_balancing_loss
+
+CONFIG = SlideLoRAConfig(experts=["image", "text", "shared"])
+
+
+def test_released_table() -> None:
+    assert released_gates(CONFIG, ["image", "text"]).tolist() == [[0.5, 0, 0.5], [0, 0.5, 0.5]]
+    two = SlideLoRAConfig(experts=["image", "s1", "text", "s2"], shared=["s2", "s1"])
+    assert released_gates(two, ["text"]).tolist() == [[0, 0.25, 0.5, 0.25]]
+    with pytest.raises(ValueError, match="'shared', expected one of"):
+        released_gates(CONFIG, ["shared"])
+
+
+def test_given_values() -> None:
+    assert given_gates(CONFIG, "text").tolist() == [[0, 0.5, 0.5]]
+    assert given_gates(CONFIG, "shared").tolist() == [[0, 0, 1]]
+    assert given_gates(CONFIG, ["text", "image"]).tolist() == [[0, 0.5, 0.5], [0.5, 0, 0.5]]
+    assert given_gates(CONFIG, {"shared": 2, "image": -1.5}).tolist() == [[-1.5, 0, 2]]
+    assert given_gates(SlideLoRAConfig(experts=["a", "b"]), "b").tolist() == [[0, 1]]
+    assert given_gates(CONFIG, torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("audio", r"'audio', expected one of \['image', 'text', 'shared'\]"),
+        ({"audio": 1.0}, "'audio', expected one of"),
+        ({}, "expected weights"),
+        ({"text": "much"}, "'much', expected a number"),
+        ([], "expected a name"),
+        (0.5, "0.5, expected a name"),
+        (torch.ones(3), r"\(3,\), expected \(batch, 3\)"),
+        (torch.ones(2, 4), r"\(2, 4\), expected \(batch, 3\)"),
+        (torch.ones(2, 3, dtype=torch.long), "torch.int64, expected a floating"),
+    ],
+)
+def test_bad_values_are_named(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        given_gates(CONFIG, value)
+
+
+def test_sequence_gate_starts_uniform() -> None:
+    weights, logits = SequenceGate(8, CONFIG)(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    assert torch.equal(weights, torch.full((2, 3), 0.5)) and logits.shape == (2, 2)
+
+
+def test_sequence_gate_columns_follow_the_experts() -> None:
+    config = SlideLoRAConfig(experts=["s", "a", "b"], shared=["s"])
+    gate = SequenceGate(8, config)
+    torch.nn.init.normal_(gate.out.weight)
+    weights, logits = gate(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    torch.testing.assert_close(weights[:, 1:], logits.softmax(-1))
+    assert not torch.allclose(weights[:, 0], torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sequence_gate_ignores_what_the_mask_hides(dtype: torch.dtype) -> None:
+    gate = SequenceGate(8, CONFIG)
+    torch.nn.init.normal_(gate.out.weight)
+    embeds, mask = torch.randn(1, 6, 8, dtype=dtype), torch.tensor([[0, 1, 1, 1, 0, 0]])
+    hidden = embeds.masked_fill(mask[..., None] == 0, float("nan"))
+    weights, _ = gate(hidden, mask)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, gate(embeds[:, 1:4], mask[:, 1:4])[0])
+    empty, _ = gate(embeds, torch.zeros_like(mask))
+    assert empty.isfinite().all()
+
+
+def test_sequence_gate_is_fp32_under_autocast() -> None:
+    gate = SequenceGate(8, CONFIG)
+    torch.nn.init.normal_(gate.out.weight)
+    embeds, mask = torch.randn(2, 6, 8), torch.ones(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, _ = gate(embeds, mask)
+    assert torch.equal(weights, gate(embeds, mask)[0])
+
+
+def test_sequence_gate_names_bad_shapes() -> None:
+    gate = SequenceGate(8, CONFIG)
+    with pytest.raises(ValueError, match=r"\(2, 6, 7\), expected \(batch, time, 8\)"):
+        gate(torch.randn(2, 6, 7), torch.ones(2, 6))
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 5\), expected \(2, 6\)"):
+        gate(torch.randn(2, 6, 8), torch.ones(2, 5))
+
+
+def test_load_balancing_loss_is_one_when_even_and_m_when_collapsed() -> None:
+    even = torch.tensor([[9.0, -9.0], [-9.0, 9.0]])
+    torch.testing.assert_close(load_balancing_loss(even), torch.tensor(1.0))
+    torch.testing.assert_close(load_balancing_loss(even[:1].repeat(4, 1)), torch.tensor(2.0))
