@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,7 @@ def demo(words: tyro.conf.Positional[tuple[str, ...]] = (), out: Out = Path("dem
 
 def main() -> None:
     """The console script; an error in what was given is one line on stderr and exit status 1."""
-    commands = [read, answer, locate, draw, edit, train, evaluate, demo]
+    commands: list[Callable[..., None]] = [read, answer, locate, draw, edit, train, evaluate, demo]
     try:
         tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands}, prog="textharmony")
     except (ValueError, OSError, ImportError) as error:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import slidelora
 from textharmony.config import LOSSES, ModelConfig
@@ -59,12 +59,14 @@ class TextHarmony(nn.Module):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        self.language = slidelora.inject(AutoModelForCausalLM.from_config(language), **config.slide)
+        causal_lm = AutoModelForCausalLM.from_config(language)
+        self.language = cast(PreTrainedModel, slidelora.inject(causal_lm, **config.slide))
         characters = len(config.layout.characters) if config.layout else 0
         self.visual_tokenizer = VisualTokenizer(config, language.hidden_size, characters)
         self.image_decoder = ImageDecoder(config, language.hidden_size)
         self.begin_image = nn.Parameter(torch.zeros(language.hidden_size))  # added at every BOI
-        self.boi_id, self.image_id = tokenizer.convert_tokens_to_ids([BOI, IMAGE])
+        self.boi_id = cast(int, tokenizer.convert_tokens_to_ids(BOI))
+        self.image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +155,7 @@ class TextHarmony(nn.Module):
         return Losses(**found)
 
     def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.language.model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+        hidden = self.language.base_model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden
 
@@ -268,7 +270,8 @@ class TextHarmony(nn.Module):
     def _write(self, prompts: Sequence[str], pixel_values: Tensor) -> list[str]:
         embeds, mask, weights = self._batch(prompts, pixel_values, "left")
         with slidelora.gates(self.language, weights):
-            ids = self.language.generate(
+            generate = cast(Callable[..., Tensor], self.language.generate)
+            ids = generate(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 max_new_tokens=24,

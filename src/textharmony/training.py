@@ -186,24 +186,21 @@ def _save_checkpoint(accelerator: Accelerator, out: Path, run: dict[str, object]
 
 
 def _draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
-    """A sheet of held-out words: drawn, edited and read; for the autoencoder, pictures and their reconstructions."""
+    """A sheet of held-out words: drawn, then read; for the autoencoder, pictures and their reconstructions."""
     cells: list[tuple[Image.Image, str]] = []
+    drawn = [SyntheticWords(1, "held_out", {Task.GENERATION: 1})[i] for i in range(18)]
     if "autoencoder" in stage.losses:
-        data = SyntheticWords(1, "held_out", {Task.GENERATION: 1})
-        pictures = [data[i].target for i in range(9)]
-        pixels = to_pixels([p for p in pictures if p is not None]).to(model.device)
+        pixels = to_pixels([s.target for s in drawn[:9] if s.target is not None]).to(model.device)
         again = model.image_decoder.decode(model.image_decoder.encode(pixels))
         for before, after in zip(pixels, again, strict=True):
             cells += [(to_pil(before), "picture"), (to_pil(after), "reconstruction")]
         return contact_sheet(cells, 6, "autoencoder")
-    drawn = [SyntheticWords(1, "held_out", {Task.GENERATION: 1})[i].prompt for i in range(18)]
-    cells += zip(model.draw(drawn), drawn, strict=True)
+    prompts = [s.prompt for s in drawn]
+    cells += zip(model.draw(prompts), prompts, strict=True)
     seen = [SyntheticWords(1, "held_out", {Task.PERCEPTION: 1})[i] for i in range(12)]
     pictures = [Image.fromarray(s.image) for s in seen if s.image is not None]
-    for picture, answer in zip(
-        pictures, model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION), strict=True
-    ):
-        cells.append((picture, f"says {answer}"))
+    answers = model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION)
+    cells += [(picture, f"says {answer}") for picture, answer in zip(pictures, answers, strict=True)]
     return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words")
 
 
