@@ -173,7 +173,7 @@ def main() -> None:
     print(
         "| experts, active | base ms | einsum ms | stacked ms | einsum / stacked | saved MiB: einsum | stacked | share |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---" * len(headings) + "|")
     for row in rows:
         times = " | ".join(spread(row, name) for name in ("base", "einsum", "stacked"))
         einsum, stacked = float(str(row["einsum_saved_mib"])), float(str(row["stacked_saved_mib"]))

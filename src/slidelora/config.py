@@ -11,16 +11,14 @@ BACKENDS = ("auto", "reference", "stacked")
 
 @dataclass(frozen=True)
 class SlideLoRAConfig:
-    """The experts, their size, where they go and which gate weighs them; names and meanings are PEFT's where PEFT has
-    them.
+    """The experts, their size, where they go and which gate weighs them, in PEFT's names where PEFT has them.
 
     experts: names, in the order of a gate's columns.
     shared: those of them that are modality-agnostic; None means "shared" if there is such an expert.
     r, lora_alpha: rank of each expert and numerator of the scaling lora_alpha / r.
     lora_dropout: probability in [0, 1), one mask for all experts of a layer.
-    target_modules: "all-linear" (every linear layer but the output embedding), a list of name suffixes, or a regex
-    for the
-        whole name; exclude_modules: suffixes or a regex.
+    target_modules: "all-linear" (every linear layer but the output embedding), name suffixes, or a regex for the whole
+        name; exclude_modules: suffixes or a regex.
     gate: "sequence" (learned, once per sequence) or "given" (by the caller); gate_hidden: width of the learned gate.
     supervised_coef, balance_coef: weights of the two terms of `aux_loss`.
     backend: "auto", "reference" or "stacked".

@@ -26,11 +26,10 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
         config = SlideLoRAConfig(**fields)
     elif not isinstance(config, SlideLoRAConfig) or fields:
         raise TypeError(f"config is {config!r} with {sorted(fields)}, expected a SlideLoRAConfig or its fields by name")
-    if holders := [name or "the model" for name, module in model.named_modules() if STATE in module.__dict__]:
-        raise ValueError(f"{holders[0]} is injected already, expected a plain model: call slidelora.remove first")
+    require_plain(model)
     targets = find_targets(model, config)
     state = Routing(config)
-    gate = _sequence_gate(model, config) if config.gate == "sequence" else None
+    gate = sequence_gate(model, config) if config.gate == "sequence" else None
     wrappers = {id(module): SlideLoRALinear(module, config, state) for module in targets.values()}
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -46,6 +45,12 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     setattr(model, STATE, state)
     setattr(model, _UNDO, (handles, trainable))
     return model
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raises ValueError if a model is injected, or holds one that is."""
+    if holders := [name or "the model" for name, module in model.named_modules() if STATE in module.__dict__]:
+        raise ValueError(f"{holders[0]} is injected already, expected a plain model: call slidelora.remove first")
 
 
 def find_targets(model: nn.Module, config: SlideLoRAConfig) -> dict[str, nn.Module]:
@@ -80,7 +85,8 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
 
 
-def _sequence_gate(model: nn.Module, config: SlideLoRAConfig) -> SequenceGate:
+def sequence_gate(model: nn.Module, config: SlideLoRAConfig) -> SequenceGate:
+    """A new gate on a model's input embeddings; raises ValueError if it has none."""
     try:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

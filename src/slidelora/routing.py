@@ -1,5 +1,4 @@
-"""Which gates are in force: from a model's forward to the end of its backward, and from prefill to the last decoded
-token.
+"""Which gates are in force: from forward to the end of backward, and from prefill to the last decoded token.
 
 The state is one plain object that all layers of a model share. A ContextVar would break torch.compile into many graphs.
 """
@@ -109,8 +108,8 @@ class Routing:
             return None
         if self.current is None:
             raise RuntimeError(
-                f"no gate is in force for experts {list(self.names)}; expected "
-                "`with slidelora.gates(model, ...):` around the call, or gate='sequence' and a call of the injected model itself"
+                f"no gate is in force for experts {list(self.names)}; expected `with slidelora.gates(model, ...):` "
+                "around the call, or gate='sequence' and a call of the injected model itself"
             )
         return self.current
 
@@ -118,7 +117,7 @@ class Routing:
     def put(self, current: InForce | None, disabled: bool, replaying: bool = False) -> Iterator[None]:
         """Puts a state in force and the previous one back."""
         before = self.current, self.disabled, self.replaying
-        self.current, self.disabled, self.replaying = current, disabled, replaying
+        self.current, self.disabled, self.replaying = current, disabled, self.replaying or replaying
         try:
             yield
         finally:
@@ -280,7 +279,7 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
         )
     if value is not state.recorded and not weights.requires_grad:
         state.logits = None  # these are not the learned gate's: no auxiliary loss is due
-    if repeats > 1:
+    if repeats > 1 and weights.shape[0] > 1:  # one row serves any batch
         weights = weights.repeat_interleave(repeats, 0)
     state.recorded, state.batch = weights, None
     return state.put(InForce(weights, _compact(weights)), state.disabled)

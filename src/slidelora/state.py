@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.inject import _sequence_gate, find_targets, inject, slide_layers
+from slidelora.inject import find_targets, inject, require_plain, sequence_gate, slide_layers
 from slidelora.layers import linear_features
 from slidelora.routing import GATE, injected, routing
 
@@ -52,6 +52,7 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
     Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit the model, naming
     what was found and expected; the model is then as before.
     """
+    require_plain(model)
     directory = Path(save_directory)
     for name in (WEIGHTS, CONFIG):
         if not (directory / name).is_file():
@@ -107,7 +108,7 @@ def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int,
             shapes[f"{_PREFIX}{name}.lora_A.{expert}.weight"] = (config.r, d_in)
             shapes[f"{_PREFIX}{name}.lora_B.{expert}.weight"] = (d_out, config.r)
     if config.gate == "sequence":
-        for name, parameter in _sequence_gate(model, config).named_parameters():
+        for name, parameter in sequence_gate(model, config).named_parameters():
             shapes[f"{_PREFIX}{GATE}.{name}"] = tuple(parameter.shape)
     return shapes
 

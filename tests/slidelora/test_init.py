@@ -12,7 +12,9 @@ def test_import_needs_torch_and_safetensors_only() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     without = subprocess.run(
-        [sys.executable, "-c", code.replace(", slidelora", ", torch, safetensors.torch")], capture_output=True, text=True
+        [sys.executable, "-c", code.replace(", slidelora", ", torch, safetensors.torch")],
+        capture_output=True,
+        text=True,
     ).stdout
     assert found == without
 

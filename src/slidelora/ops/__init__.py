@@ -24,10 +24,8 @@ def gated_lora(
     base: (..., d_out), output of the base layer; x: (..., d_in), its input, with samples first.
     lora_A: (E * r, d_in) and lora_B: (E * r, d_out), the experts, each of rank r, stacked.
     gates: (B, E) fp32, B the number of samples, or 1 for one gate for all.
-    experts: the compact form, in which only the experts that act are touched: (1 or B, K) their indices, of a sample
-    or of
-        all; then gates is (1 or B, K), aligned with it, and 0 where a slot pads. Gradients of the others are exact
-        zeros.
+    experts: the compact form, which touches only the experts that act: (1 or B, K) their indices, of all samples or of
+        each; gates is then (1 or B, K), aligned with it, 0 where a slot pads. The others' gradients are exact zeros.
     backend: "auto", "reference" or "stacked".
     overwrite_base: base may be reused for the result; nobody else may hold it.
     Raises ValueError naming what does not fit.

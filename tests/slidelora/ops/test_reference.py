@@ -40,4 +40,6 @@ def test_bad_input_is_named(backend: str, change: dict[str, torch.Tensor], messa
 
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="'cuda', expected one of"):
-        gated_lora(torch.ones(2, 7), torch.ones(2, 5), torch.ones(6, 5), torch.ones(6, 7), torch.ones(2, 3), 2, backend="cuda")
+        gated_lora(
+            torch.ones(2, 7), torch.ones(2, 5), torch.ones(6, 5), torch.ones(6, 7), torch.ones(2, 3), 2, backend="cuda"
+        )

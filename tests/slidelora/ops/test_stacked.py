@@ -31,7 +31,13 @@ def case(
     return base.to(dtype), x.to(dtype), A, B, draw(batch, experts).to(weight), dy.to(dtype)
 
 
-def run(backend: str, inputs: tuple[Tensor, ...], r: int, experts: Tensor | None = None, needs: tuple[bool, ...] = (True,) * 5):
+def run(
+    backend: str,
+    inputs: tuple[Tensor, ...],
+    r: int,
+    experts: Tensor | None = None,
+    needs: tuple[bool, ...] = (True,) * 5,
+):
     *tensors, dy = inputs
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needs)]
     y = gated_lora(*leaves, r, 0.5, experts, backend)
@@ -173,7 +179,9 @@ def test_autocast_keeps_the_compute_type_of_the_base(backend: str) -> None:
     truth = gated_lora(base.double(), x.double(), A.double(), B.double(), gates.double(), 2, backend="reference")
     with torch.autocast("cpu", torch.bfloat16):
         y = gated_lora(base.bfloat16(), x, A, B, gates, 2, backend=backend)
-        assert torch.equal(gated_lora(base, x, A, B, gates, 2, backend=backend), gated_lora(base, x, A, B, gates, 2, backend=backend))
+        assert torch.equal(
+            gated_lora(base, x, A, B, gates, 2, backend=backend), gated_lora(base, x, A, B, gates, 2, backend=backend)
+        )
         full = gated_lora(base, x, A, B, gates, 2, backend=backend)
     assert y.dtype == torch.bfloat16 and error(y, truth) < 8e-3
     assert full.dtype == torch.float32 and error(full, truth) < 1e-6

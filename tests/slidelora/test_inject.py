@@ -1,0 +1,188 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+import slidelora
+from slidelora.inject import slide_layers
+from slidelora.layers import SlideLoRALinear
+
+Make = Callable[..., LlamaForCausalLM]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_at_the_start_and_removal_are_exact(
+    make_base: Make, input_ids: torch.Tensor, dtype: torch.dtype
+) -> None:
+    model = make_base().to(dtype)
+    model.model.embed_tokens.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    types = [type(module) for module in model.modules()]
+    base = model(input_ids).logits
+    assert slidelora.inject(model, r=4) is model
+    assert torch.equal(model(input_ids).logits, base)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    assert not torch.equal(model(input_ids).logits, base)
+    with slidelora.disabled(model):
+        assert torch.equal(model(input_ids).logits, base)
+    assert slidelora.remove(model) is model
+    assert torch.equal(model(input_ids).logits, base)
+    assert [type(module) for module in model.modules()] == types
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    slidelora.inject(model, r=4)
+
+
+def test_only_experts_and_gate_train(make_base: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    model = slidelora.inject(make_base(), slidelora.SlideLoRAConfig(r=4))
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(".lora_" in name or name.startswith("slidelora_gate.") for name in trains)
+    assert len(trains) == 2 * 14 + 4
+    slidelora.print_trainable_parameters(model)
+    words = capsys.readouterr().out.split()
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert words[:3] == ["trainable", "params:", f"{count:,d}"] and words[-2] == "trainable%:"
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude"),
+    [
+        ("all-linear", None),
+        ("all-linear", ["o_proj"]),
+        (["q_proj", "mlp.up_proj"], None),
+        (r".*layers\.1\..*(q|k)_proj", None),
+        (["q_proj", "v_proj"], r".*layers\.0\..*"),
+        (["lm_head"], None),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_targets_are_those_of_peft(make_base: Make, family: str, targets: Any, exclude: Any) -> None:
+    def base() -> nn.Module:
+        return (
+            make_base()
+            if family == "llama"
+            else GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
+        )
+
+    if family == "gpt2" and targets != "all-linear":
+        targets = ["c_attn", "mlp.c_proj"]
+    peft = get_peft_model(base(), LoraConfig(r=2, target_modules=targets, exclude_modules=exclude), "default")
+    expected = {
+        name[: -len(".lora_A.default")]
+        for name, _ in peft.base_model.model.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    model = slidelora.inject(base(), r=2, target_modules=targets, exclude_modules=exclude)
+    assert set(slide_layers(model)) == expected and expected
+
+
+def test_one_expert_is_peft_lora(make_base: Make, input_ids: torch.Tensor) -> None:
+    peft = get_peft_model(make_base(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    model = slidelora.inject(make_base(), r=4, lora_alpha=6)
+    for name, layer in slide_layers(model).items():
+        other = peft.base_model.model.get_submodule(name)
+        nn.init.normal_(other.lora_B.default.weight, std=0.3)
+        with torch.no_grad():
+            layer.lora_A[4:8] = other.lora_A.default.weight
+            layer.lora_B[4:8] = other.lora_B.default.weight.T
+            layer.lora_A[:4].fill_(float("nan"))
+    with slidelora.gates(model, {"image": 1.0}):
+        logits = model(input_ids).logits
+        logits.square().mean().backward()
+    expected = peft(input_ids).logits
+    expected.square().mean().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    for name, layer in slide_layers(model).items():
+        other = peft.base_model.model.get_submodule(name)
+        torch.testing.assert_close(layer.lora_A.grad[4:8], other.lora_A.default.weight.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(layer.lora_B.grad[4:8].T, other.lora_B.default.weight.grad, rtol=1e-3, atol=1e-6)
+        assert not layer.lora_A.grad[:4].any() and not layer.lora_B.grad[8:].any()
+
+
+def test_adapters_start_as_pefts(make_base: Make) -> None:
+    layer = slidelora.inject(make_base(), r=4).model.layers[0].self_attn.q_proj
+    assert not layer.lora_B.any()
+    bound = 32**-0.5  # kaiming uniform with a = sqrt(5): 1 / sqrt(d_in)
+    assert layer.lora_A.abs().max() <= bound and layer.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_a_module_with_two_names_is_one_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = self.two = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x))
+
+    model = slidelora.inject(Twice(), gate="given", r=2)
+    assert isinstance(model.one, SlideLoRALinear) and model.one is model.two
+    assert slidelora.remove(model).one is model.two and isinstance(model.one, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["query"]}, r"\('query',\) matches no module, expected some of \['down_proj'"),
+        ({"target_modules": "q_proj"}, "'q_proj' matches no module"),
+        ({"exclude_modules": ".*"}, "matches no module"),
+        ({"target_modules": ["self_attn"]}, r"model.layers.0.self_attn \(LlamaAttention\), expected linear"),
+    ],
+)
+def test_bad_targets_are_named_and_leave_the_model_alone(make_base: Make, fields: dict[str, Any], message: str) -> None:
+    model = make_base()
+    with pytest.raises(ValueError, match=message):
+        slidelora.inject(model, **fields)
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not slide_layers(model)
+
+
+def test_other_bad_calls_are_named(make_base: Make) -> None:
+    model = make_base()
+    with pytest.raises(TypeError, match="rank"):
+        slidelora.inject(model, rank=3)
+    with pytest.raises(TypeError, match="expected a SlideLoRAConfig or its fields"):
+        slidelora.inject(model, slidelora.SlideLoRAConfig(), r=3)
+    with pytest.raises(ValueError, match="Sequential has no input embeddings, expected"):
+        slidelora.inject(nn.Sequential(nn.Linear(2, 2)), gate="sequence")
+    with pytest.raises(ValueError, match="holds 0 injected models, expected one"):
+        slidelora.remove(model)
+    slidelora.inject(model.model, r=2)
+    with pytest.raises(ValueError, match="model is injected already, expected a plain model"):
+        slidelora.inject(model)
+
+
+def test_deepcopy_is_independent(make_model: Make, input_ids: torch.Tensor) -> None:
+    model = make_model()
+    expected = model(input_ids).logits
+    with slidelora.gates(model, "text"):
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(input_ids).logits, expected)
+    with slidelora.gates(copied, "image"):
+        assert torch.equal(model(input_ids).logits, expected)
+    nn.init.zeros_(model.model.layers[0].self_attn.q_proj.lora_B)
+    slidelora.remove(model)
+    assert torch.equal(copied(input_ids).logits, expected)
+    assert not slide_layers(slidelora.remove(copied))
+
+
+def test_state_dict_round_trip(make_model: Make, make_base: Make, input_ids: torch.Tensor) -> None:
+    model = make_model()
+    other = slidelora.inject(make_base(), r=4)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(model(input_ids).logits, other(input_ids).logits)
+
+
+def test_adapters_follow_their_base_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4, dtype=torch.float64))
+    slidelora.inject(model, gate="given", r=2)
+    assert model[0].lora_A.device.type == "meta" and model[1].lora_A.dtype == torch.float64

@@ -1,0 +1,137 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+import slidelora
+from slidelora import state
+from slidelora.inject import slide_layers
+
+Make = Callable[..., LlamaForCausalLM]
+
+
+@pytest.fixture
+def saved(make_model: Make, tmp_path: Path) -> Path:
+    slidelora.save_pretrained(make_model(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("gate", ["sequence", "given"])
+def test_round_trip_is_exact(
+    make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor, gate: str
+) -> None:
+    model = make_model(gate=gate, target_modules=["q_proj", "up_proj"])
+    slidelora.save_pretrained(model, tmp_path)
+    loaded = slidelora.load_pretrained(base := make_base(), tmp_path)
+    assert loaded is base
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+    with slidelora.gates(model, "text"), slidelora.gates(loaded, "text"):
+        assert torch.equal(model(input_ids).logits, loaded(input_ids).logits)
+
+
+def test_files_hold_the_adapter_only(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    tensors = load_file(saved / "adapter_model.safetensors")
+    assert len(tensors) == 14 * 3 * 2 + 4
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+    assert tensors[f"{key}A.text.weight"].shape == (4, 32) and tensors[f"{key}B.text.weight"].shape == (48, 4)
+    assert json.loads((saved / "adapter_config.json").read_text())["experts"] == ["text", "image", "shared"]
+
+
+def fails(make_base: Make, path: Path, error: type[Exception], message: str, **changes: Any) -> None:
+    model = make_base(**changes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        slidelora.load_pretrained(model, path)
+    after = model.state_dict()
+    assert not slide_layers(model) and after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 8}, r"shape \(4, 32\), expected \(8, 32\).* r=8"),
+        ({"experts": ["text", "audio", "shared"]}, "lacks .*audio.*expected them for experts"),
+        ({"experts": ["text", "shared"]}, "has .*image.*not expected"),
+        ({"target_modules": ["q_proj"]}, "has .*down_proj.*not expected"),
+        ({"gate": "given"}, "has .*slidelora_gate.*not expected"),
+        ({"r": -1}, "no Slide-LoRA configuration: r is -1"),
+        ({"peft_type": "LORA"}, r"unknown \['peft_type'\]"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(make_base: Make, saved: Path, change: dict[str, Any], message: str) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    fails(make_base, saved, ValueError, message)
+
+
+def test_a_base_that_does_not_fit(make_base: Make, saved: Path) -> None:
+    fails(make_base, saved, ValueError, r"expected \(4, 64\)", hidden_size=64)
+    fails(make_base, saved, ValueError, r"lacks .*layers\.2\.", num_hidden_layers=3)
+    fails(make_base, saved, ValueError, r"has .*layers\.1\..*not expected", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_file(make_base: Make, saved: Path, length: int) -> None:
+    weights = saved / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    fails(make_base, saved, ValueError, "adapter_model.safetensors is no whole safetensors file")
+
+
+def test_files_of_another_kind(make_base: Make, saved: Path, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, saved / "adapter_model.safetensors")
+    fails(make_base, saved, ValueError, "is no whole safetensors file")
+    save_file({"x": torch.ones(2)}, saved / "adapter_model.safetensors")
+    fails(make_base, saved, ValueError, "lacks base_model.*")
+    (saved / "adapter_config.json").write_text("[1]")
+    fails(make_base, saved, ValueError, "a list, expected an object")
+    (saved / "adapter_config.json").write_text("{")
+    fails(make_base, saved, ValueError, "no Slide-LoRA configuration")
+    fails(make_base, tmp_path / "nowhere", FileNotFoundError, "has no adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("stop", ["weights", "first replace", "second write", "second replace"])
+def test_an_interrupted_save_leaves_a_whole_adapter(
+    make_model: Make, make_base: Make, saved: Path, stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_model(r=2, experts=["a", "b"], shared=[])
+    calls = []
+
+    def stopping(name: str, function: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if calls.count(name) == at:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    if stop == "weights":
+        monkeypatch.setattr(state, "save_file", stopping("save", save_file, 1))
+    elif stop == "second write":
+        monkeypatch.setattr(state.os, "fsync", stopping("fsync", os.fsync, 2))
+    else:
+        monkeypatch.setattr(state.os, "replace", stopping("replace", os.replace, 1 if stop == "first replace" else 2))
+    with pytest.raises(KeyboardInterrupt):
+        slidelora.save_pretrained(other, saved)
+    monkeypatch.undo()
+    loaded = slidelora.load_pretrained(make_base(), saved)
+    whole = make_model() if stop in ("weights", "first replace") else other
+    assert all(torch.equal(parameter, whole.get_parameter(name)) for name, parameter in loaded.named_parameters())
+    assert len(list(saved.iterdir())) == 2
+    slidelora.save_pretrained(other, saved)
+    slidelora.load_pretrained(make_base(), saved)
+
+
+def test_loading_onto_an_injected_model(make_model: Make, saved: Path) -> None:
+    with pytest.raises(ValueError, match="expected a plain model"):
+        slidelora.load_pretrained(make_model(), saved)
