@@ -12,6 +12,7 @@ from textharmony.sheets import contact_sheet
 
 PICTURES = Path(__file__).parent / "pictures_to_read"
 WORDS = ("HELLO", "2026", "LORA8")
+NEW_WORD = "OPEN"
 _COLORS = (("red", "white"), ("white", "blue"), ("black", "yellow"), ("yellow", "purple"), ("green", "white"))
 
 
@@ -27,7 +28,8 @@ def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callab
     for i, word in enumerate(words):
         ink, ground = _COLORS[i % len(_COLORS)]
         prompts += [f'"{word}" in {ink} on {ground}'] * 2
-    for prompt, picture, read in zip(prompts, *_draw_and_read(model, prompts), strict=True):
+    drawn = model.draw(prompts)
+    for prompt, picture, read in zip(prompts, drawn, model.read(drawn), strict=True):
         say(f"draw    {prompt:<32} -> reads itself back as {read}")
         cells.append((picture, f"draw: {prompt}"))
     picture = pictures[0]
@@ -38,16 +40,11 @@ def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callab
     if boxes:
         x1, y1, x2, y2 = boxes[0]
         room = (max(0, x1 - 20), max(0, y1 - 90), min(999, x2 + 20), min(999, y2 + 120))
-        edited = model.edit(picture, room, words[0][: len(old)])
-        say(f"edit    {old} to {words[0][: len(old)]:<26} -> reads itself back as {model.read(edited)}")
-        cells.append((_fit(edited), f"edit: {old} to {words[0][: len(old)]}"))
+        edited = model.edit(picture, room, NEW_WORD)
+        say(f"edit    {f'{old} to {NEW_WORD}':<32} -> reads itself back as {model.read(edited)}")
+        cells.append((_fit(edited), f"edit: {old} to {NEW_WORD}"))
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(cells, 4, "textharmony, the embedded tiny model").save(out)
-
-
-def _draw_and_read(model: TextHarmony, prompts: list[str]) -> tuple[list[Image.Image], list[str]]:
-    drawn = model.draw(prompts)
-    return drawn, model.read(drawn)
 
 
 def _fit(picture: Image.Image) -> Image.Image:

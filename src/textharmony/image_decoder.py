@@ -47,10 +47,12 @@ class ImageDecoder(nn.Module):
 
     def read_context(self, hidden_states: Tensor, last: Tensor) -> Tensor:
         """hidden_states (B, T, D) up to each row's `last` (B,), nearest first -> context tokens (B, Q, C)."""
-        _, length, width = hidden_states.shape
+        batch, length, width = hidden_states.shape
         index = last[:, None] - torch.arange(length, device=last.device)  # (B, T)
         flipped = hidden_states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, width))
-        positions = sincos_positions(length, self.unet.config.cross_attention_dim, last.device)
+        # Half of a position counts from the image-begin token, as released, half from the start: captions begin alike.
+        table = sincos_positions(length, self.unet.config.cross_attention_dim // 2, last.device)  # (T, C / 2)
+        positions = torch.cat([table.expand(batch, -1, -1), table[index.clamp(min=0)]], -1)  # (B, T, C)
         return self.resampler(flipped, positions, index >= 0)
 
     @torch.no_grad()

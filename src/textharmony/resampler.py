@@ -66,7 +66,7 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, context: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """context (B, T, C), positions (T, D) added to it, mask (B, T) bool -> (B, queries, D)."""
+        """context (B, T, C), positions (T, D) or (B, T, D) added to it, mask (B, T) bool -> (B, queries, D)."""
         context = self.project(context)
         if positions is not None:
             context = context + positions
