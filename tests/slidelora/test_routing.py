@@ -357,6 +357,21 @@ def test_checkpointing_around_any_function() -> None:
     assert_same_gradients(gradients(model), expected)
 
 
+def test_checkpointing_around_the_whole_model(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+
+    def step(ids: Tensor) -> Tensor:
+        found = model(ids).logits
+        with slidelora.gates(model, "text"):
+            return found + model(ids).logits
+
+    step(input_ids).square().mean().backward()
+    expected = gradients(model)
+    checkpoint(step, input_ids, **slidelora.checkpoint_kwargs(model)).square().mean().backward()
+    assert_same_gradients(gradients(model), expected)
+    assert slidelora.routing(model).current is None
+
+
 def test_compiles_into_one_graph_for_successive_gates(make_model: Make, input_ids: Tensor) -> None:
     model = make_model(gate="given")
     for kinds in (

@@ -144,7 +144,7 @@ def test_strided_input_and_repeated_runs() -> None:
 
 
 def test_overwriting_the_base_changes_no_gradient() -> None:
-    base, x, A, B, gates, dy = case(2, 8, 6, 5, 3, 2, torch.float64, 0)
+    _, x, A, B, gates, dy = case(2, 8, 6, 5, 3, 2, torch.float64, 0)
     W = torch.randn(5, 6, dtype=torch.float64)
     results = []
     for overwrite in (False, True):
