@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -17,7 +17,7 @@ class LayoutConfig:
     width: int = 96
     depth: int = 3
     heads: int = 4
-    map_channels: int = 48
+    glyph_size: tuple[int, int] = (24, 20)
     steps: int = 16
 
 
@@ -108,9 +108,10 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
         raise ValueError(f"{cls.__name__} has no field {unknown}, expected some of {sorted(known)}")
     arguments = {}
     for name, value in values.items():
-        if name == "layout" and value is not None and not is_dataclass(value):
-            value = LayoutConfig(**value)
-        arguments[name] = tuple(value) if isinstance(value, list) and name in ("image_size", "stem") else value
+        if name == "layout" and value is not None:
+            value = _from_dict(LayoutConfig, value)
+        tuples = ("image_size", "stem", "glyph_size")
+        arguments[name] = tuple(value) if isinstance(value, list) and name in tuples else value
     return cls(**arguments)
 
 
@@ -143,7 +144,7 @@ TINY = ModelConfig(
     },
     unet={
         "_class_name": "UNet2DConditionModel",
-        "in_channels": 2 * _TINY_LATENTS + 1 + _TINY_LAYOUT.map_channels,
+        "in_channels": 2 * _TINY_LATENTS + 1 + 4 * 4 * 4,  # the draft: 4 channels of 4 x 4 pixels
         "out_channels": _TINY_LATENTS,
         "block_out_channels": [64, 128],
         "down_block_types": ["DownBlock2D", "DownBlock2D"],
@@ -196,16 +197,16 @@ TINY_TRAINING = TrainConfig(
             name="columns",
             trainable=r"visual_tokenizer",
             tasks={"perception": 1},
-            steps=1000,
+            steps=900,
             batch_size=64,
             learning_rate=1.5e-3,
             losses=("columns",),
         ),
         Stage(
             name="spelling",
-            trainable=r"language\.(?!.*lora_|slidelora_gate)|image_decoder\.(resampler|planner)|begin_image",
+            trainable=r"language\.(?!.*lora_|slidelora_gate)|image_decoder\.(resampler|planner|painter)|begin_image",
             tasks={"generation": 1},
-            steps=800,
+            steps=900,
             batch_size=64,
             learning_rate=1.5e-3,
             losses=("text", "layout"),
@@ -216,7 +217,7 @@ TINY_TRAINING = TrainConfig(
             name="align",
             trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)",
             tasks=_FOUR,
-            steps=2000,
+            steps=1300,
             batch_size=48,
             learning_rate=1.5e-3,
         ),
@@ -225,7 +226,7 @@ TINY_TRAINING = TrainConfig(
             name="tune",
             trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
             tasks=_FOUR,
-            steps=600,
+            steps=500,
             batch_size=48,
             learning_rate=1e-3,
             adapters=True,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textharmony.config import ModelConfig
-from textharmony.layout import LayoutPainter, LayoutPlanner, Layouts, region_features
+from textharmony.layout import GlyphPainter, LayoutPlanner, Layouts, draft, ink_loss, region_features
 from textharmony.resampler import PerceiverResampler, sincos_positions
 
 
@@ -43,7 +43,7 @@ class ImageDecoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(self.channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(self.channels, 1, 1))
         self.planner = LayoutPlanner(config.layout, context_width, config.image_size) if config.layout else None
-        self.painter = LayoutPainter(config.layout, context_width, self.grid, self.cell) if config.layout else None
+        self.painter = GlyphPainter(config.layout, context_width, config.image_size) if config.layout else None
 
     def read_context(self, hidden_states: Tensor, last: Tensor) -> Tensor:
         """hidden_states (B, T, D) up to each row's `last` (B,), nearest first -> context tokens (B, Q, C)."""
@@ -120,18 +120,22 @@ class ImageDecoder(nn.Module):
         batch = hidden_states.shape[0]
         context = self.read_context(hidden_states, last)
         layout_loss = context.new_zeros(())
-        if self.planner is not None:
+        painted: Tensor | None = None
+        if self.planner is not None and self.painter is not None:
             if layouts is None or characters is None:
                 raise ValueError("layouts or characters are None, expected both: this model plans layouts")
             place = region_features(region, batch, self.config.image_size, context.device)
+            ink_share = self.painter(layouts, context)
             layout_loss = self.planner.loss(layouts, characters, context, place)
+            layout_loss = layout_loss + ink_loss(ink_share, layouts, target_pixel_values)
+            painted = F.pixel_unshuffle(draft(ink_share, layouts), self.cell)
         if not diffuse:
             return context.new_zeros(()), layout_loss
         latents = self.encode(target_pixel_values)
         extra = [*self._fill_in(source_pixel_values, region, batch)]
         dropped = torch.rand(batch, device=latents.device) < self.config.unconditional_share
-        if self.painter is not None and layouts is not None:
-            extra.append(self.painter(layouts, context) * ~dropped[:, None, None, None])
+        if painted is not None:
+            extra.append(painted * ~dropped[:, None, None, None])
         context = torch.where(dropped[:, None, None], self.unconditional, context)
         time = torch.sigmoid(
             torch.randn(batch, device=latents.device) * self.config.time_spread + self.config.time_center
@@ -161,7 +165,8 @@ class ImageDecoder(nn.Module):
         if self.planner is not None and self.painter is not None:
             noise = torch.stack([torch.randn(self.planner.noise_size, generator=g) for g in generators])
             place = region_features(region, batch, self.config.image_size, extra.device)
-            painted = self.painter(self.planner.sample(context, place, noise.to(extra.device)), context)
+            layouts = self.planner.sample(context, place, noise.to(extra.device))
+            painted = F.pixel_unshuffle(draft(self.painter(layouts, context), layouts), self.cell)
             extra, blind = torch.cat([extra, painted], 1), torch.cat([extra, torch.zeros_like(painted)], 1)
         latents = torch.stack([torch.randn(self.channels, *self.grid, generator=g) for g in generators])
         latents = latents.to(extra.device)

@@ -1,8 +1,8 @@
 """The layout planner: where each character of a drawing stands, in which font and colours, drawn from noise.
 
 TextDiffuser (Chen et al. 2023) and TextDiffuser-2 plan a layout before they draw; TextHarmony does not. Here a small
-rectified-flow transformer plans it from the image decoder's context tokens, and a painter turns the plan into a feature
-map that is added to the UNet's input.
+rectified-flow transformer plans it from the image decoder's context tokens, and a painter turns the plan into a draft
+that the UNet sees beside its noisy latents.
 """
 
 from __future__ import annotations
@@ -108,14 +108,16 @@ class LayoutPlanner(nn.Module):
         line, slots = self.encode(layouts)
         line, slots, context, region = (v.repeat(draws, *[1] * (v.ndim - 1)) for v in (line, slots, context, region))
         present = layouts.present.repeat(draws, 1)
-        time = torch.rand(line.shape[0], device=line.device)
+        time = torch.rand(line.shape[0], device=line.device).sqrt()  # more often late, where the context decides
         line_noise, slot_noise = torch.randn_like(line), torch.randn_like(slots) * present[..., None]
         t1, t2 = time[:, None], time[:, None, None]
         line_out, slot_out = self.denoise(
             line.lerp(line_noise, t1), slots.lerp(slot_noise, t2), time, context, region, present
         )
         slot_error = (slot_out - slots).square().mean(-1)[present].mean()
-        return spelling + (line_out - line).square().mean() + slot_error
+        line_error = (line_out - line).square()
+        groups = (line_error[:, :3], line_error[:, 3:6], line_error[:, 6:_LINE], line_error[:, _LINE:])
+        return spelling + slot_error + sum((group.mean() for group in groups), line.new_zeros(()))
 
     @torch.no_grad()
     def sample(self, context: Tensor, region: Tensor, noise: Tensor) -> Layouts:
@@ -145,54 +147,67 @@ class LayoutPlanner(nn.Module):
         return _LINE + self.config.fonts + 2 * self.config.slots
 
 
-class LayoutPainter(nn.Module):
-    """Paints a plan on the latent grid: at each cell, which character, where within it, and the style."""
+class GlyphPainter(nn.Module):
+    """Paints a plan: each slot's glyph, learned as a small picture of ink, stretched into its box.
 
-    def __init__(self, config: LayoutConfig, context_width: int, grid: tuple[int, int], cell: int) -> None:
+    TextDiffuser conditions its UNet on a segmentation mask of the characters; this is such a mask, learned.
+    """
+
+    def __init__(self, config: LayoutConfig, context_width: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.config, self.grid, self.cell = config, grid, cell
-        hidden = 2 * config.map_channels
-        self.slot_in = nn.Linear(context_width + config.fonts + 2, hidden)
-        self.column_in = nn.Linear(11, hidden)
-        self.row_in = nn.Linear(11, hidden)
-        self.perceptron = nn.Sequential(
-            nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, config.map_channels)
+        self.config, self.image_size = config, image_size
+        rows, columns = config.glyph_size
+        self.glyph = nn.Sequential(
+            nn.Linear(context_width + config.fonts, 2 * context_width),
+            nn.GELU(),
+            nn.Linear(2 * context_width, rows * columns),
         )
-        self.style = nn.Linear(6, config.map_channels)
-        self.places = nn.Parameter(torch.randn(config.map_channels, *grid) * 0.02)
 
     def forward(self, layouts: Layouts, context: Tensor) -> Tensor:
-        """Layouts and context (B, Q, D) -> (B, map_channels, h, w)."""
-        rows, columns = self.grid
-        boxes = layouts.boxes
-        x = (torch.arange(columns, device=boxes.device) + 0.5) * self.cell
-        y = (torch.arange(rows, device=boxes.device) + 0.5) * self.cell
-        size = torch.stack([boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]], -1) / 16  # (B, S, 2)
-        fonts = layouts.fonts.to(boxes.dtype)[:, None].expand(-1, self.config.slots, -1)
-        slot = self.slot_in(torch.cat([context[:, : self.config.slots], fonts, size], -1))  # (B, S, H)
-        across, column_cover = _within(x, boxes[..., 0], boxes[..., 2])
-        down, row_cover = _within(y, boxes[..., 1], boxes[..., 3])
-        hidden = slot[:, :, None, None] + self.column_in(across)[:, :, None] + self.row_in(down)[:, :, :, None]
-        painted = self.perceptron(hidden)  # (B, S, h, w, M)
-        cover = row_cover[..., None] * column_cover[:, :, None] * layouts.present[:, :, None, None]
-        painted = torch.einsum("bshwm,bshw->bmhw", painted, cover)
-        style = self.style(torch.cat([layouts.ink, layouts.ground], -1))[:, :, None, None]
-        return painted + style + self.places
+        """Layouts and context (B, Q, D) -> the share of ink in each pixel (B, 1, H, W)."""
+        height, width = self.image_size
+        batch, slots = layouts.present.shape
+        fonts = layouts.fonts.to(context.dtype)[:, None].expand(-1, slots, -1)
+        glyphs = self.glyph(torch.cat([context[:, :slots], fonts], -1)).sigmoid()  # (B, S, rows * columns)
+        glyphs = glyphs * layouts.present[..., None]
+        x1, y1, x2, y2 = layouts.boxes.unbind(-1)  # (B, S)
+        tail = 0.25 * (y2 - y1)  # Q and J reach below the baseline
+        x = _between(torch.arange(width, device=x1.device) + 0.5, x1 - _RIM, x2 + _RIM)  # (B, S, W)
+        y = _between(torch.arange(height, device=y1.device) + 0.5, y1 - _RIM, y2 + _RIM + tail)  # (B, S, H)
+        grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), -1)  # (B, S, H, W, 2)
+        painted = F.grid_sample(
+            glyphs.view(batch * slots, 1, *self.config.glyph_size), grid.flatten(0, 1), align_corners=False
+        )
+        return painted.view(batch, slots, height, width).sum(1, keepdim=True).clamp(max=1)
+
+
+_RIM = 1.5  # pixels about a character's box
+
+
+def draft(ink_share: Tensor, layouts: Layouts) -> Tensor:
+    """The plan in flat colours, and its ink: ink_share (B, 1, H, W) -> (B, 4, H, W)."""
+    ink, ground = layouts.ink[..., None, None], layouts.ground[..., None, None]
+    return torch.cat([ground + (ink - ground) * ink_share, ink_share], 1)
+
+
+def ink_loss(ink_share: Tensor, layouts: Layouts, pixel_values: Tensor) -> Tensor:
+    """Squared error of the ink against that in pictures (B, 3, H, W) in -1..1, over the amount of ink in them."""
+    ink, ground = layouts.ink[..., None, None], layouts.ground[..., None, None]
+    axis = ink - ground  # (B, 3, 1, 1)
+    seen = ((pixel_values - ground) * axis).sum(1, keepdim=True) / axis.square().sum(1, keepdim=True)
+    seen = seen.clamp(0, 1)
+    return (ink_share - seen).square().sum() / seen.sum().clamp(min=1)
+
+
+def _between(position: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """position (n,), low and high (B, S) -> -1 at low, 1 at high (B, S, n)."""
+    return 2 * (position - low[..., None]) / (high - low).clamp(min=1)[..., None] - 1
 
 
 def _waves(time: Tensor, count: int) -> Tensor:
     """(B, 1) -> (B, 2 * count) sines and cosines."""
     angles = time * (2.0 ** torch.arange(count, device=time.device)) * (math.pi / 2)
     return torch.cat([angles.sin(), angles.cos()], -1)
-
-
-def _within(position: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """position (n,), low and high (B, S) -> features of the place between them (B, S, n, 11), soft cover (B, S, n)."""
-    after, before = position - low[..., None], high[..., None] - position  # (B, S, n) pixels
-    share = after / (after + before).clamp(min=1)
-    angles = share.clamp(-0.5, 1.5)[..., None] * (2.0 ** torch.arange(4, device=position.device)) * math.pi
-    features = torch.cat([angles.sin(), angles.cos(), torch.stack([share, after / 16, before / 16], -1)], -1)
-    return features, torch.sigmoid((after + 4) / 1.5) * torch.sigmoid((before + 4) / 1.5)
 
 
 def region_features(region: Tensor | None, batch: int, image_size: tuple[int, int], device: torch.device) -> Tensor:

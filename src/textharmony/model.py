@@ -76,7 +76,7 @@ class TextHarmony(nn.Module):
     # Training
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), column logits (N, columns, C)."""
+        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), column logits (N, 2, Q, C)."""
         embeds = self.language.get_input_embeddings()(input_ids)
         embeds = embeds + (input_ids == self.boi_id)[..., None] * self.begin_image
         if pixel_values is None:
@@ -120,7 +120,8 @@ class TextHarmony(nn.Module):
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
         if "columns" in losses and columns is not None and column_labels is not None:
             if (column_labels != -100).any():
-                found["columns"] = F.cross_entropy(columns.flatten(0, 1), column_labels.flatten())
+                wanted = column_labels[:, None].expand(columns.shape[:-1])
+                found["columns"] = F.cross_entropy(columns.flatten(0, 2), wanted.flatten())
         if {"text", "image", "layout"} & set(losses):
             if adapters:
                 prompt = attention_mask.bool() & (labels == -100)

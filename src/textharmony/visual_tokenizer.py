@@ -34,8 +34,8 @@ class ConvStem(nn.Sequential):
 class VisualTokenizer(nn.Module):
     """A transformers vision model and a resampler to `visual_tokens` tokens of the language model's width.
 
-    With `characters`, a head says which character covers each column of half a patch: trained beside, it stands in for
-    a vision model's pretraining.
+    With `characters`, two heads say which character covers each column of half a patch, from the ViT's patches and from
+    the tokens: trained beside, they stand in for a vision model's pretraining.
     """
 
     def __init__(self, config: ModelConfig, width: int, characters: int = 0) -> None:
@@ -51,16 +51,20 @@ class VisualTokenizer(nn.Module):
             vision.hidden_size, width, config.visual_tokens, config.resampler_depth, config.resampler_heads
         )
         self.project = nn.Linear(width, width)
+        if characters and config.visual_tokens != 2 * columns:
+            raise ValueError(f"visual_tokens is {config.visual_tokens}, expected {2 * columns}, one for each column")
         self.column_head = nn.Linear(vision.hidden_size, 2 * (characters + 1)) if characters else None
+        self.token_head = nn.Linear(width, characters + 1) if characters else None
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), column logits (N, 2 * columns, characters + 1)."""
+        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), column logits (N, 2, Q, characters + 1)."""
         hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state[
             :, 1:
         ]  # (N, P, C)
-        tokens = self.project(self.resampler(hidden, self.positions))
-        if self.column_head is None:
+        resampled = self.resampler(hidden, self.positions)
+        tokens = self.project(resampled)
+        if self.column_head is None or self.token_head is None:
             return tokens, None
-        rows, columns = self.grid
-        pooled = hidden.unflatten(1, (rows, columns)).mean(1)  # (N, columns, C)
-        return tokens, self.column_head(pooled).unflatten(-1, (2, -1)).flatten(1, 2)
+        pooled = hidden.unflatten(1, self.grid).mean(1)  # (N, columns, C)
+        by_column = self.column_head(pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, 2 * columns, characters + 1)
+        return tokens, torch.stack([by_column, self.token_head(resampled)], 1)
