@@ -1,0 +1,66 @@
+"""A model small enough for tests: the tiny configuration with fewer layers and channels, and random weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from textharmony.config import TINY, LayoutConfig, ModelConfig
+from textharmony.model import TextHarmony
+from textharmony.tokens import build_tokenizer
+
+_WIDTH, _LATENTS = 32, 4
+_LAYOUT = LayoutConfig(width=16, depth=1, heads=2, map_channels=8, steps=3)
+
+
+@pytest.fixture(scope="session")
+def config() -> ModelConfig:
+    return replace(
+        TINY,
+        vision=TINY.vision | {"hidden_size": _WIDTH, "intermediate_size": 48, "num_hidden_layers": 1},
+        stem=(8, 16),
+        language=TINY.language
+        | {"hidden_size": _WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2},
+        unet=TINY.unet
+        | {
+            "in_channels": 2 * _LATENTS + 1 + _LAYOUT.map_channels,
+            "out_channels": _LATENTS,
+            "block_out_channels": [16, 16],
+            "cross_attention_dim": _WIDTH,
+        },
+        vae=TINY.vae | {"block_out_channels": [8, 8, 8], "latent_channels": _LATENTS},
+        slide=TINY.slide | {"r": 4, "lora_alpha": 4},
+        visual_tokens=6,
+        context_tokens=8,
+        layout=_LAYOUT,
+        inference_steps=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Callable[..., TextHarmony]:
+    def make(seed: int = 0, **changes: object) -> TextHarmony:
+        """A model of random weights; those that start at zero, adapters among them, are random too."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = TextHarmony(replace(config, **changes), tokenizer)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if not parameter.any():
+                        parameter.normal_(0, 0.1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[..., TextHarmony]) -> TextHarmony:
+    """Shared by all tests, which leave it as it is."""
+    return make_model()

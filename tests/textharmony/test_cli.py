@@ -1,0 +1,147 @@
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import textharmony.training
+from textharmony.cli import main
+from textharmony.config import TINY, TINY_TRAINING
+from textharmony.model import TextHarmony
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, model: TextHarmony) -> Run:
+    """The command line as typed, with the tests' model as the embedded one."""
+    from_pretrained = TextHarmony.from_pretrained
+
+    def load(path: str | Path) -> TextHarmony:
+        return model if path == "tiny" else from_pretrained(path)
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(TextHarmony, "from_pretrained", load)
+        monkeypatch.setattr(sys, "argv", ["textharmony", *map(str, arguments)])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 100, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_read_prints_a_line_a_picture(
+    run: Run, model: TextHarmony, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("read", picture, picture)
+    assert capsys.readouterr().out == f"{model.read(picture)}\n" * 2
+
+
+def test_answer(run: Run, model: TextHarmony, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("answer", picture, "what color is the text")
+    assert capsys.readouterr().out == model.answer(picture, "what color is the text") + "\n"
+
+
+def test_locate_prints_a_line_a_box(
+    run: Run, model: TextHarmony, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "locate", lambda image, text: [(1.0, 2.0, 3.0, 4.5)] * 2)
+    run("locate", picture, "A")
+    assert capsys.readouterr().out == "1.0 2.0 3.0 4.5\n" * 2
+
+
+def test_draw_writes_a_picture(
+    run: Run, model: TextHarmony, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "drawn.png"
+    run("draw", '"A1" in red', "-o", out, "--seed", 4, "--num-inference-steps", 1)
+    assert capsys.readouterr().out.strip() == str(out)
+    expected = model.draw('"A1" in red', seed=4, num_inference_steps=1)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+
+
+def test_edit_writes_a_picture(run: Run, model: TextHarmony, picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "edited.png"
+    run("edit", picture, "A1", "--box", 100, 200, 600, 900, "-o", out, "--seed", 2)
+    expected = model.edit(picture, (100, 200, 600, 900), "A1", seed=2)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+
+
+def test_demo_writes_a_sheet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("demo", "A", "B2", "-o", tmp_path / "sheet.png")
+    assert '"B2"' in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
+
+
+def test_train_runs_the_preset(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(textharmony.training, "train", lambda *arguments: calls.append(arguments))
+    run("train", "--preset", "tiny", "--out", tmp_path)
+    assert calls == [(TINY, TINY_TRAINING, tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["read", "nowhere.png"], "nowhere.png"),
+        (["read", "NOTE"], "note.txt"),
+        (["read", "PICTURE", "--model", "no-such-model"], "no-such-model"),
+        (["draw", "hello", "-o", "OUT"], "'hello'"),
+        (["draw", '"TOOLONG"', "-o", "OUT"], "'TOOLONG'"),
+        (["draw", '"A" "B"', "-o", "OUT"], '"A" "B"'),
+        (["edit", "PICTURE", "A", "--box", "10", "10", "5", "20", "-o", "OUT"], "(10.0, 10.0, 5.0, 20.0)"),
+        (["edit", "PICTURE", "a", "--box", "10", "10", "50", "20", "-o", "OUT"], "'a'"),
+        (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "0"], "0"),
+        (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "-3"], "-3"),
+        (["train", "--preset", "huge"], "'huge'"),
+        (["read", "PICTURE", "--model", "BROKEN"], "model.safetensors"),
+        (["read", "PICTURE", "--model", "OTHER"], "model.safetensors"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_status_one(
+    run: Run, model: TextHarmony, picture: Path, tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    (tmp_path / "note.txt").write_text("no picture")
+    for name in ("BROKEN", "OTHER"):
+        if name in arguments:
+            model.save_pretrained(tmp_path / name)
+    if "BROKEN" in arguments:
+        (tmp_path / "BROKEN" / "model.safetensors").write_bytes(b"cut")
+    if "OTHER" in arguments:
+        config = tmp_path / "OTHER" / "config.json"
+        config.write_text(config.read_text().replace('"visual_tokens": 6', '"visual_tokens": 7'))
+    places = {
+        "PICTURE": picture,
+        "NOTE": tmp_path / "note.txt",
+        "OUT": tmp_path / "out.png",
+        "BROKEN": tmp_path / "BROKEN",
+        "OTHER": tmp_path / "OTHER",
+    }
+    with pytest.raises(SystemExit) as error:
+        run(*(places.get(argument, argument) for argument in arguments))
+    message = error.value.code  # a string: Python prints it on stderr and exits with status 1
+    assert isinstance(message, str) and message.startswith("textharmony: ")
+    assert named in message and "\n" not in message.strip(), message
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_command_that_is_none_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("sing", "a song")
+    assert error.value.code not in (0, None)
+    assert "sing" in "".join(capsys.readouterr())
+
+
+def test_help_lists_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("--help")
+    assert error.value.code == 0
+    said = capsys.readouterr().out
+    assert all(verb in said for verb in ("read", "answer", "locate", "draw", "edit", "train", "evaluate", "demo"))

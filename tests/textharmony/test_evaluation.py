@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from textharmony import evaluation
+from textharmony.data.synthetic import COLORS, SyntheticWords, is_held_out
+from textharmony.evaluation import (
+    Row,
+    ink_mask,
+    intersection_over_union,
+    named_colors,
+    recognise,
+    same_text,
+    table,
+)
+from textharmony.model import TextHarmony
+from textharmony.tokens import Task
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((0, 0, 2, 2), (0, 0, 2, 2), 1),
+        ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3),
+        ((0, 0, 4, 4), (1, 1, 3, 3), 1 / 4),
+        ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7),
+        ((0, 0, 2, 2), (2, 0, 4, 2), 0),
+        ((0, 0, 2, 2), (5, 5, 6, 6), 0),
+        ((0, 0, 2, 2), (5, 0, 6, 2), 0),
+    ],
+)
+def test_intersection_over_union_by_hand(a: tuple[float, ...], b: tuple[float, ...], expected: float) -> None:
+    assert intersection_over_union(a, b) == intersection_over_union(b, a) == pytest.approx(expected)
+
+
+@st.composite
+def whole_boxes(draw: st.DrawFn) -> tuple[int, ...]:
+    x1, y1 = draw(st.integers(0, 10)), draw(st.integers(0, 10))
+    return x1, y1, x1 + draw(st.integers(1, 10)), y1 + draw(st.integers(1, 10))
+
+
+@given(whole_boxes(), whole_boxes())
+def test_intersection_over_union_by_counting(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (a, b)]
+    expected = len(cells[0] & cells[1]) / len(cells[0] | cells[1])
+    assert intersection_over_union(a, b) == pytest.approx(expected)
+
+
+def test_same_text_folds_what_looks_alike() -> None:
+    assert same_text("OIL0", "01LO") and same_text("", "")
+    for other in ("oil0", "0ILO ", "OLL0", "OIL"):
+        assert not same_text("OIL0", other)
+
+
+def test_colors_of_real_renders_are_named() -> None:
+    data = SyntheticWords(1, "train", {Task.GENERATION: 1})
+    samples = [data[i] for i in range(150)]
+    found = [named_colors(Image.fromarray(s.target)) for s in samples if s.target is not None]
+    hits = [colors == (s.ink, s.ground) for colors, s in zip(found, samples)]
+    assert sum(hits) / len(hits) >= 0.95
+
+
+def test_a_wrong_color_is_not_named_right() -> None:
+    picture = np.full((32, 128, 3), COLORS["white"], np.uint8)
+    picture[10:22, 30:60] = COLORS["green"]
+    assert named_colors(Image.fromarray(picture)) == ("green", "white")
+    assert ink_mask(Image.fromarray(picture)).nonzero()[1].min() == 30
+    assert ink_mask(Image.fromarray(picture)).sum() == 12 * 30
+
+
+def test_an_empty_picture_has_no_second_color() -> None:
+    ink, ground = named_colors(Image.new("RGB", (128, 32), COLORS["red"]))
+    assert ground == "red" and not ink_mask(Image.new("RGB", (128, 32), "red")).any()
+    assert (ink, ground) not in {(a, "red") for a in COLORS if a != "red"} or ink != ground
+
+
+def test_the_judge_reads_real_renders() -> None:
+    pytest.importorskip("rapidocr")
+    data = SyntheticWords(2024, "held_out", {Task.GENERATION: 1})
+    samples = [data[i] for i in range(25)]
+    read = [recognise(Image.fromarray(s.target)) for s in samples if s.target is not None]
+    right = sum(same_text(said, s.text) for said, s in zip(read, samples))
+    assert right >= 20, read
+    other = sum(same_text(said, s.text) for said, s in zip(read, samples[1:]))
+    assert other <= 1
+
+
+def test_the_judge_reads_nothing_in_nothing() -> None:
+    pytest.importorskip("rapidocr")
+    assert recognise(Image.new("RGB", (128, 32), "white")) == ""
+
+
+def test_rows() -> None:
+    assert Row("a", 97, 100, 0.97).passed and not Row("a", 96, 100, 0.97).passed
+    # 95% of the judge's 80% is 76%.
+    assert Row("a", 76, 100, 0.95, 80).passed and not Row("a", 75, 100, 0.95, 80).passed
+    assert Row("reading", 485, 500, 0.97).markdown() == "| reading | 97.0% (485/500) | >= 97% | yes |"
+    judged = Row("drawing", 100, 200, 0.95, 190).markdown()
+    assert "50.0% (100/200)" in judged and "95.0%" in judged and "of the judge's score" in judged
+    assert judged.endswith("| no |")
+
+
+def test_the_table_is_markdown() -> None:
+    lines = table([Row("a", 1, 2, 0.5), Row("b", 1, 2, 0.5, 1)]).splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+
+
+def test_the_whole_evaluation_on_a_few_samples(
+    model: TextHarmony, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of random weights gets words wrong, and every count is that of what it was asked."""
+    monkeypatch.setattr(evaluation, "recognise", lambda picture: "")
+    whole = evaluation._samples
+    asked = []
+
+    def few(task: Task, count: int, *keep: object) -> list[object]:
+        found = whole(task, 12 if task is Task.COMPREHENSION else 3, *keep)
+        asked.extend(found)
+        return found
+
+    monkeypatch.setattr(evaluation, "_samples", few)
+    rows = {row.name: row for row in evaluation.evaluate(model, tmp_path / "out")}
+    assert all(is_held_out(sample.text) for sample in asked)
+    assert len(rows) == 12 and rows["reading, held-out words, exact"].count == 3
+    assert rows["reading, held-out words, exact"].right == 0
+    kept = rows["editing: every pixel outside the box unchanged"]
+    assert kept.right == kept.count == 3
+    gate = next(row for name, row in rows.items() if name.startswith("gate"))
+    assert gate.count == 3 + 3 + 3 + 3 + 12 and 0 <= gate.right <= gate.count
+    parts = [row for name, row in rows.items() if name.startswith("- ")]
+    assert sum(row.count for row in parts) == 12
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [row["right"] for row in report["rows"]] == [row.right for row in rows.values()]
+    assert (tmp_path / "out" / "evaluation.md").read_text().startswith("| what |")
+    for name in ("drawing", "seeds", "editing"):
+        assert Image.open(tmp_path / "out" / f"{name}.png").width > 400

@@ -1,0 +1,66 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from textharmony.config import ModelConfig
+from textharmony.visual_tokenizer import ConvStem, VisualTokenizer
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(3, 3, 32, 128) * 2 - 1
+
+
+def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
+    tokens, columns = VisualTokenizer(config, 24, characters=36)(pixels)
+    assert tokens.shape == (3, config.visual_tokens, 24)
+    assert columns is not None and columns.shape == (3, 32, 37)
+
+
+def test_no_head_without_characters(config: ModelConfig, pixels: torch.Tensor) -> None:
+    tokenizer = VisualTokenizer(config, 24)
+    assert tokenizer.column_head is None and tokenizer(pixels)[1] is None
+
+
+@pytest.mark.parametrize("stem", [(), (8,), (8, 16)])
+def test_pictures_do_not_see_each_other(config: ModelConfig, pixels: torch.Tensor, stem: tuple[int, ...]) -> None:
+    tokenizer = VisualTokenizer(replace(config, stem=stem), 24, characters=4).eval()
+    with torch.no_grad():
+        tokens, columns = tokenizer(pixels)
+        for i in range(len(pixels)):
+            alone, alone_columns = tokenizer(pixels[i : i + 1])
+            torch.testing.assert_close(alone[0], tokens[i], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alone_columns[0], columns[i], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
+
+
+def test_where_something_stands_is_seen(config: ModelConfig) -> None:
+    """The same mark in two places gives other tokens, in whatever order the patches come."""
+    tokenizer = VisualTokenizer(config, 24).eval()
+    pictures = torch.zeros(2, 3, 32, 128)
+    pictures[0, :, 8:16, 8:16] = 1
+    pictures[1, :, 8:16, 96:104] = 1
+    with torch.no_grad():
+        tokens, _ = tokenizer(pictures)
+    assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
+
+
+def test_a_column_is_told_from_what_stands_in_it(config: ModelConfig) -> None:
+    """A mark in patch column 12 changes the logits of columns 24 and 25 most, once the blocks between do nothing."""
+    tokenizer = VisualTokenizer(replace(config, stem=()), 24, characters=4).eval()
+    with torch.no_grad():
+        for layer in tokenizer.vit.encoder.layers:
+            layer.self_attn.out_proj.weight.zero_()
+        picture = torch.zeros(1, 3, 32, 128)
+        marked = picture.clone()
+        marked[..., 12 * 8 : 13 * 8] = 1
+        change = (tokenizer(marked)[1] - tokenizer(picture)[1]).abs().sum(-1)[0]
+    assert set(change.topk(2).indices.tolist()) == {24, 25} and (change > 1e-6).sum() == 2
+
+
+@pytest.mark.parametrize(("channels", "patch"), [((8, 16), 8), ((8,), 8), ((8, 8, 16), 16), ((), 4)])
+def test_the_stem_makes_one_cell_a_patch(channels: tuple[int, ...], patch: int) -> None:
+    stem = ConvStem(channels, 20, patch)
+    assert stem(torch.randn(2, 3, 32, 64)).shape == (2, 20, 32 // patch, 64 // patch)
+    assert stem.weight.shape[0] == 20
