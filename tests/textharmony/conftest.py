@@ -12,7 +12,7 @@ from textharmony.model import TextHarmony
 from textharmony.tokens import build_tokenizer
 
 _WIDTH, _LATENTS = 32, 4
-_LAYOUT = LayoutConfig(width=16, depth=1, heads=2, map_channels=8, steps=3)
+_LAYOUT = LayoutConfig(width=16, depth=1, heads=2, glyph_size=(8, 6), steps=3)
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +25,13 @@ def config() -> ModelConfig:
         | {"hidden_size": _WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2},
         unet=TINY.unet
         | {
-            "in_channels": 2 * _LATENTS + 1 + _LAYOUT.map_channels,
+            "in_channels": 2 * _LATENTS + 1 + 4 * 4 * 4,
             "out_channels": _LATENTS,
             "block_out_channels": [16, 16],
             "cross_attention_dim": _WIDTH,
         },
         vae=TINY.vae | {"block_out_channels": [8, 8, 8], "latent_channels": _LATENTS},
         slide=TINY.slide | {"r": 4, "lora_alpha": 4},
-        visual_tokens=6,
         context_tokens=8,
         layout=_LAYOUT,
         inference_steps=2,

@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_status_one(
         (tmp_path / "BROKEN" / "model.safetensors").write_bytes(b"cut")
     if "OTHER" in arguments:
         config = tmp_path / "OTHER" / "config.json"
-        config.write_text(config.read_text().replace('"visual_tokens": 6', '"visual_tokens": 7'))
+        config.write_text(config.read_text().replace('"context_tokens": 8', '"context_tokens": 7'))
     places = {
         "PICTURE": picture,
         "NOTE": tmp_path / "note.txt",

@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -117,7 +118,7 @@ def test_a_perfect_denoiser_leads_to_the_picture(
     torch.testing.assert_close(found, decoder.decode(truth), atol=1e-4, rtol=1e-4)
     # From pure noise downwards, one call a step.
     assert len(times) == steps and times[0] == [1.0, 1.0]
-    assert all(later[0] < earlier[0] for earlier, later in zip(times, times[1:])) and times[-1][0] > 0
+    assert all(later[0] < earlier[0] for earlier, later in itertools.pairwise(times)) and times[-1][0] > 0
 
 
 def test_a_perfect_denoiser_has_no_image_loss(

@@ -112,15 +112,18 @@ def test_adapters_act_when_asked(model: TextHarmony, samples: list[Sample]) -> N
 
 
 def test_embed_counts_the_image_tokens(model: TextHarmony) -> None:
-    ids = torch.full((2, 9), 7)
-    ids[:, 1:6] = model.image_id
-    with pytest.raises(ValueError, match="input_ids has 10 image tokens, expected 6 for each of 2 pictures"):
+    count = model.config.visual_tokens
+    ids = torch.full((2, count + 3), 7)
+    ids[:, 1:count] = model.image_id
+    with pytest.raises(
+        ValueError, match=f"input_ids has {2 * count - 2} image tokens, expected {count} for each of 2 pictures"
+    ):
         model.embed(ids, torch.zeros(2, 3, 32, 128))
-    ids[:, 6] = model.image_id
+    ids[:, count] = model.image_id
     pixels = torch.rand(2, 3, 32, 128)
     embeds, _ = model.embed(ids, pixels)
     tokens, _ = model.visual_tokenizer(pixels)
-    assert torch.equal(embeds[:, 1:7], tokens)
+    assert torch.equal(embeds[:, 1 : count + 1], tokens)
     assert torch.equal(embeds[:, 0], model.language.get_input_embeddings()(ids[:, 0]))
 
 
@@ -295,7 +298,7 @@ def test_a_file_cut_short_is_named(copy: Path, name: str, share: float) -> None:
 
 def test_weights_of_another_shape_are_named(copy: Path) -> None:
     values = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(values | {"visual_tokens": 9}))
+    (copy / "config.json").write_text(json.dumps(values | {"context_tokens": 9}))
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         TextHarmony.from_pretrained(copy)
 
@@ -313,7 +316,7 @@ def test_a_missing_weight_is_named(copy: Path, gone: str) -> None:
 def test_a_configuration_of_another_form_is_named(copy: Path, change: dict[str, object]) -> None:
     values = json.loads((copy / "config.json").read_text()) | change
     (copy / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-    with pytest.raises(ValueError, match="colour|vision|shape"):
+    with pytest.raises(ValueError, match=r"colour|vision|shape"):
         TextHarmony.from_pretrained(copy)
 
 

@@ -160,7 +160,7 @@ def test_select_parameters_frees_exactly_what_matches(model: TextHarmony) -> Non
         }
         assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
         assert {id(p) for p in trained} == {id(model.get_parameter(name)) for name in expected}
-        with pytest.raises(ValueError, match="stage 'none' trains nothing.*'nothing_here'"):
+        with pytest.raises(ValueError, match=r"stage 'none' trains nothing.*'nothing_here'"):
             select_parameters(model, replace(stage, name="none", trainable="nothing_here"))
     finally:
         for name, p in model.named_parameters():

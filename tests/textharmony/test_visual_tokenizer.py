@@ -15,12 +15,12 @@ def pixels() -> torch.Tensor:
 def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
     tokens, columns = VisualTokenizer(config, 24, characters=36)(pixels)
     assert tokens.shape == (3, config.visual_tokens, 24)
-    assert columns is not None and columns.shape == (3, 32, 37)
+    assert columns is not None and columns.shape == (3, 2, 32, 37)
 
 
 def test_no_head_without_characters(config: ModelConfig, pixels: torch.Tensor) -> None:
     tokenizer = VisualTokenizer(config, 24)
-    assert tokenizer.column_head is None and tokenizer(pixels)[1] is None
+    assert tokenizer(pixels)[1] is None
 
 
 @pytest.mark.parametrize("stem", [(), (8,), (8, 16)])
@@ -55,7 +55,7 @@ def test_a_column_is_told_from_what_stands_in_it(config: ModelConfig) -> None:
         picture = torch.zeros(1, 3, 32, 128)
         marked = picture.clone()
         marked[..., 12 * 8 : 13 * 8] = 1
-        change = (tokenizer(marked)[1] - tokenizer(picture)[1]).abs().sum(-1)[0]
+        change = (tokenizer(marked)[1] - tokenizer(picture)[1]).abs().sum(-1)[0, 0]
     assert set(change.topk(2).indices.tolist()) == {24, 25} and (change > 1e-6).sum() == 2
 
 
@@ -64,3 +64,20 @@ def test_the_stem_makes_one_cell_a_patch(channels: tuple[int, ...], patch: int) 
     stem = ConvStem(channels, 20, patch)
     assert stem(torch.randn(2, 3, 32, 64)).shape == (2, 20, 32 // patch, 64 // patch)
     assert stem.weight.shape[0] == 20
+
+
+def test_with_characters_there_is_a_token_for_each_half_column(config: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="visual_tokens is 20, expected 32"):
+        VisualTokenizer(replace(config, visual_tokens=20), 24, characters=4)
+    VisualTokenizer(replace(config, visual_tokens=20), 24)
+
+
+def test_the_second_head_speaks_for_the_tokens(config: ModelConfig, pixels: torch.Tensor) -> None:
+    """What it says depends on the resampler's queries, what the first says does not."""
+    tokenizer = VisualTokenizer(config, 24, characters=4).eval()
+    with torch.no_grad():
+        before = tokenizer(pixels)[1]
+        tokenizer.resampler.queries[3] += 1
+        after = tokenizer(pixels)[1]
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert not torch.allclose(before[:, 1, 3], after[:, 1, 3], atol=1e-4)

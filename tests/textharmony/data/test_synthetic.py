@@ -91,7 +91,7 @@ def test_tasks_come_in_the_shares_asked_for() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="'test'.*'train' or 'held_out'"):
+    with pytest.raises(ValueError, match=r"'test'.*'train' or 'held_out'"):
         draw_word(np.random.default_rng(0), "test")
     for tasks in ({}, {Task.EDITING: 0.0}, {Task.EDITING: -1.0, Task.PERCEPTION: 3.0}):
         with pytest.raises(ValueError, match="tasks is"):
