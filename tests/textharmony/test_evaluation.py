@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -44,6 +44,7 @@ def whole_boxes(draw: st.DrawFn) -> tuple[int, ...]:
     return x1, y1, x1 + draw(st.integers(1, 10)), y1 + draw(st.integers(1, 10))
 
 
+@settings(deadline=None)
 @given(whole_boxes(), whole_boxes())
 def test_intersection_over_union_by_counting(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (a, b)]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 coordinates = st.integers(-3, 14)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(*[coordinates] * 4) | st.just(NAN), min_size=1, max_size=4))
 def test_region_mask_pixel_by_pixel(regions: list[tuple[float, ...]]) -> None:
     found = region_mask(torch.tensor(regions, dtype=torch.float32), len(regions), 6, 11, torch.device("cpu"))

@@ -10,7 +10,7 @@ from PIL import Image
 from textharmony.pictures import Box, Frame, check_box, to_pil
 
 SIZE = (32, 128)
-sides = st.integers(1, 700)
+sides = st.integers(1, 400)
 
 
 @st.composite
@@ -36,7 +36,7 @@ def test_every_source_gives_the_same_frame(tmp_path: Path) -> None:
     assert all(torch.equal(frame.pixels, frames[0].pixels) for frame in frames)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(sides, sides)
 def test_the_whole_picture_fits_centred_and_the_rest_has_its_border_color(width: int, height: int) -> None:
     picture = Image.new("RGB", (width, height), (10, 200, 90))
@@ -50,7 +50,7 @@ def test_the_whole_picture_fits_centred_and_the_rest_has_its_border_color(width:
         assert abs(offset - (whole - side) / 2) <= 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sides, sides, boxes())
 def test_outward_undoes_inward_within_rounding(width: int, height: int, box: Box) -> None:
     frame = Frame.of(Image.new("RGB", (width, height)), SIZE)
@@ -65,7 +65,7 @@ def test_outward_undoes_inward_within_rounding(width: int, height: int, box: Box
             assert abs(again[i] - box[i]) <= (1.6 if narrow else 0.5) * pixel + 0.06, (inner, again, whole)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(sides, sides, boxes())
 def test_outward_stays_in_the_picture(width: int, height: int, box: Box) -> None:
     x1, y1, x2, y2 = Frame.of(Image.new("RGB", (width, height)), SIZE).outward(box)
@@ -87,7 +87,7 @@ def test_inward_finds_what_stands_in_the_box(size: tuple[int, int]) -> None:
     assert outside.max() < -0.8
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(sides, sides, boxes())
 def test_paste_fills_the_box_and_nothing_else(width: int, height: int, box: Box) -> None:
     original = np.random.default_rng(width * height).integers(0, 100, (height, width, 3), np.uint8)

@@ -2,7 +2,7 @@ import itertools
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +17,7 @@ def ids_of(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
 
+@settings(deadline=None)
 @given(st.text(PRINTABLE).filter(lambda text: not any(special in text for special in SPECIALS)))
 def test_round_trip_of_every_printable_text(text: str) -> None:
     ids = ids_of(text)
@@ -24,6 +25,7 @@ def test_round_trip_of_every_printable_text(text: str) -> None:
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*COLORS, "a", "ground", "the", "in", "A", "THE", '"', " ", "1", "redd", "ina"])))
 def test_round_trip_of_words_run_together(parts: list[str]) -> None:
     text = "".join(parts)

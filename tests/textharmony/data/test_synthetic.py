@@ -104,7 +104,8 @@ def ink_of(seed: int, word: str) -> tuple[np.ndarray, np.ndarray]:
     return (picture != bare).any(-1), layout.boxes
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
+@settings(deadline=None)
 @given(seeds, st.text(CHARACTERS, min_size=1, max_size=6))
 def test_boxes_hold_the_ink(seed: int, word: str) -> None:
     ink, boxes = ink_of(seed, word)
@@ -123,6 +124,7 @@ def test_boxes_hold_the_ink(seed: int, word: str) -> None:
 
 
 @settings(max_examples=80, deadline=None)
+@settings(deadline=None)
 @given(seeds, st.text("EFHILTZ", min_size=1, max_size=6))
 def test_boxes_of_flat_letters_are_tight(seed: int, word: str) -> None:
     ink, boxes = ink_of(seed, word)
@@ -139,6 +141,7 @@ def test_nothing_is_cut_off_at_the_border() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(seeds)
 def test_colors_are_the_named_ones(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -231,6 +234,7 @@ def test_perception_reads_or_locates() -> None:
     assert min(prompts.values()) > 80
 
 
+@settings(deadline=None)
 @given(st.tuples(*[st.floats(0, 1)] * 4))
 def test_format_box_has_three_digits(share: tuple[float, ...]) -> None:
     x1, y1, x2, y2 = np.multiply(share, (WIDTH, HEIGHT, WIDTH, HEIGHT))
