@@ -105,7 +105,6 @@ def ink_of(seed: int, word: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=80, deadline=None)
-@settings(deadline=None)
 @given(seeds, st.text(CHARACTERS, min_size=1, max_size=6))
 def test_boxes_hold_the_ink(seed: int, word: str) -> None:
     ink, boxes = ink_of(seed, word)
@@ -124,7 +123,6 @@ def test_boxes_hold_the_ink(seed: int, word: str) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@settings(deadline=None)
 @given(seeds, st.text("EFHILTZ", min_size=1, max_size=6))
 def test_boxes_of_flat_letters_are_tight(seed: int, word: str) -> None:
     ink, boxes = ink_of(seed, word)
@@ -141,7 +139,6 @@ def test_nothing_is_cut_off_at_the_border() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@settings(deadline=None)
 @given(seeds)
 def test_colors_are_the_named_ones(seed: int) -> None:
     rng = np.random.default_rng(seed)
