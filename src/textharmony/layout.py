@@ -40,13 +40,14 @@ _LINE = 3 + 6  # start, top, bottom, ink, ground
 
 
 class LayoutPlanner(nn.Module):
-    """Samples a layout from context tokens, whose first `slots` stand for the characters, in order."""
+    """Samples a layout from context tokens: the first `slots` stand for the characters, the next for the colours."""
 
     def __init__(self, config: LayoutConfig, context_width: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.config, self.image_size = config, image_size
         width = config.width
         self.character_head = nn.Linear(context_width, len(config.characters) + 1)
+        self.palette_head = nn.Linear(context_width, 6)
         self.project = nn.Linear(context_width, width)
         self.line_in = nn.Linear(_LINE + config.fonts + 5, width)
         self.slot_in = nn.Linear(2 + 1, width)
@@ -89,7 +90,7 @@ class LayoutPlanner(nn.Module):
         count = self.config.slots
         clock = self.time_in(_waves(time[:, None], 8))[:, None]  # (B, 1, D)
         known = self.project(context)  # (B, Q, D)
-        line_token = self.line_in(torch.cat([line, region], -1))[:, None]
+        line_token = self.line_in(torch.cat([line, region], -1))[:, None] + known[:, count : count + 1]
         slot_tokens = self.slot_in(torch.cat([slots, present[..., None].to(slots.dtype)], -1))
         slot_tokens = slot_tokens + self.slot_positions + known[:, :count]
         x = torch.cat([line_token + clock, slot_tokens + clock, known[:, count:]], 1)
@@ -99,13 +100,16 @@ class LayoutPlanner(nn.Module):
         return self.line_out(x[:, 0]), self.slot_out(x[:, 1 : 1 + count])
 
     def loss(self, layouts: Layouts, characters: Tensor, context: Tensor, region: Tensor, draws: int = 4) -> Tensor:
-        """Character cross-entropy and flow error, the latter over `draws` noise levels a sample.
+        """Character cross-entropy, colour error and flow error, the latter over `draws` noise levels a sample.
 
         characters: (B, S) long, len(config.characters) where a slot is empty; region: (B, 5), see `region_features`.
         """
         logits = self.character_head(context[:, : self.config.slots])
         spelling = F.cross_entropy(logits.flatten(0, 1), characters.flatten())
+        colors = torch.cat([layouts.ink, layouts.ground], -1)
+        palette = F.mse_loss(self.palette_head(context[:, self.config.slots]), colors)
         line, slots = self.encode(layouts)
+        context = context.detach()  # the flow's noise would drown what tells the context tokens their letters and colours
         line, slots, context, region = (v.repeat(draws, *[1] * (v.ndim - 1)) for v in (line, slots, context, region))
         present = layouts.present.repeat(draws, 1)
         time = torch.rand(line.shape[0], device=line.device).sqrt()  # more often late, where the context decides
@@ -117,7 +121,7 @@ class LayoutPlanner(nn.Module):
         slot_error = (slot_out - slots).square().mean(-1)[present].mean()
         line_error = (line_out - line).square()
         groups = (line_error[:, :3], line_error[:, 3:6], line_error[:, 6:_LINE], line_error[:, _LINE:])
-        return spelling + slot_error + sum((group.mean() for group in groups), line.new_zeros(()))
+        return spelling + 4 * palette + slot_error + sum((group.mean() for group in groups), line.new_zeros(()))
 
     @torch.no_grad()
     def sample(self, context: Tensor, region: Tensor, noise: Tensor) -> Layouts:
