@@ -125,10 +125,12 @@ def test_boxes_hold_the_ink(seed: int, word: str) -> None:
 @settings(max_examples=80, deadline=None)
 @given(seeds, st.text("EFHILTZ", min_size=1, max_size=6))
 def test_boxes_of_flat_letters_are_tight(seed: int, word: str) -> None:
+    """Up and down; to the sides a glyph's bearings, of at most some pixels, belong to its box."""
     ink, boxes = ink_of(seed, word)
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     found = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    assert np.abs(np.subtract(found, word_box(boxes))).max() <= 2
+    left, top, right, bottom = np.abs(np.subtract(found, word_box(boxes)))
+    assert max(left, right) <= 4 and max(top, bottom) <= 1
 
 
 def test_nothing_is_cut_off_at_the_border() -> None:
