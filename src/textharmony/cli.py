@@ -96,4 +96,4 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands}, prog="textharmony")
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"textharmony: {error}")
+        sys.exit("textharmony: " + " ".join(str(error).split()))

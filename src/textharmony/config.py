@@ -27,7 +27,7 @@ class ModelConfig:
 
     vision, language: transformers configurations with their `model_type`; unet, vae, scheduler: diffusers ones with
     their `_class_name`. image_size: (height, width) in pixels. stem: channels of a convolution stem in place of the
-    ViT's single patch convolution. prediction: what the UNet's output means, the clean "sample" or the "velocity".
+    ViT's single patch convolution. The UNet predicts clean latents.
     """
 
     image_size: tuple[int, int]
@@ -182,7 +182,7 @@ _FOUR = {"perception": 0.42, "generation": 0.3, "comprehension": 0.12, "editing"
 TINY_TRAINING = TrainConfig(
     stages=(
         # What pretrained parts would bring, and a tiny model must make first: a VAE, a ViT that tells characters apart,
-        # and a language model and layout planner that spell.
+        # and a language model and layout planner that spell and read.
         Stage(
             name="autoencoder",
             trainable=r"image_decoder\.vae",
@@ -206,10 +206,19 @@ TINY_TRAINING = TrainConfig(
             name="spelling",
             trainable=r"language\.(?!.*lora_|slidelora_gate)|image_decoder\.(resampler|planner|painter)|begin_image",
             tasks={"generation": 1},
-            steps=1200,
+            steps=900,
             batch_size=64,
             learning_rate=1.5e-3,
             losses=("text", "layout"),
+        ),
+        Stage(
+            name="reading",
+            trainable=r"visual_tokenizer|language\.(?!.*lora_|slidelora_gate)|begin_image",
+            tasks={"perception": 1},
+            steps=900,
+            batch_size=48,
+            learning_rate=1.5e-3,
+            losses=("text", "columns"),
         ),
         # Stage 1 of the paper: resamplers and image decoder align. From scratch, ViT and language model train too, and
         # all four tasks are shown.
@@ -217,7 +226,7 @@ TINY_TRAINING = TrainConfig(
             name="align",
             trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)",
             tasks=_FOUR,
-            steps=2000,
+            steps=1500,
             batch_size=48,
             learning_rate=1.5e-3,
         ),

@@ -213,8 +213,7 @@ def _seeds(model: TextHarmony, out: Path) -> Row:
     drawn = model.draw([prompt] * 8, seed=list(range(8)))
     spots = []
     for picture in drawn:
-        y, x = np.nonzero(ink_mask(picture))
-        spots.append((x.min(), y.min(), x.max(), y.max()))
+        spots.append(Image.fromarray(ink_mask(picture)).getbbox())
     read = [recognise(picture) for picture in drawn]
     right = sum(same_text(r, word) and spots.count(s) == 1 for r, s in zip(read, spots, strict=True))
     cells = [(p, f"seed {i}  [{r}]") for i, (p, r) in enumerate(zip(drawn, read, strict=True))]

@@ -158,6 +158,8 @@ class ImageDecoder(nn.Module):
         batch = hidden_states.shape[0]
         steps = self.config.inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if steps < 1:
+            raise ValueError(f"num_inference_steps is {steps}, expected at least 1")
         context = self.read_context(hidden_states, last)
         kept, mask = self._fill_in(source_pixel_values, region, batch)
         extra = torch.cat([kept, mask], 1)

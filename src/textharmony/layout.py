@@ -80,6 +80,12 @@ class LayoutPlanner(nn.Module):
         right = place[:, :1] + (gaps + widths).cumsum(1)  # (B, S)
         top, bottom = place[:, 1:2].expand_as(right), place[:, 2:3].expand_as(right)
         fonts = F.one_hot(line[:, _LINE:].argmax(-1), self.config.fonts)
+        # A plan that leaves the picture on the right is moved, and if need be squeezed, to fit.
+        end = torch.where(present, right, 0).amax(1, keepdim=True)  # (B, 1)
+        start, limit = place[:, :1], self.image_size[1] - 2
+        moved = torch.minimum(start, limit - (end - start)).clamp(min=2)
+        squeeze = ((limit - moved) / (end - start).clamp(min=1)).clamp(max=1)
+        right, widths = moved + (right - start) * squeeze, widths * squeeze
         boxes = torch.stack([right - widths, top, right, bottom], -1)
         return Layouts(boxes, present, fonts, line[:, 3:6].clamp(-1, 1), line[:, 6:9].clamp(-1, 1))
 
@@ -109,7 +115,9 @@ class LayoutPlanner(nn.Module):
         colors = torch.cat([layouts.ink, layouts.ground], -1)
         palette = F.mse_loss(self.palette_head(context[:, self.config.slots]), colors)
         line, slots = self.encode(layouts)
-        context = context.detach()  # the flow's noise would drown what tells the context tokens their letters and colours
+        context = (
+            context.detach()
+        )  # the flow's noise would drown what tells the context tokens their letters and colours
         line, slots, context, region = (v.repeat(draws, *[1] * (v.ndim - 1)) for v in (line, slots, context, region))
         present = layouts.present.repeat(draws, 1)
         time = torch.rand(line.shape[0], device=line.device).sqrt()  # more often late, where the context decides

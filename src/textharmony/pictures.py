@@ -71,7 +71,9 @@ class Frame:
     def paste(self, painted: Tensor, box: Box) -> Image.Image:
         """The original with the box, in thousandths of it, taken from painted (3, H, W) in -1..1."""
         corners = [v / 999 * side for v, side in zip(box, self.original.size * 2, strict=True)]
-        x1, y1, x2, y2 = round(corners[0]), round(corners[1]), round(corners[2]), round(corners[3])
+        width, height = self.original.size
+        x1, y1 = min(round(corners[0]), width - 1), min(round(corners[1]), height - 1)
+        x2, y2 = max(x1 + 1, round(corners[2])), max(y1 + 1, round(corners[3]))
         x, y = self.offset
         source = ((x1 * self.scale) + x, (y1 * self.scale) + y, (x2 * self.scale) + x, (y2 * self.scale) + y)
         edited = self.original.copy()
@@ -90,8 +92,10 @@ def _open(picture: Picture) -> Image.Image:
     try:
         with Image.open(picture) as file:
             return file.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{picture} is not a picture that Pillow reads") from error
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{picture} is not a picture that Pillow reads: {error}") from error
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

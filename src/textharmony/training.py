@@ -56,6 +56,8 @@ def train(model_config: ModelConfig, config: TrainConfig, out: str | Path) -> Te
 
 def _find_checkpoint(out: Path, run: dict[str, object]) -> tuple[int, int]:
     """(stage, steps done in it) to go on from."""
+    if not (out / "checkpoint").exists() and (out / "checkpoint.old").exists():
+        (out / "checkpoint.old").rename(out / "checkpoint")  # cut off between the two renames of a save
     state = out / "checkpoint" / "progress.json"
     if not state.is_file():
         return 0, 0
@@ -109,7 +111,8 @@ def _run_stage(
             optimizer.zero_grad()
             last = step + 1 == stage.steps
             recent.append([float(value) for value in losses.values()])
-            if last or (step + 1) % _LOG_EVERY == 0:
+            saved = last or (step + 1) % config.save_every == 0
+            if saved or (step + 1) % _LOG_EVERY == 0:
                 means = {name: sum(c) / len(c) for name, c in zip(losses, zip(*recent, strict=True), strict=True)}
                 recent = []
                 if accelerator.is_main_process:
@@ -117,7 +120,7 @@ def _run_stage(
                 bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
             if last and "autoencoder" in stage.losses:
                 model.image_decoder.standardise(_pictures(data, stage.steps * stage.batch_size).to(accelerator.device))
-            if last or (step + 1) % config.save_every == 0:
+            if saved:
                 progress = (number + 1, 0) if last else (number, step + 1)
                 _save_checkpoint(accelerator, out, run, *progress)
             shown = {"autoencoder", "image"} & set(stage.losses) and (last or (step + 1) % config.sample_every == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -101,6 +102,11 @@ def _cap_ratio(font: int) -> float:
     return -box[1] / 200
 
 
+def _depth(cap_height: int) -> int:
+    """Rows that J and Q may reach below the baseline, in any of FONTS."""
+    return math.ceil(0.32 * cap_height)
+
+
 @cache
 def _glyphs(font: int, cap_height: int) -> dict[str, _Glyph]:
     face = ImageFont.truetype(str(font_path(FONTS[font])), cap_height / _cap_ratio(font))
@@ -157,7 +163,7 @@ def render(rng: np.random.Generator, words: list[str], ink: str, ground: str) ->
     glyphs = _glyphs(font, cap_height)
     slack = WIDTH - 2 * MARGIN - 3 - sum(advances(longest, cap_height))
     x_start = MARGIN + 1 + rng.random() * slack
-    below = max(2, round(0.25 * cap_height))
+    below = _depth(cap_height)
     baseline = int(rng.integers(cap_height + MARGIN, max(cap_height + MARGIN, HEIGHT - below) + 1))
     color, ground_color = _jitter(rng, ink), _jitter(rng, ground)
     paper = _ground(rng, ground_color)
@@ -254,11 +260,12 @@ class SyntheticWords:
         (before, after), layouts = render(rng, [old, word], ink, ground)
         x1, y1, x2, y2 = word_box(np.concatenate([layout.boxes for layout in layouts]))
         grow = rng.integers(1, 4, 4)
+        lowest = y2 + _depth(y2 - y1)
         region = (
             max(0, x1 - int(grow[0])),
-            max(0, y1 - int(grow[1])),
+            max(0, y1 - int(grow[1]) - 1),  # round letters rise above the cap line
             min(WIDTH, x2 + int(grow[2])),
-            min(HEIGHT, y2 + int(grow[3]) + 2),
+            min(HEIGHT, lowest + int(grow[3]) - 1),
         )
         return Sample(
             Task.EDITING,
