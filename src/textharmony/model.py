@@ -346,12 +346,9 @@ class TextHarmony(nn.Module):
                 raise FileNotFoundError(
                     f"{folder} has no {name}, expected a folder that save_pretrained wrote, or 'tiny'"
                 )
-        try:
-            config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
-            tensors = load_file(folder / "model.safetensors")
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        except Exception as error:  # tokenizers raises bare Exception for a file cut short
-            raise ValueError(f"{folder} does not hold a whole model: {error}") from error
+        config = _load(folder / "config.json", lambda file: ModelConfig.from_dict(json.loads(file.read_text())))
+        tensors = _load(folder / "model.safetensors", load_file)
+        tokenizer = _load(folder / "tokenizer.json", lambda _: PreTrainedTokenizerFast.from_pretrained(folder))
         model = cls(config, tokenizer)
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
         if model.language.config.tie_word_embeddings:
@@ -367,6 +364,13 @@ class TextHarmony(nn.Module):
 
 _TIED = "language.lm_head.weight"
 _EMBEDDED = Path(__file__).parent / "weights" / "tiny"
+
+
+def _load(file: Path, load: Callable[[Path], T]) -> T:
+    try:
+        return load(file)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ValueError(f"{file} is cut short, or not what save_pretrained wrote: {error}") from error
 
 
 def _map_batched(function: Callable[[list[Any]], list[T]], first: Any, *others: Any) -> T | list[T]:

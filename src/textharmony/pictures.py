@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,8 @@ class Frame:
     def paste(self, painted: Tensor, box: Box) -> Image.Image:
         """The original with the box, in thousandths of it, taken from painted (3, H, W) in -1..1."""
         corners = [v / 999 * side for v, side in zip(box, self.original.size * 2, strict=True)]
-        width, height = self.original.size
-        x1, y1 = min(round(corners[0]), width - 1), min(round(corners[1]), height - 1)
-        x2, y2 = max(x1 + 1, round(corners[2])), max(y1 + 1, round(corners[3]))
+        x1, y1 = (math.floor(v + 1e-6) for v in corners[:2])
+        x2, y2 = max(x1 + 1, math.ceil(corners[2] - 1e-6)), max(y1 + 1, math.ceil(corners[3] - 1e-6))
         x, y = self.offset
         source = ((x1 * self.scale) + x, (y1 * self.scale) + y, (x2 * self.scale) + x, (y2 * self.scale) + y)
         edited = self.original.copy()
