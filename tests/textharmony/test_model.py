@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -194,7 +195,8 @@ def test_edit_leaves_the_rest_alone(model: TextHarmony) -> None:
     edited = model.edit(arrays, (200, 300, 700, 800), '"OPEN" in red', seed=3)
     for before, after in zip(arrays, edited):
         height, width = before.shape[:2]
-        x1, y1, x2, y2 = (round(v / 999 * side) for v, side in zip(box, (width, height) * 2))
+        corners = [v / 999 * side for v, side in zip(box, (width, height) * 2)]
+        (x1, y1), (x2, y2) = map(math.floor, corners[:2]), map(math.ceil, corners[2:])
         outside = np.ones((height, width), bool)
         outside[y1:y2, x1:x2] = False
         assert np.array_equal(np.asarray(after)[outside], before[outside])
