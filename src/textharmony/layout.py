@@ -80,12 +80,6 @@ class LayoutPlanner(nn.Module):
         right = place[:, :1] + (gaps + widths).cumsum(1)  # (B, S)
         top, bottom = place[:, 1:2].expand_as(right), place[:, 2:3].expand_as(right)
         fonts = F.one_hot(line[:, _LINE:].argmax(-1), self.config.fonts)
-        # A plan that leaves the picture on the right is moved, and if need be squeezed, to fit.
-        end = torch.where(present, right, 0).amax(1, keepdim=True)  # (B, 1)
-        start, limit = place[:, :1], self.image_size[1] - 2
-        moved = torch.minimum(start, limit - (end - start)).clamp(min=2)
-        squeeze = ((limit - moved) / (end - start).clamp(min=1)).clamp(max=1)
-        right, widths = moved + (right - start) * squeeze, widths * squeeze
         boxes = torch.stack([right - widths, top, right, bottom], -1)
         return Layouts(boxes, present, fonts, line[:, 3:6].clamp(-1, 1), line[:, 6:9].clamp(-1, 1))
 
@@ -144,7 +138,21 @@ class LayoutPlanner(nn.Module):
             line_out, slot_out = self.denoise(line, slots, time, context, region, present)
             line = line_out + (line - line_out) * (then / now)
             slots = (slot_out + (slots - slot_out) * (then / now)) * present[..., None]
-        return self.decode(line, slots, present)
+        return self.fit(self.decode(line, slots, present), region)
+
+    def fit(self, layouts: Layouts, region: Tensor) -> Layouts:
+        """Layouts moved, and if need be squeezed, into the region (B, 5) to fill, or into the picture."""
+        height, width = self.image_size
+        given = region[:, 4:] > 0
+        whole = region.new_tensor([1.0, 1.0, width - 1.0, height - 1.0])
+        low_x, low_y, high_x, high_y = torch.where(given, region[:, :4] * height, whole).split(1, dim=-1)  # (B, 1) each
+        x1, y1, x2, y2 = layouts.boxes.unbind(-1)  # (B, S)
+        start, end = x1[:, :1], torch.where(layouts.present, x2, 0).amax(1, keepdim=True)
+        x1, x2 = _fit(x1, start, end, low_x + 1, high_x - 1), _fit(x2, start, end, low_x + 1, high_x - 1)
+        top, bottom = y1[:, :1], y2[:, :1]
+        y1, y2 = _fit(y1, top, bottom, low_y + 1, high_y - 1), _fit(y2, top, bottom, low_y + 1, high_y - 1)
+        boxes = torch.stack([x1, y1, x2, y2], -1)
+        return Layouts(boxes, layouts.present, layouts.fonts, layouts.ink, layouts.ground)
 
     def spell(self, context: Tensor) -> Tensor:
         """(B, S) long: the character each slot stands for, len(config.characters) where none."""
@@ -209,6 +217,13 @@ def ink_loss(ink_share: Tensor, layouts: Layouts, pixel_values: Tensor) -> Tenso
     seen = ((pixel_values - ground) * axis).sum(1, keepdim=True) / axis.square().sum(1, keepdim=True)
     seen = seen.clamp(0, 1)
     return (ink_share - seen).square().sum() / seen.sum().clamp(min=1)
+
+
+def _fit(values: Tensor, start: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values (B, S) of a span start..end (B, 1) moved, and squeezed where too long, into low..high (B, 1)."""
+    squeeze = ((high - low) / (end - start).clamp(min=1)).clamp(0, 1)
+    moved = torch.minimum(start, high - (end - start) * squeeze).maximum(low)
+    return moved + (values - start) * squeeze
 
 
 def _between(position: Tensor, low: Tensor, high: Tensor) -> Tensor:
