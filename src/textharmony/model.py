@@ -25,7 +25,7 @@ from textharmony.image_decoder import ImageDecoder
 from textharmony.layout import Layouts
 from textharmony.pictures import Box, Frame, Picture, check_box, to_pil
 from textharmony.tokens import BOI, FILL_QUESTION, IMAGE, LOCATE_QUESTION, READ_QUESTION, Task, compose
-from textharmony.visual_tokenizer import VisualTokenizer
+from textharmony.visual_tokenizer import Looks, VisualTokenizer
 
 T = TypeVar("T")
 
@@ -74,20 +74,20 @@ class TextHarmony(nn.Module):
 
     # Training
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), column logits (N, 2, Q, C)."""
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Looks | None]:
+        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), what the pictures look like."""
         embeds = self.language.get_input_embeddings()(input_ids)
         embeds = embeds + (input_ids == self.boi_id)[..., None] * self.begin_image
         if pixel_values is None:
             return embeds, None
-        tokens, columns = self.visual_tokenizer(pixel_values)
+        tokens, looks = self.visual_tokenizer(pixel_values)
         places = input_ids == self.image_id
         if int(places.sum()) != tokens.shape[0] * tokens.shape[1]:
             raise ValueError(
                 f"input_ids has {int(places.sum())} image tokens, expected {tokens.shape[1]} for each of "
                 f"{tokens.shape[0]} pictures"
             )
-        return embeds.masked_scatter(places[..., None], tokens.to(embeds.dtype)), columns
+        return embeds.masked_scatter(places[..., None], tokens.to(embeds.dtype)), looks
 
     def forward(
         self,
@@ -97,6 +97,7 @@ class TextHarmony(nn.Module):
         targets: Tensor,
         pixel_values: Tensor | None = None,
         column_labels: Tensor | None = None,
+        picture_labels: Tensor | None = None,
         image_rows: Tensor | None = None,
         target_pixel_values: Tensor | None = None,
         source_pixel_values: Tensor | None = None,
@@ -114,13 +115,15 @@ class TextHarmony(nn.Module):
         for, 1 where a picture is; image_rows: (M,) rows that the M target pictures belong to, the image decoder's
         arguments in the same order; adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
         """
-        embeds, columns = self.embed(input_ids, pixel_values)
+        embeds, looks = self.embed(input_ids, pixel_values)
         zero = embeds.new_zeros(())
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
-        if "columns" in losses and columns is not None and column_labels is not None:
-            if (column_labels != -100).any():
-                wanted = column_labels[:, None].expand(columns.shape[:-1])
-                found["columns"] = F.cross_entropy(columns.flatten(0, 2), wanted.flatten())
+        if "columns" in losses and looks is not None and column_labels is not None and picture_labels is not None:
+            known = (column_labels != -100).any(1)  # (N,)
+            if known.any():
+                wanted = column_labels[:, None].expand(looks.columns.shape[:-1])
+                found["columns"] = F.cross_entropy(looks.columns.flatten(0, 2), wanted.flatten())
+                found["columns"] = found["columns"] + F.mse_loss(looks.picture[known], picture_labels[known])
         if {"text", "image", "layout"} & set(losses):
             if adapters:
                 prompt = attention_mask.bool() & (labels == -100)

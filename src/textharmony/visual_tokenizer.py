@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
@@ -31,11 +33,19 @@ class ConvStem(nn.Sequential):
         return weight
 
 
+class Looks(NamedTuple):
+    """What a picture looks like: columns (N, 2, Q, characters + 1) logits; picture (N, 10) ink, ground, word's box."""
+
+    columns: Tensor
+    picture: Tensor
+
+
 class VisualTokenizer(nn.Module):
     """A transformers vision model and a resampler to `visual_tokens` tokens of the language model's width.
 
-    With `characters`, two heads say which character covers each column of half a patch, from the ViT's patches and from
-    the tokens: trained beside, they stand in for a vision model's pretraining.
+    With `characters`, heads say which character covers each column of half a patch, from the ViT's patches and from the
+    tokens, and the picture's colours and the word's place: trained beside, they stand in for a vision model's
+    pretraining.
     """
 
     def __init__(self, config: ModelConfig, width: int, characters: int = 0) -> None:
@@ -55,16 +65,18 @@ class VisualTokenizer(nn.Module):
             raise ValueError(f"visual_tokens is {config.visual_tokens}, expected {2 * columns}, one for each column")
         self.column_head = nn.Linear(vision.hidden_size, 2 * (characters + 1)) if characters else None
         self.token_head = nn.Linear(width, characters + 1) if characters else None
+        self.picture_head = nn.Linear(width, 10) if characters else None
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), column logits (N, 2, Q, characters + 1)."""
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Looks | None]:
+        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), and what the heads say."""
         hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state[
             :, 1:
         ]  # (N, P, C)
         resampled = self.resampler(hidden, self.positions)
         tokens = self.project(resampled)
-        if self.column_head is None or self.token_head is None:
+        if self.column_head is None or self.token_head is None or self.picture_head is None:
             return tokens, None
         pooled = hidden.unflatten(1, self.grid).mean(1)  # (N, columns, C)
         by_column = self.column_head(pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, 2 * columns, characters + 1)
-        return tokens, torch.stack([by_column, self.token_head(resampled)], 1)
+        columns_said = torch.stack([by_column, self.token_head(resampled)], 1)
+        return tokens, Looks(columns_said, self.picture_head(resampled.mean(1)))
