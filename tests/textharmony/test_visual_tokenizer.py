@@ -13,9 +13,9 @@ def pixels() -> torch.Tensor:
 
 
 def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
-    tokens, columns = VisualTokenizer(config, 24, characters=36)(pixels)
+    tokens, looks = VisualTokenizer(config, 24, characters=36)(pixels)
     assert tokens.shape == (3, config.visual_tokens, 24)
-    assert columns is not None and columns.shape == (3, 2, 32, 37)
+    assert looks is not None and looks.columns.shape == (3, 2, 32, 37) and looks.picture.shape == (3, 10)
 
 
 def test_no_head_without_characters(config: ModelConfig, pixels: torch.Tensor) -> None:
@@ -27,11 +27,12 @@ def test_no_head_without_characters(config: ModelConfig, pixels: torch.Tensor) -
 def test_pictures_do_not_see_each_other(config: ModelConfig, pixels: torch.Tensor, stem: tuple[int, ...]) -> None:
     tokenizer = VisualTokenizer(replace(config, stem=stem), 24, characters=4).eval()
     with torch.no_grad():
-        tokens, columns = tokenizer(pixels)
+        tokens, looks = tokenizer(pixels)
         for i in range(len(pixels)):
-            alone, alone_columns = tokenizer(pixels[i : i + 1])
+            alone, alone_looks = tokenizer(pixels[i : i + 1])
             torch.testing.assert_close(alone[0], tokens[i], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(alone_columns[0], columns[i], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alone_looks.columns[0], looks.columns[i], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alone_looks.picture[0], looks.picture[i], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
 
 
@@ -55,7 +56,7 @@ def test_a_column_is_told_from_what_stands_in_it(config: ModelConfig) -> None:
         picture = torch.zeros(1, 3, 32, 128)
         marked = picture.clone()
         marked[..., 12 * 8 : 13 * 8] = 1
-        change = (tokenizer(marked)[1] - tokenizer(picture)[1]).abs().sum(-1)[0, 0]
+        change = (tokenizer(marked)[1].columns - tokenizer(picture)[1].columns).abs().sum(-1)[0, 0]
     assert set(change.topk(2).indices.tolist()) == {24, 25} and (change > 1e-6).sum() == 2
 
 
@@ -76,8 +77,8 @@ def test_the_second_head_speaks_for_the_tokens(config: ModelConfig, pixels: torc
     """What it says depends on the resampler's queries, what the first says does not."""
     tokenizer = VisualTokenizer(config, 24, characters=4).eval()
     with torch.no_grad():
-        before = tokenizer(pixels)[1]
+        before = tokenizer(pixels)[1].columns
         tokenizer.resampler.queries[3] += torch.linspace(-1, 1, 24)
-        after = tokenizer(pixels)[1]
+        after = tokenizer(pixels)[1].columns
     assert torch.equal(before[:, 0], after[:, 0])
     assert not torch.allclose(before[:, 1, 3], after[:, 1, 3], atol=1e-4)

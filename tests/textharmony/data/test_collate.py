@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 from textharmony.config import ModelConfig
 from textharmony.data.collate import Collator, hide, to_pixels
 from textharmony.data.sample import Sample
-from textharmony.data.synthetic import SyntheticWords
+from textharmony.data.synthetic import SyntheticWords, word_box
 from textharmony.tokens import BOI, IMAGE, Task
 
 
@@ -116,6 +116,15 @@ def test_column_labels_name_the_character_that_stands_there(
             center = 4 * column + 2
             over = [c for c, (x1, _, x2, _) in zip(sample.text, sample.layout.boxes) if x1 - 1 <= center < x2 + 1]
             assert (alphabet[label] in over) if over else label == len(alphabet)
+
+
+def test_picture_labels_are_colors_and_the_words_box(samples: list[Sample], batch: dict[str, torch.Tensor]) -> None:
+    seen = [sample for sample in samples if sample.image is not None]
+    for label, sample in zip(batch["picture_labels"], seen, strict=True):
+        assert sample.layout is not None
+        colors = (label[:6].reshape(2, 3) + 1) * 127.5
+        assert np.abs(colors.numpy() - np.stack([sample.layout.ink, sample.layout.ground])).max() < 1e-3
+        assert (label[6:] * 32).tolist() == pytest.approx(list(word_box(sample.layout.boxes)))
 
 
 def test_only_what_is_there_is_in_the_batch(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
