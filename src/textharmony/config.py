@@ -177,7 +177,7 @@ TINY = ModelConfig(
     layout=_TINY_LAYOUT,
 )
 
-_FOUR = {"perception": 0.42, "generation": 0.3, "comprehension": 0.12, "editing": 0.16}
+_FOUR = {"perception": 0.36, "generation": 0.28, "comprehension": 0.2, "editing": 0.16}
 
 TINY_TRAINING = TrainConfig(
     stages=(
@@ -197,7 +197,7 @@ TINY_TRAINING = TrainConfig(
             name="columns",
             trainable=r"visual_tokenizer",
             tasks={"perception": 1},
-            steps=900,
+            steps=1200,
             batch_size=64,
             learning_rate=1.5e-3,
             losses=("columns",),
@@ -214,8 +214,8 @@ TINY_TRAINING = TrainConfig(
         Stage(
             name="reading",
             trainable=r"visual_tokenizer|language\.(?!.*lora_|slidelora_gate)|begin_image",
-            tasks={"perception": 1},
-            steps=900,
+            tasks={"perception": 0.5, "comprehension": 0.5},
+            steps=1800,
             batch_size=48,
             learning_rate=1.5e-3,
             losses=("text", "columns"),
@@ -226,7 +226,7 @@ TINY_TRAINING = TrainConfig(
             name="align",
             trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)",
             tasks=_FOUR,
-            steps=1500,
+            steps=1400,
             batch_size=48,
             learning_rate=1.5e-3,
         ),
@@ -235,7 +235,7 @@ TINY_TRAINING = TrainConfig(
             name="tune",
             trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
             tasks=_FOUR,
-            steps=550,
+            steps=600,
             batch_size=48,
             learning_rate=1e-3,
             adapters=True,

@@ -60,8 +60,7 @@ class TextHarmony(nn.Module):
         )
         causal_lm = AutoModelForCausalLM.from_config(language)
         self.language = cast(PreTrainedModel, slidelora.inject(causal_lm, **config.slide))
-        characters = len(config.layout.characters) if config.layout else 0
-        self.visual_tokenizer = VisualTokenizer(config, language.hidden_size, characters)
+        self.visual_tokenizer = VisualTokenizer(config, language.hidden_size)
         self.image_decoder = ImageDecoder(config, language.hidden_size)
         self.begin_image = nn.Parameter(torch.zeros(language.hidden_size))  # added at every BOI
         self.boi_id = cast(int, tokenizer.convert_tokens_to_ids(BOI))
@@ -119,11 +118,14 @@ class TextHarmony(nn.Module):
         zero = embeds.new_zeros(())
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
         if "columns" in losses and looks is not None and column_labels is not None and picture_labels is not None:
-            known = (column_labels != -100).any(1)  # (N,)
+            known = (column_labels != -100).all(-1).all(-1)  # (N,)
             if known.any():
-                wanted = column_labels[:, None].expand(looks.columns.shape[:-1])
-                found["columns"] = F.cross_entropy(looks.columns.flatten(0, 2), wanted.flatten())
-                found["columns"] = found["columns"] + F.mse_loss(looks.picture[known], picture_labels[known])
+                character, place = column_labels[known].unbind(1)  # (K, Q) each
+                found["columns"] = (
+                    F.cross_entropy(looks.columns[known].movedim(-1, 1), character[:, None].expand(-1, 2, -1))
+                    + F.cross_entropy(looks.places[known].movedim(-1, 1), place)
+                    + F.mse_loss(looks.picture[known], picture_labels[known])
+                )
         if {"text", "image", "layout"} & set(losses):
             if adapters:
                 prompt = attention_mask.bool() & (labels == -100)

@@ -34,21 +34,26 @@ class ConvStem(nn.Sequential):
 
 
 class Looks(NamedTuple):
-    """What a picture looks like: columns (N, 2, Q, characters + 1) logits; picture (N, 10) ink, ground, word's box."""
+    """What a picture looks like, said of each column of half a patch and of the whole.
+
+    columns: (N, 2, Q, characters + 1) logits of the character; places: (N, Q, slots + 1) logits of its place in the
+    word; picture: (N, 10) ink, ground, word's box.
+    """
 
     columns: Tensor
+    places: Tensor
     picture: Tensor
 
 
 class VisualTokenizer(nn.Module):
     """A transformers vision model and a resampler to `visual_tokens` tokens of the language model's width.
 
-    With `characters`, heads say which character covers each column of half a patch, from the ViT's patches and from the
-    tokens, and the picture's colours and the word's place: trained beside, they stand in for a vision model's
-    pretraining.
+    With a layout in the configuration, heads say which character covers each column of half a patch, from the ViT's
+    patches and from the tokens, the how-manieth of the word it is, and the picture's colours and the word's box:
+    trained beside, they stand in for a vision model's pretraining.
     """
 
-    def __init__(self, config: ModelConfig, width: int, characters: int = 0) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         vision = AutoConfig.for_model(**config.vision)
         self.vit = AutoModel.from_config(vision)
@@ -61,11 +66,21 @@ class VisualTokenizer(nn.Module):
             vision.hidden_size, width, config.visual_tokens, config.resampler_depth, config.resampler_heads
         )
         self.project = nn.Linear(width, width)
-        if characters and config.visual_tokens != 2 * columns:
-            raise ValueError(f"visual_tokens is {config.visual_tokens}, expected {2 * columns}, one for each column")
-        self.column_head = nn.Linear(vision.hidden_size, 2 * (characters + 1)) if characters else None
-        self.token_head = nn.Linear(width, characters + 1) if characters else None
-        self.picture_head = nn.Linear(width, 10) if characters else None
+        self.heads = None
+        if config.layout:
+            if config.visual_tokens != 2 * columns:
+                raise ValueError(
+                    f"visual_tokens is {config.visual_tokens}, expected {2 * columns}, one for each half column"
+                )
+            characters = len(config.layout.characters) + 1
+            self.heads = nn.ModuleDict(
+                {
+                    "columns": nn.Linear(vision.hidden_size, 2 * characters),
+                    "tokens": nn.Linear(width, characters),
+                    "places": nn.Linear(width, config.layout.slots + 1),
+                    "picture": nn.Linear(width, 10),
+                }
+            )
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Looks | None]:
         """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), and what the heads say."""
@@ -74,9 +89,9 @@ class VisualTokenizer(nn.Module):
         ]  # (N, P, C)
         resampled = self.resampler(hidden, self.positions)
         tokens = self.project(resampled)
-        if self.column_head is None or self.token_head is None or self.picture_head is None:
+        if self.heads is None:
             return tokens, None
         pooled = hidden.unflatten(1, self.grid).mean(1)  # (N, columns, C)
-        by_column = self.column_head(pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, 2 * columns, characters + 1)
-        columns_said = torch.stack([by_column, self.token_head(resampled)], 1)
-        return tokens, Looks(columns_said, self.picture_head(resampled.mean(1)))
+        by_column = self.heads["columns"](pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, Q, characters + 1)
+        columns = torch.stack([by_column, self.heads["tokens"](resampled)], 1)
+        return tokens, Looks(columns, self.heads["places"](resampled), self.heads["picture"](resampled.mean(1)))

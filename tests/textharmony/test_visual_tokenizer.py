@@ -13,26 +13,27 @@ def pixels() -> torch.Tensor:
 
 
 def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
-    tokens, looks = VisualTokenizer(config, 24, characters=36)(pixels)
+    tokens, looks = VisualTokenizer(config, 24)(pixels)
     assert tokens.shape == (3, config.visual_tokens, 24)
     assert looks is not None and looks.columns.shape == (3, 2, 32, 37) and looks.picture.shape == (3, 10)
+    assert looks.places.shape == (3, 32, 7)
 
 
-def test_no_head_without_characters(config: ModelConfig, pixels: torch.Tensor) -> None:
-    tokenizer = VisualTokenizer(config, 24)
+def test_no_head_without_a_layout(config: ModelConfig, pixels: torch.Tensor) -> None:
+    tokenizer = VisualTokenizer(replace(config, layout=None), 24)
     assert tokenizer(pixels)[1] is None
 
 
 @pytest.mark.parametrize("stem", [(), (8,), (8, 16)])
 def test_pictures_do_not_see_each_other(config: ModelConfig, pixels: torch.Tensor, stem: tuple[int, ...]) -> None:
-    tokenizer = VisualTokenizer(replace(config, stem=stem), 24, characters=4).eval()
+    tokenizer = VisualTokenizer(replace(config, stem=stem), 24).eval()
     with torch.no_grad():
         tokens, looks = tokenizer(pixels)
         for i in range(len(pixels)):
             alone, alone_looks = tokenizer(pixels[i : i + 1])
             torch.testing.assert_close(alone[0], tokens[i], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(alone_looks.columns[0], looks.columns[i], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(alone_looks.picture[0], looks.picture[i], atol=1e-5, rtol=1e-4)
+            for said, together in zip(alone_looks, looks, strict=True):
+                torch.testing.assert_close(said[0], together[i], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
 
 
@@ -49,7 +50,7 @@ def test_where_something_stands_is_seen(config: ModelConfig) -> None:
 
 def test_a_column_is_told_from_what_stands_in_it(config: ModelConfig) -> None:
     """A mark in patch column 12 changes the logits of columns 24 and 25 most, once the blocks between do nothing."""
-    tokenizer = VisualTokenizer(replace(config, stem=()), 24, characters=4).eval()
+    tokenizer = VisualTokenizer(replace(config, stem=()), 24).eval()
     with torch.no_grad():
         for layer in tokenizer.vit.encoder.layers:
             layer.self_attn.out_proj.weight.zero_()
@@ -67,15 +68,15 @@ def test_the_stem_makes_one_cell_a_patch(channels: tuple[int, ...], patch: int) 
     assert stem.weight.shape[0] == 20
 
 
-def test_with_characters_there_is_a_token_for_each_half_column(config: ModelConfig) -> None:
+def test_with_a_layout_there_is_a_token_for_each_half_column(config: ModelConfig) -> None:
     with pytest.raises(ValueError, match="visual_tokens is 20, expected 32"):
-        VisualTokenizer(replace(config, visual_tokens=20), 24, characters=4)
-    VisualTokenizer(replace(config, visual_tokens=20), 24)
+        VisualTokenizer(replace(config, visual_tokens=20, layout=None), 24)
+    VisualTokenizer(replace(config, visual_tokens=20, layout=None), 24)
 
 
 def test_the_second_head_speaks_for_the_tokens(config: ModelConfig, pixels: torch.Tensor) -> None:
     """What it says depends on the resampler's queries, what the first says does not."""
-    tokenizer = VisualTokenizer(config, 24, characters=4).eval()
+    tokenizer = VisualTokenizer(config, 24).eval()
     with torch.no_grad():
         before = tokenizer(pixels)[1].columns
         tokenizer.resampler.queries[3] += torch.linspace(-1, 1, 24)

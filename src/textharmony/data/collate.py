@@ -89,16 +89,21 @@ class Collator:
         return torch.from_numpy(np.concatenate([colors, box]).astype(np.float32))
 
     def _columns(self, sample: Sample) -> Tensor:
-        """(columns,) long: which character covers each column of half a patch, len(alphabet) where none does."""
+        """(2, Q) long: the character over each column of half a patch and its place in the word, the last where none.
+
+        -100 where a part is hidden.
+        """
         assert self.config.layout is not None
         alphabet = self.config.layout.characters
         step = self.config.vision["patch_size"] / 2
         centers = (torch.arange(int(self.config.image_size[1] / step)) + 0.5) * step
         if sample.region is not None or sample.layout is None:
-            return torch.full(centers.shape, _IGNORE)
-        labels = torch.full(centers.shape, len(alphabet))
-        for char, box in zip(sample.text, sample.layout.boxes, strict=True):
-            labels[(centers >= box[0] - 1) & (centers < box[2] + 1)] = alphabet.index(char)
+            return torch.full((2, len(centers)), _IGNORE)
+        nothing = torch.tensor([[len(alphabet)], [self.config.layout.slots]])
+        labels = nothing.repeat(1, len(centers))
+        for place, (char, box) in enumerate(zip(sample.text, sample.layout.boxes, strict=True)):
+            covered = (centers >= box[0] - 1) & (centers < box[2] + 1)
+            labels[:, covered] = torch.tensor([[alphabet.index(char)], [place]])
         return labels
 
 

@@ -100,22 +100,25 @@ def test_regions_and_layouts(samples: list[Sample], batch: dict[str, torch.Tenso
         assert np.abs(colors.numpy() - truth).max() < 1e-3
 
 
-def test_column_labels_name_the_character_that_stands_there(
+def test_column_labels_name_the_character_that_stands_there_and_its_place(
     samples: list[Sample], batch: dict[str, torch.Tensor], config: ModelConfig
 ) -> None:
     assert config.layout is not None
     alphabet = config.layout.characters
     seen = [sample for sample in samples if sample.image is not None]
-    assert batch["column_labels"].shape == (len(seen), 32)
-    for labels, sample in zip(batch["column_labels"].tolist(), seen):
+    assert batch["column_labels"].shape == (len(seen), 2, 32)
+    for labels, sample in zip(batch["column_labels"], seen, strict=True):
         if sample.task is Task.EDITING:
-            assert set(labels) == {-100}
+            assert (labels == -100).all()
             continue
         assert sample.layout is not None
-        for column, label in enumerate(labels):
+        for column, (character, place) in enumerate(labels.T.tolist()):
             center = 4 * column + 2
-            over = [c for c, (x1, _, x2, _) in zip(sample.text, sample.layout.boxes) if x1 - 1 <= center < x2 + 1]
-            assert (alphabet[label] in over) if over else label == len(alphabet)
+            over = [i for i, (x1, _, x2, _) in enumerate(sample.layout.boxes) if x1 - 1 <= center < x2 + 1]
+            if over:
+                assert place in over and alphabet[character] == sample.text[place]
+            else:
+                assert (character, place) == (len(alphabet), config.layout.slots)
 
 
 def test_picture_labels_are_colors_and_the_words_box(samples: list[Sample], batch: dict[str, torch.Tensor]) -> None:
