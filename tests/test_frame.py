@@ -20,24 +20,18 @@ def run_python(code: str) -> str:
 
 
 IMPORT_SLIDELORA = """
-import json, sys, time
+import json, sys
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
 import slidelora
-seconds = time.perf_counter() - start
 brought = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(json.dumps({"seconds": seconds, "modules": sorted(brought)}))
+print(json.dumps(sorted(brought)))
 """
 
 
 def test_import_slidelora_brings_torch_and_safetensors_only() -> None:
-    brought = set(json.loads(run_python(IMPORT_SLIDELORA))["modules"])
+    brought = set(json.loads(run_python(IMPORT_SLIDELORA)))
     assert brought - set(sys.stdlib_module_names) <= {"slidelora", "safetensors", "torch"}
-
-
-def test_import_slidelora_takes_no_noticeable_time() -> None:
-    assert min(json.loads(run_python(IMPORT_SLIDELORA))["seconds"] for _ in range(3)) < 0.2
 
 
 @pytest.mark.parametrize("name", ["slidelora", "textharmony"])

@@ -38,6 +38,7 @@ class Losses:
     """What a training step reports; `total` is what is minimised, the rest are means (nats or squares)."""
 
     total: Tensor
+    autoencoder: Tensor
     text: Tensor
     image: Tensor
     layout: Tensor
@@ -77,15 +78,16 @@ class TextHarmony(nn.Module):
         """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), what the pictures look like."""
         embeds = self.language.get_input_embeddings()(input_ids)
         embeds = embeds + (input_ids == self.boi_id)[..., None] * self.begin_image
+        places = input_ids == self.image_id
+        count = 0 if pixel_values is None else len(pixel_values)
+        if int(places.sum()) != count * self.config.visual_tokens:
+            raise ValueError(
+                f"input_ids has {int(places.sum())} image tokens, expected {self.config.visual_tokens} for each of "
+                f"{count} pictures"
+            )
         if pixel_values is None:
             return embeds, None
         tokens, looks = self.visual_tokenizer(pixel_values)
-        places = input_ids == self.image_id
-        if int(places.sum()) != tokens.shape[0] * tokens.shape[1]:
-            raise ValueError(
-                f"input_ids has {int(places.sum())} image tokens, expected {tokens.shape[1]} for each of "
-                f"{tokens.shape[0]} pictures"
-            )
         return embeds.masked_scatter(places[..., None], tokens.to(embeds.dtype)), looks
 
     def forward(
@@ -99,6 +101,7 @@ class TextHarmony(nn.Module):
         picture_labels: Tensor | None = None,
         image_rows: Tensor | None = None,
         target_pixel_values: Tensor | None = None,
+        target_weight: Tensor | None = None,
         source_pixel_values: Tensor | None = None,
         region: Tensor | None = None,
         layout_boxes: Tensor | None = None,
@@ -112,11 +115,14 @@ class TextHarmony(nn.Module):
 
         input_ids, attention_mask, labels: (B, T), labels -100 but on answers; targets: (B,) 0 where text is asked
         for, 1 where a picture is; image_rows: (M,) rows that the M target pictures belong to, the image decoder's
-        arguments in the same order; adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
+        arguments in the same order; target_weight: (M, 1, H, W) of the autoencoder's loss, which is nothing without;
+        adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
         """
         embeds, looks = self.embed(input_ids, pixel_values)
         zero = embeds.new_zeros(())
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
+        if "autoencoder" in losses and target_pixel_values is not None and target_weight is not None:
+            found["autoencoder"] = self.image_decoder.autoencoder_loss(target_pixel_values, target_weight)
         if "columns" in losses and looks is not None and column_labels is not None and picture_labels is not None:
             known = (column_labels != -100).all(-1).all(-1)  # (N,)
             if known.any():
@@ -174,7 +180,7 @@ class TextHarmony(nn.Module):
         return self.answer(image, READ_QUESTION, task=Task.PERCEPTION)
 
     def answer(self, image: Any, question: Any, task: Task = Task.COMPREHENSION) -> Any:
-        """The answer to a question about a picture: str; lists of pictures (and one question or a list) give a list."""
+        """The answer to a question about a picture: str; a list of pictures, or of questions, or both, gives a list."""
 
         def several(pairs: Sequence[tuple[Picture, str]]) -> list[str]:
             prompts = [compose(task, question, self.config.visual_tokens) for _, question in pairs]
@@ -203,8 +209,8 @@ class TextHarmony(nn.Module):
     ) -> Any:
         """A picture of the quoted text in a prompt such as '"CAFE" in red on white': a PIL image, or a list for a list.
 
-        seed: one int, the n-th of a list of prompts taking seed + n, or one int a prompt. Text that the model cannot
-        draw raises ValueError.
+        seed: one int, the n-th of a list of prompts taking seed + n, or a list of ints: one a prompt, or several for
+        one prompt. Text that the model cannot draw raises ValueError.
         """
 
         def several(pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
@@ -213,7 +219,7 @@ class TextHarmony(nn.Module):
             painted = self._paint(prompts, None, None, None, seeds, num_inference_steps, guidance_scale)
             return [to_pil(picture) for picture in painted]
 
-        return _map_batched(several, prompt, _seeds(prompt, seed))
+        return _map_batched(several, prompt, _seeds(seed, prompt))
 
     def edit(
         self,
@@ -226,7 +232,8 @@ class TextHarmony(nn.Module):
     ) -> Any:
         """The picture with the box, in thousandths, filled anew with the text; pixels outside it stay as they were.
 
-        text: a word, or a word and its colour as in '"CAFE" in red'. Lists of pictures, boxes and texts give a list.
+        text: a word, or a word and its colour as in '"CAFE" in red'; seed: as in `draw`. Lists of pictures, boxes or
+        texts give a list.
         A box of the wrong form, or text that the model cannot draw, raises ValueError.
         """
 
@@ -246,7 +253,9 @@ class TextHarmony(nn.Module):
             painted = self._paint(prompts, hidden, source, region, seeds, num_inference_steps, guidance_scale)
             return [frame.paste(p, box) for frame, p, (_, box, _, _) in zip(frames, painted, rows, strict=True)]
 
-        return _map_batched(several, image, box, text, _seeds(image, seed))
+        if isinstance(box, list) and all(isinstance(side, (int, float)) for side in box):
+            box = tuple(box)  # one box, not a list of them
+        return _map_batched(several, image, box, text, _seeds(seed, image, box, text))
 
     def _frame(self, picture: Picture) -> Frame:
         return Frame.of(picture, self.config.image_size)
@@ -329,7 +338,8 @@ class TextHarmony(nn.Module):
             tensors = {}
             for name, tensor in self.state_dict().items():
                 if name != _TIED:
-                    tensors[name] = tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+                    wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                    tensors[name] = tensor.detach().cpu().to(wanted).contiguous()
             save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
             (partial / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
             self.tokenizer.save_pretrained(partial)
@@ -378,28 +388,30 @@ def _load(file: Path, load: Callable[[Path], T]) -> T:
         raise ValueError(f"{file} is cut short, or not what save_pretrained wrote: {error}") from error
 
 
-def _map_batched(function: Callable[[list[Any]], list[T]], first: Any, *others: Any) -> T | list[T]:
-    """Calls function with rows of arguments, some at a time; a list as first argument gives a list, else one result.
+def _map_batched(function: Callable[[list[Any]], list[T]], *arguments: Any) -> T | list[T]:
+    """Calls function with rows of arguments, some at a time; where any is a list the result is one, else one result.
 
-    Other arguments that are lists run along with it, the rest are the same for all.
+    Arguments that are lists run along with each other, the rest are the same for all.
     """
-    if not isinstance(first, list):
-        return function([(first, *(o[0] if isinstance(o, list) and len(o) == 1 else o for o in others))])[0]
-    for other in others:
-        if isinstance(other, list) and len(other) != len(first):
-            raise ValueError(f"got a list of {len(other)} beside one of {len(first)}, expected the same length")
-    columns = [first, *(o if isinstance(o, list) else [o] * len(first) for o in others)]
-    rows = list(zip(*columns, strict=True))
+    lengths = {len(a) for a in arguments if isinstance(a, list)}
+    if not lengths:
+        return function([arguments])[0]
+    if len(lengths) > 1:
+        raise ValueError(f"got lists of {sorted(lengths)} items, expected the same length")
+    count = lengths.pop()
+    rows = list(zip(*(a if isinstance(a, list) else [a] * count for a in arguments), strict=True))
     results: list[T] = []
     for start in tqdm(range(0, len(rows), _BATCH), disable=len(rows) <= _BATCH, leave=False):
         results += function(rows[start : start + _BATCH])
     return results
 
 
-def _seeds(first: Any, seed: int | Sequence[int]) -> list[int] | int:
-    if isinstance(seed, int):
-        return [seed + i for i in range(len(first))] if isinstance(first, list) else seed
-    return list(seed)
+def _seeds(seed: int | Sequence[int], *arguments: Any) -> list[int] | int:
+    """seed + n for the n-th of those arguments that are lists."""
+    if not isinstance(seed, int):
+        return list(seed)
+    lengths = [len(a) for a in arguments if isinstance(a, list)]
+    return [seed + i for i in range(lengths[0])] if lengths else seed
 
 
 def _read_boxes(answer: str) -> list[Box]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from PIL import Image
 from safetensors.torch import load_model
 from torch import Tensor
@@ -38,7 +38,10 @@ def train(model_config: ModelConfig, config: TrainConfig, out: str | Path) -> Te
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator()
+    accelerator = Accelerator(
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # batch_size is that of all processes
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     torch.manual_seed(config.seed)
     model = TextHarmony(model_config, build_tokenizer())
     run = json.loads(json.dumps({"model": model_config.to_dict(), "training": asdict(config)}))
@@ -110,7 +113,7 @@ def _run_stage(
             scheduler.step()
             optimizer.zero_grad()
             last = step + 1 == stage.steps
-            recent.append([float(value) for value in losses.values()])
+            recent.append([float(value.detach()) for value in losses.values()])
             saved = last or (step + 1) % config.save_every == 0
             if saved or (step + 1) % _LOG_EVERY == 0:
                 means = {name: sum(c) / len(c) for name, c in zip(losses, zip(*recent, strict=True), strict=True)}
@@ -142,12 +145,11 @@ def select_parameters(model: torch.nn.Module, stage: Stage) -> list[torch.nn.Par
 
 
 def _losses(
-    model: TextHarmony, stage: Stage, samples: list[Sample], collate: Collator, device: torch.device
+    model: torch.nn.Module, stage: Stage, samples: list[Sample], collate: Collator, device: torch.device
 ) -> dict[str, Tensor]:
     batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}
     if "autoencoder" in stage.losses:
-        pixels, weight = _crops(batch["target_pixel_values"], samples)
-        return {"total": model.image_decoder.autoencoder_loss(pixels, weight)}
+        batch["target_pixel_values"], batch["target_weight"] = _crops(batch["target_pixel_values"], samples)
     losses: Losses = model(**batch, adapters=stage.adapters, losses=stage.losses)
     return {field.name: getattr(losses, field.name) for field in fields(losses)}
 
@@ -219,7 +221,7 @@ def _log(out: Path, number: int, stage: str, step: int, means: dict[str, float])
 
 
 def _plot(out: Path) -> None:
-    """out/losses.png: text and image losses, and the rest, each on its own axes."""
+    """out/losses.png: each loss on its own axes, in the stages that minimised it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,13 +229,15 @@ def _plot(out: Path) -> None:
 
     rows = list(csv.DictReader((out / "losses.csv").open()))
     names = [field.name for field in fields(Losses)]
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axis, name in zip(axes.flat, names, strict=True):
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 6), layout="constrained")
+    for axis, name in zip(axes.flat, names):
         for stage in dict.fromkeys(row["stage"] for row in rows):
-            points = [(i, float(row[name])) for i, row in enumerate(rows) if row["stage"] == stage and row[name]]
-            if points:
+            points = [(i, float(row[name])) for i, row in enumerate(rows) if row["stage"] == stage]
+            if any(value for _, value in points):
                 axis.plot([i * _LOG_EVERY for i, _ in points], [value for _, value in points], label=stage)
         axis.set(title=name, xlabel="step", yscale="log")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
+    axes.flat[-1].set_axis_off()
     figure.savefig(out / "losses.png", dpi=100)
     pyplot.close(figure)

@@ -122,6 +122,8 @@ def test_embed_counts_the_image_tokens(model: TextHarmony) -> None:
         ValueError, match=f"input_ids has {2 * count - 2} image tokens, expected {count} for each of 2 pictures"
     ):
         model.embed(ids, torch.zeros(2, 3, 32, 128))
+    with pytest.raises(ValueError, match=f"expected {count} for each of 0 pictures"):
+        model.embed(ids, None)
     ids[:, count] = model.image_id
     pixels = torch.rand(2, 3, 32, 128)
     embeds, _ = model.embed(ids, pixels)
@@ -140,6 +142,7 @@ def test_a_batch_of_verbs_is_the_verbs_alone(model: TextHarmony, pictures: list[
     assert model.answer(pictures, questions) == [model.answer(p, q) for p, q in zip(pictures, questions)]
     assert model.answer(pictures, questions[1]) == [model.answer(p, questions[1]) for p in pictures]
     assert len(set(model.answer(pictures, questions))) > 1
+    assert model.answer(pictures[0], questions) == [model.answer(pictures[0], question) for question in questions]
     assert model.read([]) == []
 
 
@@ -170,6 +173,8 @@ def test_draw_by_seed(model: TextHarmony) -> None:
     assert np.abs(np.asarray(chosen[1], int) - np.asarray(together[1], int)).max() <= 1
     assert np.abs(np.asarray(model.draw(prompts[0], seed=9), int) - np.asarray(together[0], int)).max() > 3
     assert np.array_equal(model.draw(prompts[0], seed=9), model.draw(prompts[0], seed=9))
+    several = model.draw(prompts[0], seed=[5, 9])
+    assert len(several) == 2 and np.abs(np.asarray(several[0], int) - np.asarray(together[0], int)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -216,6 +221,8 @@ def test_edit_does_not_see_what_it_replaces(model: TextHarmony) -> None:
 def test_edit_checks_the_box(model: TextHarmony, pictures: list[Image.Image]) -> None:
     with pytest.raises(ValueError, match=r"box is \(5, 5, 5, 9\)"):
         model.edit(pictures[0], (5, 5, 5, 9), "A")
+    with pytest.raises(ValueError, match=r"box is \(0, 0, 2000, 9\)"):
+        model.edit(pictures[:2] * 2, [0, 0, 2000, 9], "A")
     with pytest.raises(ValueError, match=r"box is \(0, 0, 2000, 9\)"):
         model.edit(pictures[:2], [(0, 0, 500, 500), (0, 0, 2000, 9)], "A")
 
