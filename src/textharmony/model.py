@@ -98,7 +98,8 @@ class TextHarmony(nn.Module):
         targets: Tensor,
         pixel_values: Tensor | None = None,
         column_labels: Tensor | None = None,
-        picture_labels: Tensor | None = None,
+        color_labels: Tensor | None = None,
+        box_labels: Tensor | None = None,
         image_rows: Tensor | None = None,
         target_pixel_values: Tensor | None = None,
         target_weight: Tensor | None = None,
@@ -123,15 +124,9 @@ class TextHarmony(nn.Module):
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
         if "autoencoder" in losses and target_pixel_values is not None and target_weight is not None:
             found["autoencoder"] = self.image_decoder.autoencoder_loss(target_pixel_values, target_weight)
-        if "columns" in losses and looks is not None and column_labels is not None and picture_labels is not None:
-            known = (column_labels != -100).all(-1).all(-1)  # (N,)
-            if known.any():
-                character, place = column_labels[known].unbind(1)  # (K, Q) each
-                found["columns"] = (
-                    F.cross_entropy(looks.columns[known].movedim(-1, 1), character[:, None].expand(-1, 2, -1))
-                    + F.cross_entropy(looks.places[known].movedim(-1, 1), place)
-                    + F.mse_loss(looks.picture[known], picture_labels[known])
-                )
+        if "columns" in losses and looks is not None and column_labels is not None:
+            assert color_labels is not None and box_labels is not None
+            found["columns"] = _looks_loss(looks, column_labels, color_labels, box_labels)
         if {"text", "image", "layout"} & set(losses):
             if adapters:
                 prompt = attention_mask.bool() & (labels == -100)
@@ -379,6 +374,21 @@ class TextHarmony(nn.Module):
 
 _TIED = "language.lm_head.weight"
 _EMBEDDED = Path(__file__).parent / "weights" / "tiny"
+
+
+def _looks_loss(looks: Looks, columns: Tensor, colors: Tensor, box: Tensor) -> Tensor:
+    """Over the pictures of which nothing is hidden; columns (N, 2, Q), colors (N, 2), box (N, 4)."""
+    known = (columns != -100).all(-1).all(-1)  # (N,)
+    if not known.any():
+        return box.new_zeros(())
+    character, place = columns[known].unbind(1)  # (K, Q) each
+    of_token = colors[known][:, None].expand(-1, looks.colors.shape[1], -1)  # (K, Q, 2)
+    return (
+        F.cross_entropy(looks.columns[known].movedim(-1, 1), character[:, None].expand(-1, 2, -1))
+        + F.cross_entropy(looks.places[known].movedim(-1, 1), place)
+        + F.cross_entropy(looks.colors[known].movedim(-1, 1), of_token)
+        + F.mse_loss(looks.box[known], box[known])
+    )
 
 
 def _load(file: Path, load: Callable[[Path], T]) -> T:

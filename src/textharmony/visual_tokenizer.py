@@ -37,20 +37,21 @@ class Looks(NamedTuple):
     """What a picture looks like, said of each column of half a patch and of the whole.
 
     columns: (N, 2, Q, characters + 1) logits of the character; places: (N, Q, slots + 1) logits of its place in the
-    word; picture: (N, 10) ink, ground, word's box.
+    word; colors: (N, Q, 2, colors) logits of the ink's and the ground's name; box: (N, 4) of the word.
     """
 
     columns: Tensor
     places: Tensor
-    picture: Tensor
+    colors: Tensor
+    box: Tensor
 
 
 class VisualTokenizer(nn.Module):
     """A transformers vision model and a resampler to `visual_tokens` tokens of the language model's width.
 
     With a layout in the configuration, heads say which character covers each column of half a patch, from the ViT's
-    patches and from the tokens, the how-manieth of the word it is, and the picture's colours and the word's box:
-    trained beside, they stand in for a vision model's pretraining.
+    patches and from the tokens, the how-manieth of the word it is, the names of the colours and the word's box: trained
+    beside, they stand in for a vision model's pretraining.
     """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
@@ -78,7 +79,8 @@ class VisualTokenizer(nn.Module):
                     "columns": nn.Linear(vision.hidden_size, 2 * characters),
                     "tokens": nn.Linear(width, characters),
                     "places": nn.Linear(width, config.layout.slots + 1),
-                    "picture": nn.Linear(width, 10),
+                    "colors": nn.Linear(width, 2 * len(config.layout.colors)),
+                    "box": nn.Linear(width, 4),
                 }
             )
 
@@ -94,4 +96,5 @@ class VisualTokenizer(nn.Module):
         pooled = hidden.unflatten(1, self.grid).mean(1)  # (N, columns, C)
         by_column = self.heads["columns"](pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, Q, characters + 1)
         columns = torch.stack([by_column, self.heads["tokens"](resampled)], 1)
-        return tokens, Looks(columns, self.heads["places"](resampled), self.heads["picture"](resampled.mean(1)))
+        colors = self.heads["colors"](resampled).unflatten(-1, (2, -1))
+        return tokens, Looks(columns, self.heads["places"](resampled), colors, self.heads["box"](resampled.mean(1)))

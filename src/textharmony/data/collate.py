@@ -43,7 +43,11 @@ class Collator:
             batch["pixel_values"] = to_pixels([hide(s.image, s.region) for s in seen if s.image is not None])
             if self.config.layout:
                 batch["column_labels"] = torch.stack([self._columns(sample) for sample in seen])
-                batch["picture_labels"] = torch.stack([self._picture(sample) for sample in seen])
+                names = self.config.layout.colors
+                batch["color_labels"] = torch.tensor(
+                    [[names.index(n) if n else _IGNORE for n in (s.ink, s.ground)] for s in seen]
+                )
+                batch["box_labels"] = torch.stack([self._box(sample) for sample in seen])
         drawn = [i for i, sample in enumerate(samples) if sample.target is not None]
         if drawn:
             batch |= self._drawn([samples[i] for i in drawn])
@@ -80,13 +84,11 @@ class Collator:
             "characters": characters,
         }
 
-    def _picture(self, sample: Sample) -> Tensor:
-        """(10,): ink and ground in -1..1, and the word's box in picture heights."""
+    def _box(self, sample: Sample) -> Tensor:
+        """(4,): the word's box in picture heights."""
         assert sample.layout is not None
-        colors = np.concatenate([sample.layout.ink, sample.layout.ground]) / 127.5 - 1
         low, high = sample.layout.boxes.min(0), sample.layout.boxes.max(0)
-        box = np.concatenate([low[:2], high[2:]]) / self.config.image_size[0]
-        return torch.from_numpy(np.concatenate([colors, box]).astype(np.float32))
+        return torch.from_numpy(np.concatenate([low[:2], high[2:]]) / np.float32(self.config.image_size[0]))
 
     def _columns(self, sample: Sample) -> Tensor:
         """(2, Q) long: the character over each column of half a patch and its place in the word, the last where none.
