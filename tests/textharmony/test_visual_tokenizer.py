@@ -15,8 +15,8 @@ def pixels() -> torch.Tensor:
 def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
     tokens, looks = VisualTokenizer(config, 24)(pixels)
     assert tokens.shape == (3, config.visual_tokens, 24)
-    assert looks is not None and looks.columns.shape == (3, 2, 32, 37) and looks.picture.shape == (3, 10)
-    assert looks.places.shape == (3, 32, 7)
+    assert looks is not None and looks.columns.shape == (3, 2, 32, 37) and looks.places.shape == (3, 32, 7)
+    assert looks.colors.shape == (3, 32, 2, 8) and looks.box.shape == (3, 4)
 
 
 def test_no_head_without_a_layout(config: ModelConfig, pixels: torch.Tensor) -> None:

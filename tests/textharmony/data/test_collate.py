@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -121,13 +123,17 @@ def test_column_labels_name_the_character_that_stands_there_and_its_place(
                 assert (character, place) == (len(alphabet), config.layout.slots)
 
 
-def test_picture_labels_are_colors_and_the_words_box(samples: list[Sample], batch: dict[str, torch.Tensor]) -> None:
+def test_color_and_box_labels(
+    samples: list[Sample], batch: dict[str, torch.Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert config.layout is not None
     seen = [sample for sample in samples if sample.image is not None]
-    for label, sample in zip(batch["picture_labels"], seen, strict=True):
+    for colors, box, sample in zip(batch["color_labels"].tolist(), batch["box_labels"], seen, strict=True):
         assert sample.layout is not None
-        colors = (label[:6].reshape(2, 3) + 1) * 127.5
-        assert np.abs(colors.numpy() - np.stack([sample.layout.ink, sample.layout.ground])).max() < 1e-3
-        assert (label[6:] * 32).tolist() == pytest.approx(list(word_box(sample.layout.boxes)))
+        assert [config.layout.colors[i] for i in colors] == [sample.ink, sample.ground]
+        assert (box * 32).tolist() == pytest.approx(list(word_box(sample.layout.boxes)))
+    unknown = Collator(config, tokenizer)([replace(seen[0], ink=None)])
+    assert unknown["color_labels"].tolist()[0][0] == -100
 
 
 def test_only_what_is_there_is_in_the_batch(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
