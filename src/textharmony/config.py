@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+BOX_BINS = 32  # that the vision model divides a picture's width, and its height, into
+
 
 @dataclass(frozen=True)
 class LayoutConfig:
@@ -120,7 +122,7 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
 
 
 _TINY_LAYOUT = LayoutConfig()
-_TINY_LATENTS = 8
+_TINY_LATENTS = 16
 
 TINY = ModelConfig(
     image_size=(32, 128),
@@ -192,7 +194,7 @@ TINY_TRAINING = TrainConfig(
             name="autoencoder",
             trainable=r"image_decoder\.vae",
             tasks={"generation": 1},
-            steps=3400,
+            steps=2800,
             batch_size=16,
             learning_rate=2e-3,
             losses=("autoencoder",),
@@ -211,7 +213,7 @@ TINY_TRAINING = TrainConfig(
             name="spelling",
             trainable=r"language\.(?!.*lora_|slidelora_gate)|image_decoder\.(resampler|planner|painter)|begin_image",
             tasks={"generation": 1},
-            steps=900,
+            steps=600,
             batch_size=64,
             learning_rate=1.5e-3,
             losses=("layout",),
@@ -231,7 +233,7 @@ TINY_TRAINING = TrainConfig(
             name="align",
             trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)",
             tasks=_FOUR,
-            steps=1200,
+            steps=1100,
             batch_size=48,
             learning_rate=1.5e-3,
         ),
@@ -240,7 +242,7 @@ TINY_TRAINING = TrainConfig(
             name="tune",
             trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
             tasks=_FOUR,
-            steps=800,
+            steps=700,
             batch_size=48,
             learning_rate=1e-3,
             adapters=True,

@@ -66,7 +66,9 @@ class ImageDecoder(nn.Module):
         return self.vae.decode(latents * self.latent_std + self.latent_mean).sample.clamp(-1, 1)
 
     def autoencoder_loss(self, pixel_values: Tensor, weight: Tensor, kl_weight: float = 1e-6) -> Tensor:
-        """Weighted absolute error of pixels and of their differences, and a small KL term.
+        """Weighted absolute and squared error of pixels, absolute error of their differences, and a small KL term.
+
+        The square is for the colour of thin strokes, which absolute errors give up.
 
         pixel_values: (N, 3, H, W) in -1..1; weight: (N, 1, H, W).
         """
@@ -74,7 +76,8 @@ class ImageDecoder(nn.Module):
         error = self.vae.decode(posterior.sample()).sample - pixel_values
         across = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
         down = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
-        return (weight * error.abs()).mean() + (across + down) / 2 + kl_weight * posterior.kl().mean()
+        of_pixels = (weight * (error.abs() + 2 * error.square())).mean()
+        return of_pixels + (across + down) / 2 + kl_weight * posterior.kl().mean()
 
     @torch.no_grad()
     def standardise(self, pixel_values: Tensor) -> None:

@@ -377,17 +377,17 @@ _EMBEDDED = Path(__file__).parent / "weights" / "tiny"
 
 
 def _looks_loss(looks: Looks, columns: Tensor, colors: Tensor, box: Tensor) -> Tensor:
-    """Over the pictures of which nothing is hidden; columns (N, 2, Q), colors (N, 2), box (N, 4)."""
+    """Over the pictures of which nothing is hidden; columns (N, 2, Q), colors (N, 2), box (N, 4), all long."""
     known = (columns != -100).all(-1).all(-1)  # (N,)
     if not known.any():
-        return box.new_zeros(())
+        return looks.box.new_zeros(())
     character, place = columns[known].unbind(1)  # (K, Q) each
-    of_token = colors[known][:, None].expand(-1, looks.colors.shape[1], -1)  # (K, Q, 2)
+    tokens = looks.colors.shape[1]
     return (
         F.cross_entropy(looks.columns[known].movedim(-1, 1), character[:, None].expand(-1, 2, -1))
         + F.cross_entropy(looks.places[known].movedim(-1, 1), place)
-        + F.cross_entropy(looks.colors[known].movedim(-1, 1), of_token)
-        + F.mse_loss(looks.box[known], box[known])
+        + F.cross_entropy(looks.colors[known].movedim(-1, 1), colors[known][:, None].expand(-1, tokens, -1))
+        + F.cross_entropy(looks.box[known].movedim(-1, 1), box[known][:, None].expand(-1, tokens, -1))
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from textharmony.config import ModelConfig
+from textharmony.config import BOX_BINS, ModelConfig
 from textharmony.resampler import PerceiverResampler
 
 
@@ -37,7 +37,8 @@ class Looks(NamedTuple):
     """What a picture looks like, said of each column of half a patch and of the whole.
 
     columns: (N, 2, Q, characters + 1) logits of the character; places: (N, Q, slots + 1) logits of its place in the
-    word; colors: (N, Q, 2, colors) logits of the ink's and the ground's name; box: (N, 4) of the word.
+    word; colors: (N, Q, 2, colors) logits of the ink's and the ground's name; box: (N, Q, 4, BOX_BINS) logits of where
+    the word's left, top, right and bottom are.
     """
 
     columns: Tensor
@@ -51,7 +52,7 @@ class VisualTokenizer(nn.Module):
 
     With a layout in the configuration, heads say which character covers each column of half a patch, from the ViT's
     patches and from the tokens, the how-manieth of the word it is, the names of the colours and the word's box: trained
-    beside, they stand in for a vision model's pretraining.
+    beside, they stand in for a vision model's pretraining. What each token can be asked, the language model finds.
     """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
@@ -80,7 +81,7 @@ class VisualTokenizer(nn.Module):
                     "tokens": nn.Linear(width, characters),
                     "places": nn.Linear(width, config.layout.slots + 1),
                     "colors": nn.Linear(width, 2 * len(config.layout.colors)),
-                    "box": nn.Linear(width, 4),
+                    "box": nn.Linear(width, 4 * BOX_BINS),
                 }
             )
 
@@ -97,4 +98,5 @@ class VisualTokenizer(nn.Module):
         by_column = self.heads["columns"](pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, Q, characters + 1)
         columns = torch.stack([by_column, self.heads["tokens"](resampled)], 1)
         colors = self.heads["colors"](resampled).unflatten(-1, (2, -1))
-        return tokens, Looks(columns, self.heads["places"](resampled), colors, self.heads["box"](resampled.mean(1)))
+        box = self.heads["box"](resampled).unflatten(-1, (4, BOX_BINS))
+        return tokens, Looks(columns, self.heads["places"](resampled), colors, box)

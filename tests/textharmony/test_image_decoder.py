@@ -80,7 +80,7 @@ def test_autoencoder_loss_by_hand(decoder: ImageDecoder, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(decoder, "vae", Autoencoder())
     error = said - truth
-    expected = (weight * abs(error)).mean() + 0.5 * 4
+    expected = (weight * (abs(error) + 2 * error**2)).mean() + 0.5 * 4
     expected += (weight[..., 1:] * abs(error[..., 1:] - error[..., :-1])).mean() / 2
     expected += (weight[..., 1:, :] * abs(error[..., 1:, :] - error[..., :-1, :])).mean() / 2
     found = decoder.autoencoder_loss(torch.from_numpy(truth), torch.from_numpy(weight), kl_weight=0.5)

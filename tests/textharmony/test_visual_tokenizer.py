@@ -16,7 +16,7 @@ def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
     tokens, looks = VisualTokenizer(config, 24)(pixels)
     assert tokens.shape == (3, config.visual_tokens, 24)
     assert looks is not None and looks.columns.shape == (3, 2, 32, 37) and looks.places.shape == (3, 32, 7)
-    assert looks.colors.shape == (3, 32, 2, 8) and looks.box.shape == (3, 4)
+    assert looks.colors.shape == (3, 32, 2, 8) and looks.box.shape == (3, 32, 4, 32)
 
 
 def test_no_head_without_a_layout(config: ModelConfig, pixels: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from textharmony.config import ModelConfig
+from textharmony.config import BOX_BINS, ModelConfig
 from textharmony.data.sample import Sample
 from textharmony.tokens import BOI, compose
 
@@ -85,10 +85,12 @@ class Collator:
         }
 
     def _box(self, sample: Sample) -> Tensor:
-        """(4,): the word's box in picture heights."""
+        """(4,) long: the word's box in bins of the picture's width and height."""
         assert sample.layout is not None
         low, high = sample.layout.boxes.min(0), sample.layout.boxes.max(0)
-        return torch.from_numpy(np.concatenate([low[:2], high[2:]]) / np.float32(self.config.image_size[0]))
+        height, width = self.config.image_size
+        share = np.concatenate([low[:2], high[2:]]) / (width, height, width, height)
+        return torch.from_numpy((share * BOX_BINS).astype(np.int64).clip(0, BOX_BINS - 1))
 
     def _columns(self, sample: Sample) -> Tensor:
         """(2, Q) long: the character over each column of half a patch and its place in the word, the last where none.
