@@ -368,7 +368,7 @@ def embedded() -> TextHarmony:
 def test_the_embedded_model_reads(embedded: TextHarmony) -> None:
     data = SyntheticWords(99, "held_out", {Task.GENERATION: 1})
     read = embedded.read([data[i].target for i in range(40)])
-    assert sum(said == data[i].text for i, said in enumerate(read)) >= 32
+    assert sum(said == data[i].text for i, said in enumerate(read)) >= 36
 
 
 @embedded_only
