@@ -70,7 +70,7 @@ def test_the_stem_makes_one_cell_a_patch(channels: tuple[int, ...], patch: int) 
 
 def test_with_a_layout_there_is_a_token_for_each_half_column(config: ModelConfig) -> None:
     with pytest.raises(ValueError, match="visual_tokens is 20, expected 32"):
-        VisualTokenizer(replace(config, visual_tokens=20, layout=None), 24)
+        VisualTokenizer(replace(config, visual_tokens=20), 24)
     VisualTokenizer(replace(config, visual_tokens=20, layout=None), 24)
 
 
