@@ -249,16 +249,16 @@ TINY_TRAINING = TrainConfig(
             losses=("text", "image", "layout", "columns", "gate"),
             decay_share=0.7,
         ),
-        # What a pretrained ViT would have from the start: a last look at many more words, everything else at rest.
+        # What a pretrained ViT would have from the start: a last look at many more words, and the gate looks on.
         Stage(
             name="sharpen",
-            trainable=r"visual_tokenizer",
-            tasks={"perception": 0.85, "comprehension": 0.15},
-            steps=400,
+            trainable=r"visual_tokenizer|language\.slidelora_gate",
+            tasks={"perception": 0.85, "comprehension": 0.1, "editing": 0.05},
+            steps=1100,
             batch_size=48,
             learning_rate=1e-3,
             adapters=True,
-            losses=("text", "columns"),
+            losses=("text", "columns", "gate"),
             decay_share=0.8,
         ),
     )
