@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 GATES = ("sequence", "given")
-BACKENDS = ("auto", "reference", "stacked")
+BACKENDS = ("auto", "reference", "stacked", "fused")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SlideLoRAConfig:
         name; exclude_modules: suffixes or a regex.
     gate: "sequence" (learned, once per sequence) or "given" (by the caller); gate_hidden: width of the learned gate.
     supervised_coef, balance_coef: weights of the two terms of `aux_loss`.
-    backend: "auto", "reference" or "stacked".
+    backend: "auto" ("fused" on a GPU with triton, else "stacked"), "reference", "stacked" or "fused".
 
     Raises ValueError or TypeError naming the field, its value and what was expected.
     """

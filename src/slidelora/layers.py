@@ -4,11 +4,10 @@ import math
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.ops import gated_lora
+from slidelora.ops import gated_linear, gated_lora, resolve
 from slidelora.routing import Routing
 
 
@@ -57,28 +56,33 @@ class SlideLoRALinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
-        base: Tensor = self.base_layer(x, *args, **kwargs)
         in_force = self.routing.in_force()
         if in_force is None:
-            return base
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         gates, experts = in_force.on(x.device)
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        dropout = self.dropout if self.training else 0.0
+        mixture = (self.lora_A, self.lora_B, gates, self.r, self.scaling, experts)
+        plain = type(self.base_layer) is nn.Linear and "forward" not in self.base_layer.__dict__
+        if plain and not _hooked(self.base_layer) and resolve(self.backend, x.device) == "fused":
+            return gated_linear(x, self.weight, self.bias, *mixture, dropout)
+        base: Tensor = self.base_layer(x, *args, **kwargs)
         # A plain Linear's output is new and saved by nobody, unless a hook saw it; the compiler plans memory itself.
-        plain = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
-        return gated_lora(
-            base,
-            dropped,
-            self.lora_A,
-            self.lora_B,
-            gates,
-            self.r,
-            self.scaling,
-            experts,
-            self.backend,
-            overwrite_base=plain and not torch.compiler.is_compiling(),
-        )
+        alone = plain and not self.base_layer._forward_hooks and not torch.compiler.is_compiling()
+        return gated_lora(base, x, *mixture, self.backend, alone, dropout)
 
     def extra_repr(self) -> str:
         """Sizes, for print."""
         experts = self.lora_A.shape[0] // self.r
         return f"in_features={self.in_features}, out_features={self.out_features}, experts={experts}, r={self.r}"
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anybody watches a module's calls, so that they must be made."""
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )

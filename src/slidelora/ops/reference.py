@@ -23,5 +23,6 @@ def gated_lora(
     y = base.to(dtype)
     for gate, A, B in zip(gates.unbind(1), lora_A.to(dtype).split(r), lora_B.to(dtype).split(r)):
         mixed = x.to(dtype) @ A.T @ B  # (..., d_out)
-        y = y + scaling * gate.to(dtype).view(-1, *[1] * (x.ndim - 1)) * mixed
+        of_token = gate.to(dtype).repeat_interleave(mixed[..., 0].numel() // max(len(gate), 1))
+        y = y + scaling * of_token.view(*x.shape[:-1], 1) * mixed
     return y.to(base.dtype)

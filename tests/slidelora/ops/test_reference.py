@@ -13,7 +13,7 @@ def test_reference_is_the_formula() -> None:
     torch.testing.assert_close(y, torch.einsum("btd,bod->bto", x, merged))
 
 
-@pytest.mark.parametrize("backend", ["reference", "stacked"])
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [

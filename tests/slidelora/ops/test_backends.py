@@ -1,3 +1,5 @@
+"""The backends that compute fast, against the reference in float64."""
+
 from itertools import product
 
 import pytest
@@ -9,16 +11,27 @@ from torch import Tensor
 from slidelora.ops import gated_lora
 from slidelora.routing import _compact
 
-BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# The interpreter cuts bfloat16 off where a GPU rounds it.
+_BFLOAT16 = 8e-3 if torch.cuda.is_available() else 1.2e-2
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: _BFLOAT16}
+backends = pytest.mark.parametrize("backend", ["stacked", "fused"])
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    """Relative Frobenius error."""
-    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp(min=1e-300))
+def error(found: Tensor, expected: Tensor, scale: float = 1e-300) -> float:
+    """Relative Frobenius error, of a norm of at least scale."""
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp(min=scale))
 
 
 def case(
-    batch: int, tokens: int, d_in: int, d_out: int, experts: int, r: int, dtype: torch.dtype, seed: int
+    batch: int,
+    tokens: int,
+    d_in: int,
+    d_out: int,
+    experts: int,
+    r: int,
+    dtype: torch.dtype,
+    seed: int,
+    by_token: bool = False,
 ) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -28,7 +41,8 @@ def case(
     base, x, dy = draw(batch, tokens, d_out), draw(batch, tokens, d_in), draw(batch, tokens, d_out)
     weight = torch.float64 if dtype == torch.float64 else torch.float32
     A, B = draw(experts * r, d_in).to(weight), draw(experts * r, d_out).to(weight)
-    return base.to(dtype), x.to(dtype), A, B, draw(batch, experts).to(weight), dy.to(dtype)
+    gates = draw(batch, tokens, experts) if by_token else draw(batch, experts)
+    return base.to(dtype), x.to(dtype), A, B, gates.to(weight), dy.to(dtype)
 
 
 def run(
@@ -45,6 +59,7 @@ def run(
     return y, torch.autograd.grad(y, wanted, dy) if wanted else ()
 
 
+@backends
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     batch=st.sampled_from([1, 2, 3]),
@@ -55,44 +70,61 @@ def run(
     r=st.sampled_from([1, 2, 12, 33]),
     dtype=st.sampled_from(list(BOUNDS)),
     seed=st.integers(0, 1000),
+    by_token=st.booleans(),
 )
 def test_output_and_gradients_equal_float64(
-    batch: int, tokens: int, d_in: int, d_out: int, experts: int, r: int, dtype: torch.dtype, seed: int
+    backend: str,
+    batch: int,
+    tokens: int,
+    d_in: int,
+    d_out: int,
+    experts: int,
+    r: int,
+    dtype: torch.dtype,
+    seed: int,
+    by_token: bool,
 ) -> None:
-    inputs = case(batch, tokens, d_in, d_out, experts, r, dtype, seed)
-    y, gradients = run("stacked", inputs, r)
+    inputs = case(batch, tokens, d_in, d_out, experts, r, dtype, seed, by_token)
+    y, gradients = run(backend, inputs, r)
     truth, expected = run("reference", tuple(tensor.double() for tensor in inputs), r)
     assert y.dtype == dtype and error(y, truth) < BOUNDS[dtype]
-    for leaf, found, exact in zip(inputs, gradients, expected):
+    # A sum whose terms cancel is no more exact than its terms: the sum of their sizes says how large it might be.
+    _, sizes = run("reference", tuple(tensor.double().abs() for tensor in inputs), r)
+    for leaf, found, exact, size in zip(inputs, gradients, expected, sizes):
         # Rounding h, u and their products in a short type adds up over the terms; one term each in the output above.
-        assert found.dtype == leaf.dtype and error(found, exact) < 2 * BOUNDS[dtype]
+        assert found.dtype == leaf.dtype and error(found, exact, 0.2 * float(size.norm())) < 2 * BOUNDS[dtype]
 
 
+@backends
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
-def test_empty_input(shape: tuple[int, int]) -> None:
+def test_empty_input(backend: str, shape: tuple[int, int]) -> None:
     inputs = case(*shape, 6, 5, 3, 2, torch.float32, 0)
-    y, (_, dx, dA, dB, dgates) = run("stacked", inputs, 2)
+    y, (_, dx, dA, dB, dgates) = run(backend, inputs, 2)
     assert y.shape == (*shape, 5) and dx.shape == (*shape, 6) and dgates.shape == (shape[0], 3)
     assert not dA.any() and not dB.any()
 
 
-def test_gradcheck() -> None:
+@backends
+def test_gradcheck(backend: str) -> None:
     *tensors, _ = case(2, 3, 4, 5, 3, 2, torch.float64, 0)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    assert torch.autograd.gradcheck(lambda *t: gated_lora(*t, 2, 0.5, backend="stacked"), leaves)
-    one = [*leaves[:4], leaves[4][:1].detach().requires_grad_()]
-    assert torch.autograd.gradcheck(lambda *t: gated_lora(*t, 2, 0.5, backend="stacked"), one)
+    assert torch.autograd.gradcheck(lambda *t: gated_lora(*t, 2, 0.5, backend=backend), leaves)
+    for gates in (leaves[4][:1], torch.randn(2, 3, 3, dtype=torch.float64)):
+        others = [*leaves[:4], gates.detach().requires_grad_()]
+        assert torch.autograd.gradcheck(lambda *t: gated_lora(*t, 2, 0.5, backend=backend), others)
 
 
+@backends
 @pytest.mark.parametrize("needs", list(product([False, True], repeat=5)))
-def test_every_subset_of_gradients(needs: tuple[bool, ...]) -> None:
+def test_every_subset_of_gradients(backend: str, needs: tuple[bool, ...]) -> None:
     inputs = case(2, 3, 4, 5, 3, 2, torch.float64, 0)
-    y, found = run("stacked", inputs, 2, needs=needs)
+    y, found = run(backend, inputs, 2, needs=needs)
     truth, expected = run("reference", inputs, 2, needs=needs)
     assert y.requires_grad == any(needs) and error(y, truth) < 1e-12
     assert all(error(one, other) < 1e-12 for one, other in zip(found, expected))
 
 
+@backends
 @pytest.mark.parametrize(
     "gates",
     [
@@ -103,7 +135,7 @@ def test_every_subset_of_gradients(needs: tuple[bool, ...]) -> None:
         [[0.0, 1, 0, 0]],
     ],
 )
-def test_compact_form_touches_only_active_experts(gates: list[list[float]]) -> None:
+def test_compact_form_touches_only_active_experts(backend: str, gates: list[list[float]]) -> None:
     base, x, A, B, _, dy = case(2, 3, 6, 5, 4, 2, torch.float64, 0)
     dense = torch.tensor(gates, dtype=torch.float64)
     compact = _compact(dense)
@@ -115,7 +147,7 @@ def test_compact_form_touches_only_active_experts(gates: list[list[float]]) -> N
     poisoned_A, poisoned_B = (tensor.masked_fill(inactive[:, None], float("nan")) for tensor in (A, B))
     for overwrite in (False, True):
         leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, poisoned_A, poisoned_B)]
-        y = gated_lora(base.clone(), *leaves, weights, 2, 0.5, experts, "stacked", overwrite)
+        y = gated_lora(base.clone(), *leaves, weights, 2, 0.5, experts, backend, overwrite)
         assert error(y, truth) < 1e-12
         dx, dA, dB = torch.autograd.grad(y, leaves, dy)
         for one, other in zip((dx, dA, dB), expected[1:]):
@@ -125,20 +157,22 @@ def test_compact_form_touches_only_active_experts(gates: list[list[float]]) -> N
     torch.testing.assert_close(reference, truth)
 
 
-def test_a_sample_is_not_reached_by_another_samples_expert() -> None:
+@backends
+def test_a_sample_is_not_reached_by_another_samples_expert(backend: str) -> None:
     base, x, A, B, _, _ = case(2, 3, 6, 5, 4, 2, torch.float32, 0)
     weights, experts = _compact(torch.tensor([[0.5, 0, 0, 0.5], [0, 0.3, 0, 0.7]]))
     A[:2] = float("nan")
-    y = gated_lora(base, x, A, B, weights, 2, 1.0, experts, "stacked")
+    y = gated_lora(base, x, A, B, weights, 2, 1.0, experts, backend)
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
-def test_strided_input_and_repeated_runs() -> None:
+@backends
+def test_strided_input_and_repeated_runs(backend: str) -> None:
     base, x, A, B, gates, dy = case(2, 8, 6, 5, 3, 2, torch.float32, 0)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
-    y, gradients = run("stacked", (base, strided, A, B, gates, dy), 2)
-    again, same = run("stacked", (base, strided, A, B, gates, dy), 2)
-    plain, _ = run("stacked", (base, x, A, B, gates, dy), 2)
+    y, gradients = run(backend, (base, strided, A, B, gates, dy), 2)
+    again, same = run(backend, (base, strided, A, B, gates, dy), 2)
+    plain, _ = run(backend, (base, x, A, B, gates, dy), 2)
     assert torch.equal(y, plain) and torch.equal(y, again)
     assert all(torch.equal(one, other) for one, other in zip(gradients, same))
 
@@ -157,7 +191,8 @@ def test_overwriting_the_base_changes_no_gradient() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_saves_only_the_input_and_the_small_product() -> None:
+@backends
+def test_saves_only_the_input_and_the_small_product(backend: str) -> None:
     base, x, A, B, gates, _ = case(2, 64, 32, 48, 8, 4, torch.float32, 0)
     leaves = [tensor.requires_grad_() for tensor in (x, A, B, gates)]
     known = {tensor.data_ptr() for tensor in leaves}
@@ -169,11 +204,11 @@ def test_saves_only_the_input_and_the_small_product() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        gated_lora(base, *leaves, 4, backend="stacked")
+        gated_lora(base, *leaves, 4, backend=backend)
     assert sizes == [2 * 64 * 8 * 4]
 
 
-@pytest.mark.parametrize("backend", ["reference", "stacked"])
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
 def test_autocast_keeps_the_compute_type_of_the_base(backend: str) -> None:
     base, x, A, B, gates, _ = case(2, 8, 6, 5, 3, 2, torch.float32, 0)
     truth = gated_lora(base.double(), x.double(), A.double(), B.double(), gates.double(), 2, backend="reference")
@@ -183,5 +218,5 @@ def test_autocast_keeps_the_compute_type_of_the_base(backend: str) -> None:
             gated_lora(base, x, A, B, gates, 2, backend=backend), gated_lora(base, x, A, B, gates, 2, backend=backend)
         )
         full = gated_lora(base, x, A, B, gates, 2, backend=backend)
-    assert y.dtype == torch.bfloat16 and error(y, truth) < 8e-3
+    assert y.dtype == torch.bfloat16 and error(y, truth) < BOUNDS[torch.bfloat16]
     assert full.dtype == torch.float32 and error(full, truth) < 1e-6
