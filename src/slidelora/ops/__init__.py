@@ -7,6 +7,8 @@ from torch import Tensor
 from slidelora.config import BACKENDS
 from slidelora.ops import fused, reference, stacked
 
+FLAT_ROWS = 256  # stacked experts (E * r) up to which each token computes all of them, rather than its own by sorting
+
 
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that runs on a device: "auto" is "fused" on CUDA and ROCm with triton, "stacked" elsewhere.
@@ -19,8 +21,8 @@ def resolve(backend: str, device: torch.device) -> str:
         return "fused" if device.type == "cuda" and fused.available(device) else "stacked"
     if backend == "fused" and not fused.available(device):
         raise RuntimeError(
-            f"backend is 'fused' with the input on {device}, expected a CUDA or ROCm device and an installed triton, or "
-            "TRITON_INTERPRET=1 in the environment; use 'auto' to take what there is"
+            f"backend is 'fused' with the input on {device}, expected a CUDA or ROCm device and triton installed, or "
+            "TRITON_INTERPRET=1 in the environment; 'auto' takes what there is"
         )
     return backend
 
@@ -43,8 +45,9 @@ def gated_lora(
     base: (..., d_out), output of the base layer; x: (..., d_in), its input, with samples first.
     lora_A: (E * r, d_in) and lora_B: (E * r, d_out), the experts, each of rank r, stacked.
     gates: fp32, (B, E) with B the number of samples, (1, E) for one gate for all, or (..., E) for one a token.
-    experts: the compact form, which touches only the experts that act: (1 or B, K) their indices, of all samples or of
-        each; gates is then (1 or B, K), aligned with it, 0 where a slot pads. The others' gradients are exact zeros.
+    experts: the compact form, which touches only the experts that act: their indices, (1, K) of all samples, (B, K) of
+        each, or (..., K) of each token; gates' last dimension is then aligned with it, 0 where a slot pads. The others'
+        gradients are exact zeros.
     backend: see `resolve`.
     overwrite_base: base may be reused for the result; nobody else may hold it.
     dropout: the probability with which an element of x is dropped, one mask for all experts.
@@ -54,8 +57,8 @@ def gated_lora(
         raise ValueError(f"x has shape {tuple(x.shape)}, expected {(*base.shape[:-1], x.shape[-1])} to fit base")
     if base.shape[-1] != lora_B.shape[-1]:
         raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}, expected (E * r, {base.shape[-1]}) to fit base")
-    gates = _check(x, lora_A, lora_B, gates, r, experts)
     backend = resolve(backend, x.device)
+    gates, experts = _check(x, lora_A, lora_B, gates, r, experts, backend)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
             return gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, backend, overwrite_base, dropout)
@@ -84,29 +87,49 @@ def gated_linear(
     weight: (d_out, d_in), bias: (d_out,); under autocast they and x are cast as F.linear casts them. The rest as in
     `gated_lora`.
     """
-    gates = _check(x, lora_A, lora_B, gates, r, experts)
+    gates, experts = _check(x, lora_A, lora_B, gates, r, experts, "fused")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return fused.gated_lora(None, x, lora_A, lora_B, gates, r, scaling, experts, dropout, weight, bias)
 
 
-def _check(x: Tensor, lora_A: Tensor, lora_B: Tensor, gates: Tensor, r: int, experts: Tensor | None) -> Tensor:
-    """gates as (rows, E or K), a row for all tokens, for those of a sample, or for each; ValueError on a misfit."""
+def _check(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, gates: Tensor, r: int, experts: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """gates and experts with a row for all tokens, for those of a sample, or for each; raises ValueError on a misfit."""
     if lora_A.shape[1:] != x.shape[-1:] or lora_B.ndim != 2 or lora_B.shape[0] != lora_A.shape[0]:
         raise ValueError(
             f"lora_A and lora_B have shapes {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, "
             f"expected (E * r, {x.shape[-1]}) and (E * r, d_out)"
         )
-    samples = x.shape[0] if x.ndim > 1 else 1
-    by_token = gates.ndim == x.ndim > 2 and gates.shape[:-1] == x.shape[:-1] and experts is None
-    if not by_token and (gates.ndim != 2 or gates.shape[0] not in (1, samples)):
-        raise ValueError(
-            f"gates have shape {tuple(gates.shape)}, expected ({samples}, experts) "
-            f"for an input of shape {tuple(x.shape)}"
-        )
     if gates.device != x.device:
         raise ValueError(f"gates are on {gates.device}, expected {x.device}")
     if lora_A.shape[0] % r or (experts is None and lora_A.shape[0] != gates.shape[-1] * r):
         raise ValueError(f"lora_A has {lora_A.shape[0]} rows, expected {gates.shape[-1]} experts of rank {r}")
-    return gates.flatten(0, -2) if by_token else gates
+    gates = _rows("gates", gates, x)
+    if experts is None:
+        return gates, None
+    if experts.shape[-1] != gates.shape[-1]:
+        raise ValueError(f"experts have {experts.shape[-1]} slots, expected {gates.shape[-1]}, those of gates")
+    by_token = experts.ndim > 2
+    experts = _rows("experts", experts, x)
+    if by_token and not (backend == "fused" and lora_A.shape[0] > FLAT_ROWS):
+        gates = gates.expand(experts.shape[0], -1) if gates.shape[0] == 1 else gates
+        gates = gates.repeat_interleave(experts.shape[0] // max(gates.shape[0], 1), 0)
+        dense = gates.new_zeros(experts.shape[0], lora_A.shape[0] // r)
+        return dense.scatter_add(1, experts, gates), None
+    return gates, experts
+
+
+def _rows(name: str, tensor: Tensor, x: Tensor) -> Tensor:
+    """(1 or B, n) as it is, (..., n) as (T, n)."""
+    samples = x.shape[0] if x.ndim > 1 else 1
+    if tensor.ndim == x.ndim > 2 and tensor.shape[:-1] == x.shape[:-1]:
+        return tensor.flatten(0, -2)
+    if tensor.ndim != 2 or tensor.shape[0] not in (1, samples):
+        raise ValueError(
+            f"{name} have shape {tuple(tensor.shape)}, expected ({samples}, experts) for an input of shape "
+            f"{tuple(x.shape)}"
+        )
+    return tensor

@@ -61,9 +61,10 @@ def _forward(
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    h = launch.shrink(x, lora_A, experts, r, gates.shape[1], seed, dropout)
+    way = launch.route(gates, experts, x.shape[0], lora_A.shape[0] // r)
+    h, _ = launch.shrink(x, lora_A, way, r, seed, dropout)
     dtype = x.dtype if base is None else base.dtype
-    y = launch.expand(h, lora_B, gates, experts, base, bias, r, scaling, dtype)
+    y = launch.expand(h, lora_B, way, r, scaling, dtype, base, bias)
     if weight is not None:
         y.addmm_(x, weight.mT)
     return y, h
@@ -109,19 +110,20 @@ def _backward(
     needs_x, needs_A, needs_B, needs_gates = needs
     nothing = x.new_empty(0)
     dx, dA, dB, dgates = nothing, nothing.clone(), nothing.clone(), nothing.clone()
+    way = launch.route(gates, experts, x.shape[0], lora_A.shape[0] // r)
     if needs_B:
-        dB = launch.weight_gradient(h, dy, gates, experts, lora_B, None, r, scaling, 0.0)
+        dB = launch.weight_gradient(h, dy, way, lora_B, r, scaling)
     if needs_x or needs_A or needs_gates:
-        u, sums = launch.shrink_with_gates(dy, lora_B, experts, h if needs_gates else None, r, gates.shape[1])
-        if sums is not None:  # (T, K)
+        u, sums = launch.shrink(dy, lora_B, way, r, h_pre=h if needs_gates else None)
+        if sums is not None:
             per_row = sums.view(gates.shape[0], -1, gates.shape[1]).sum(1)
             dgates = (per_row * scaling).to(gates.dtype)
         if needs_x:
-            dx = launch.expand(u, lora_A, gates, experts, None, None, r, scaling, x.dtype, seed, dropout)
+            dx = launch.expand(u, lora_A, way, r, scaling, x.dtype, seed=seed, dropout=dropout)
             if weight is not None:
                 dx.addmm_(dy, weight)
         if needs_A:
-            dA = launch.weight_gradient(u, x, gates, experts, lora_A, seed, r, scaling, dropout)
+            dA = launch.weight_gradient(u, x, way, lora_A, r, scaling, seed, dropout)
     return dx, dA, dB, dgates
 
 

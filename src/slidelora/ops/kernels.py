@@ -5,6 +5,10 @@ slot. A tile of columns pads each slot to blocks of RANK_BLOCK, so that no block
 (E * r, d) are addressed by expert: experts (G, K) names the expert in each slot for each group of `group_length`
 tokens, and tiles of tokens never straddle groups; without COMPACT, slot and expert are the same.
 
+With FAN, what is numbered as tokens are pairs of a token and one of its FAN slots: pair p belongs to token p // FAN, has
+one slot, and rows (G * group_length,) lists the pairs of each group, -1 where there is none. So tokens that chose the
+same expert are computed together, wherever they stand.
+
 The gate of a token is row token // gate_length of gates (., K): one row for all, one a sequence, or one a token.
 Everything is accumulated in fp32 (float64 for float64 inputs) and rounded once. Nothing is added atomically, so results do not
 depend on the order in which programs run.
@@ -39,6 +43,20 @@ def _columns(
 
 
 @triton.jit
+def _tokens(rows, group, row, group_length, limit, FAN: tl.constexpr):
+    """(place in h, row of x and y, whether it exists) of a group's rows below limit, int64."""
+    here = row < limit
+    token = (group * group_length + row).to(tl.int64)
+    source = token
+    if FAN:
+        token = tl.load(rows + token, mask=here, other=-1).to(tl.int64)
+        here = token >= 0
+        token = tl.where(here, token, 0)
+        source = token // FAN
+    return token, source, here
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter multiplies the bits of bfloat16 (triton-lang/triton#11584)
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -53,10 +71,10 @@ def _kept(seed, token, feature, features, dropout):
 
 @triton.jit
 def shrink_kernel(
-    x, weight, experts, h, h_pre, dgates, seed,
+    x, weight, experts, rows, h, h_pre, dgates, seed,
     group_length, features, stride_x, tokens, dropout,
     slots: tl.constexpr, r: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr, PLANES: tl.constexpr,
-    COMPACT: tl.constexpr, DROPOUT: tl.constexpr, DGATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, DGATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -69,8 +87,7 @@ def shrink_kernel(
     group = tl.program_id(0) // tiles
     row = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)
     plane = tl.program_id(2)
-    here = row < group_length
-    token = (group * group_length + row).to(tl.int64)
+    token, source, here = _tokens(rows, group, row, group_length, group_length, FAN)
     slot, column, weight_row, there = _columns(
         tl.program_id(1), group, experts, slots, r, PIECES, RANK_BLOCK, COLUMNS, COMPACT
     )
@@ -80,9 +97,9 @@ def shrink_kernel(
     for start in range(plane * share, tl.minimum((plane + 1) * share, features), FEATURES):
         feature = start + tl.arange(0, FEATURES)
         inside = feature < features
-        a = tl.load(x + token[:, None] * stride_x + feature[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+        a = tl.load(x + source[:, None] * stride_x + feature[None, :], mask=here[:, None] & inside[None, :], other=0.0)
         if DROPOUT:
-            kept = _kept(seed, token[:, None], feature[None, :], features, dropout)
+            kept = _kept(seed, source[:, None], feature[None, :], features, dropout)
             a = tl.where(kept, a / (1 - dropout), 0.0).to(x.dtype.element_ty)
         b = tl.load(
             weight + weight_row[None, :] * features + feature[:, None],
@@ -131,10 +148,10 @@ def _load_weighed(
 
 @triton.jit
 def expand_kernel(
-    h, weight, gates, experts, base, bias, y, seed,
+    h, weight, gates, experts, rows, base, bias, y, seed,
     group_length, gate_length, features, stride_base, tokens, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr, PLANES: tl.constexpr,
-    COMPACT: tl.constexpr, DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -146,8 +163,7 @@ def expand_kernel(
     tiles = tl.cdiv(group_length, TOKENS)
     group = tl.program_id(0) // tiles
     row = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)
-    here = row < group_length
-    token = (group * group_length + row).to(tl.int64)
+    token, target, here = _tokens(rows, group, row, group_length, group_length, FAN)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     inside = feature < features
     acc = tl.zeros((TOKENS, FEATURES), ACC)
@@ -165,21 +181,21 @@ def expand_kernel(
         acc = _dot(a.to(y.dtype.element_ty), b.to(y.dtype.element_ty), acc, PRECISION, UPCAST)
     present = here[:, None] & inside[None, :]
     if DROPOUT:
-        kept = _kept(seed, token[:, None], feature[None, :], features, dropout)
+        kept = _kept(seed, target[:, None], feature[None, :], features, dropout)
         acc = tl.where(kept, acc / (1 - dropout), 0.0)
     if HAS_BASE:
-        acc += tl.load(base + token[:, None] * stride_base + feature[None, :], mask=present, other=0.0).to(ACC)
+        acc += tl.load(base + target[:, None] * stride_base + feature[None, :], mask=present, other=0.0).to(ACC)
     if HAS_BIAS:
         acc += tl.load(bias + feature, mask=inside, other=0.0).to(ACC)[None, :]
-    tl.store(y + token[:, None] * features + feature[None, :], acc.to(y.dtype.element_ty), mask=present)
+    tl.store(y + target[:, None] * features + feature[None, :], acc.to(y.dtype.element_ty), mask=present)
 
 
 @triton.jit
 def weight_gradient_kernel(
-    h, right, gates, experts, gradient, seed,
-    groups, group_length, gate_length, features, stride_right, tokens, rows, scaling, dropout,
+    h, right, gates, experts, rows, gradient, seed,
+    groups, group_length, gate_length, features, stride_right, tokens, weight_rows, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr, PLANES: tl.constexpr,
-    COMPACT: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +216,7 @@ def weight_gradient_kernel(
     expert = block // PIECES
     rank = (block % PIECES) * RANK_BLOCK + j % RANK_BLOCK
     row = expert * r + rank
-    there = (row < rows) & (rank < r)
+    there = (row < weight_rows) & (rank < r)
     for group in range(groups):
         for turn in range(slots if COMPACT else 1):
             slot, end = expert, last
@@ -210,22 +226,21 @@ def weight_gradient_kernel(
                 end = tl.where(mine, last, first)
             for start in range(first, end, TOKENS):
                 place = start + tl.arange(0, TOKENS)
-                here = place < end
-                token = (group * group_length + place).to(tl.int64)
+                token, source, here = _tokens(rows, group, place, group_length, end, FAN)
                 a = _load_weighed(
                     h, gates, token[None, :], (slot * r + rank)[:, None], slot[:, None],
                     there[:, None] & here[None, :], tokens, gate_length, scaling, slots, r, PLANES, ACC,
                 )  # fmt: skip
                 b = tl.load(
-                    right + token[:, None] * stride_right + feature[None, :],
+                    right + source[:, None] * stride_right + feature[None, :],
                     mask=here[:, None] & inside[None, :],
                     other=0.0,
                 )
                 if DROPOUT:
-                    kept = _kept(seed, token[:, None], feature[None, :], features, dropout)
+                    kept = _kept(seed, source[:, None], feature[None, :], features, dropout)
                     b = tl.where(kept, b / (1 - dropout), 0.0).to(right.dtype.element_ty)
                 acc = _dot(a.to(right.dtype.element_ty), b, acc, PRECISION, UPCAST)
-    place = (split * rows + row).to(tl.int64)
+    place = (split * weight_rows + row).to(tl.int64)
     tl.store(
         gradient + place[:, None] * features + feature[None, :],
         acc.to(gradient.dtype.element_ty),

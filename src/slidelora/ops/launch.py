@@ -133,7 +133,7 @@ def _launch(
 ) -> None:
     from slidelora.ops import kernels
 
-    bucket = 0 if tokens <= 16 else 1 if tokens <= 1024 else 2
+    bucket = _bucket(tokens)
     constants |= _constants(dtype)
     if os.environ.get("SLIDELORA_TUNE") == "1" and not interpreted():
         _tuned(name, dtype)[grid](*arguments, BUCKET=tokens.bit_length(), **constants)
@@ -142,119 +142,172 @@ def _launch(
     getattr(kernels, f"{name}_kernel")[grid(sizes)](*arguments, BUCKET=bucket, **constants, **sizes)
 
 
+def _bucket(tokens: int) -> int:
+    return 0 if tokens <= 16 else 1 if tokens <= 1024 else 2
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Route(NamedTuple):
+    """Which experts act on which tokens, and how much: gates (., slots); experts (groups, slots) or None for all.
+
+    rows and fan: see the kernels; tokens: rows of h, of which each group has group_length.
+    """
+
+    gates: Tensor
+    experts: Tensor | None
+    tokens: int
+    groups: int
+    group_length: int
+    rows: Tensor | None = None
+    fan: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.gates.shape[1]
+
+    def constants(self, r: int, seed: Tensor | None) -> dict[str, Any]:
+        """What the kernels want to know of it when they are compiled."""
+        flags = {"COMPACT": self.experts is not None, "FAN": self.fan, "DROPOUT": seed is not None}
+        return layout(self.slots, r) | flags
+
+    def passes(self) -> list["Route"]:
+        """Routes in each of which a token appears once."""
+        if self.rows is None or self.experts is None:
+            return [self]
+        count = self.groups // self.fan
+        rows, experts = self.rows.split(count), self.experts.split(count)
+        return [self._replace(rows=row, experts=expert, groups=count) for row, expert in zip(rows, experts)]
+
+
+def route(gates: Tensor, experts: Tensor | None, tokens: int, count: int) -> Route:
+    """The route of `tokens` tokens under gates (1, B or T, E or K) and experts (1, B or T, K), of `count` in all.
+
+    Where many groups are short, as when each token has experts of its own, tokens are sorted by expert.
+    """
+    gates = gates.contiguous()
+    if experts is None:
+        return Route(gates, None, tokens, 1, tokens)
+    experts = experts.contiguous()
+    length = tokens // max(experts.shape[0], 1)
+    if length >= 16 or tokens <= FEW_TOKENS:
+        return Route(gates, experts, tokens, experts.shape[0], length)
+    fan = experts.shape[1]
+    size = CHOICES["shrink"][_bucket(tokens)].tokens
+    by_slot, order = experts.repeat_interleave(length, 0).T.contiguous().sort(dim=1, stable=True)  # (K, T)
+    edges = torch.searchsorted(by_slot, torch.arange(count + 1, device=gates.device).expand(fan, -1).contiguous())
+    members = edges.diff(dim=1)  # (K, E)
+    tiles = (members + size - 1) // size
+    last = tiles.cumsum(1)
+    tile = torch.arange(_cdiv(tokens, size) + count, device=gates.device).expand(fan, -1).contiguous()  # (K, G)
+    expert = torch.searchsorted(last, tile, right=True)
+    known = expert.clamp(max=count - 1)
+    within = (tile - (last - tiles).gather(1, known))[..., None] * size + torch.arange(size, device=gates.device)
+    there = (within < members.gather(1, known)[..., None]) & (expert < count)[..., None]  # (K, G, size)
+    position = (edges.gather(1, known)[..., None] + within).clamp(max=tokens - 1)
+    token = order.gather(1, position.flatten(1)).view(position.shape)
+    pair = token * fan + torch.arange(fan, device=gates.device)[:, None, None]
+    rows = torch.where(there, pair, -1).flatten(0, 1)  # (K * G, size)
+    by_pair = gates.repeat_interleave(tokens // gates.shape[0], 0).view(-1, 1)
+    return Route(by_pair, known.view(-1, 1), tokens * fan, rows.shape[0], size, rows, fan)
+
+
 def shrink(
-    x: Tensor, weight: Tensor, experts: Tensor | None, r: int, slots: int, seed: Tensor | None, dropout: float
-) -> Tensor:
-    """h = dropped x times the experts' rows of weight (E * r, d), transposed; see `empty_h` for its shape."""
-    return _shrink(x, weight, experts, r, slots, seed, dropout, None)[0]
-
-
-def shrink_with_gates(
-    x: Tensor, weight: Tensor, experts: Tensor | None, h_pre: Tensor | None, r: int, slots: int
-) -> tuple[Tensor, Tensor | None]:
-    """u = x weight^T and, where h_pre is given, the sums of u * h_pre over each slot's ranks, (T, K)."""
-    return _shrink(x, weight, experts, r, slots, None, 0.0, h_pre)
-
-
-def _shrink(
     x: Tensor,
     weight: Tensor,
-    experts: Tensor | None,
+    way: Route,
     r: int,
-    slots: int,
-    seed: Tensor | None,
-    dropout: float,
-    h_pre: Tensor | None,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+    h_pre: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    tokens, features = x.shape
+    """h = dropped x times the experts' rows of weight (E * r, d), transposed, in the shape of `empty_h`.
+
+    With h_pre, also the sums of h * h_pre over each slot's ranks, (T * K,).
+    """
+    features = x.shape[1]
+    slots = way.slots * max(way.fan, 1)
     h = empty_h(x, slots * r)
-    shape = layout(slots, r)
-    count = planes(tokens, features)
+    constants = way.constants(r, seed)
+    pieces = constants["PIECES"]
+    count = planes(*x.shape)
     sums = None
     if h_pre is not None:
         h_pre = h_pre.sum(0) if h_pre.ndim == 3 else h_pre
-        sums = h.new_empty(count, tokens, slots * shape["PIECES"], dtype=_accumulator(x.dtype))
-    if tokens:
+        sums = h.new_empty(count, way.tokens, way.slots * pieces, dtype=_accumulator(x.dtype))
+    if x.shape[0]:
         x = _plain(x)
-        groups = 1 if experts is None else experts.shape[0]
 
         def grid(sizes: dict[str, int]) -> tuple[int, ...]:
-            column_tiles = _cdiv(slots * shape["PIECES"] * shape["RANK_BLOCK"], shape["COLUMNS"])
-            return groups * _cdiv(tokens // groups, sizes["TOKENS"]), column_tiles, count
+            column_tiles = _cdiv(way.slots * pieces * constants["RANK_BLOCK"], constants["COLUMNS"])
+            return way.groups * _cdiv(way.group_length, sizes["TOKENS"]), column_tiles, count
 
         _launch(
-            "shrink", grid, tokens, x.dtype,
-            x, weight.contiguous(), experts, h, h_pre, sums, seed,
-            tokens // groups, features, x.stride(0), tokens, dropout,
-            **shape, PLANES=count, COMPACT=experts is not None, DROPOUT=seed is not None, DGATES=h_pre is not None,
+            "shrink", grid, x.shape[0], x.dtype,
+            x, weight.contiguous(), way.experts, way.rows, h, h_pre, sums, seed,
+            way.group_length, features, x.stride(0), way.tokens, dropout,
+            **constants, PLANES=count, DGATES=h_pre is not None,
         )  # fmt: skip
     if sums is not None:
-        sums = sums.view(count, tokens, slots, shape["PIECES"]).sum((0, 3))
+        sums = sums.view(count, -1, pieces).sum((0, 2))
     return h, sums
 
 
 def expand(
     h: Tensor,
     weight: Tensor,
-    gates: Tensor,
-    experts: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
+    way: Route,
     r: int,
     scaling: float,
     dtype: torch.dtype,
+    base: Tensor | None = None,
+    bias: Tensor | None = None,
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """(gates * scaling * h) times the experts' rows of weight (E * r, d), + base + bias: (T, d) in dtype."""
     tokens, features = h.shape[-2], weight.shape[1]
     y = h.new_empty(tokens, features, dtype=dtype)
-    if tokens:
-        slots = gates.shape[1]
-        base = None if base is None else _plain(base)
-        groups = 1 if experts is None else experts.shape[0]
+    base = None if base is None else _plain(base)
+    for each in way.passes() if tokens else ():
 
-        def grid(sizes: dict[str, int]) -> tuple[int, ...]:
-            return groups * _cdiv(tokens // groups, sizes["TOKENS"]), _cdiv(features, sizes["FEATURES"])
+        def grid(sizes: dict[str, int], each: Route = each) -> tuple[int, ...]:
+            return each.groups * _cdiv(each.group_length, sizes["TOKENS"]), _cdiv(features, sizes["FEATURES"])
 
         _launch(
             "expand", grid, tokens, dtype,
-            h, weight.contiguous(), gates.contiguous(), experts, base, bias, y, seed,
-            tokens // groups, tokens // gates.shape[0], features, 0 if base is None else base.stride(0), tokens, scaling,
-            dropout,
-            **layout(slots, r), PLANES=h.shape[0] if h.ndim == 3 else 1, COMPACT=experts is not None,
-            DROPOUT=seed is not None, HAS_BASE=base is not None, HAS_BIAS=bias is not None,
+            h, weight.contiguous(), each.gates, each.experts, each.rows, base, bias, y, seed,
+            each.group_length, each.tokens // each.gates.shape[0], features, 0 if base is None else base.stride(0),
+            each.tokens, scaling, dropout,
+            **each.constants(r, seed), PLANES=h.shape[0] if h.ndim == 3 else 1, HAS_BASE=base is not None,
+            HAS_BIAS=bias is not None,
         )  # fmt: skip
+        base, bias = y, None
     return y
 
 
 def weight_gradient(
     h: Tensor,
     right: Tensor,
-    gates: Tensor,
-    experts: Tensor | None,
+    way: Route,
     weight: Tensor,
-    seed: Tensor | None,
     r: int,
     scaling: float,
-    dropout: float,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The gradient of weight (E * r, d) in its dtype: gates * scaling * h, transposed, times right (T, d)."""
     tokens, features = right.shape
     if not tokens:
         return torch.zeros_like(weight)
-    shape = layout(gates.shape[1], r)
+    constants = way.constants(r, seed)
     rows = weight.shape[0]
-    blocks = rows // r * shape["PIECES"]
-    if experts is not None:
-        shape["COLUMNS"] = shape["RANK_BLOCK"]
-    groups = 1 if experts is None else experts.shape[0]
-    tiles = _cdiv(blocks * shape["RANK_BLOCK"], shape["COLUMNS"])
-    splits = max(1, min(PROGRAMS // (tiles * _cdiv(features, 128)), tokens // groups // 256, 16))
+    if way.experts is not None:
+        constants["COLUMNS"] = constants["RANK_BLOCK"]
+    tiles = _cdiv(rows // r * constants["PIECES"] * constants["RANK_BLOCK"], constants["COLUMNS"])
+    splits = max(1, min(PROGRAMS // (tiles * _cdiv(features, 128)), way.group_length // 256, 16))
     dtype = weight.dtype if splits == 1 else _accumulator(right.dtype)
     gradient = right.new_empty(splits, rows, features, dtype=dtype)
     right = _plain(right)
@@ -264,9 +317,9 @@ def weight_gradient(
 
     _launch(
         "weight_gradient", grid, tokens, right.dtype,
-        h, right, gates.contiguous(), experts, gradient, seed,
-        groups, tokens // groups, tokens // gates.shape[0], features, right.stride(0), tokens, rows, scaling, dropout,
-        **shape, PLANES=h.shape[0] if h.ndim == 3 else 1, COMPACT=experts is not None, DROPOUT=seed is not None,
-        SPLITS=splits,
+        h, right, way.gates, way.experts, way.rows, gradient, seed,
+        way.groups, way.group_length, way.tokens // way.gates.shape[0], features, right.stride(0), way.tokens, rows,
+        scaling, dropout,
+        **constants, PLANES=h.shape[0] if h.ndim == 3 else 1, SPLITS=splits,
     )  # fmt: skip
     return gradient[0] if splits == 1 else gradient.sum(0).to(weight.dtype)
