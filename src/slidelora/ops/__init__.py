@@ -53,15 +53,15 @@ def gated_lora(
     dropout: the probability with which an element of x is dropped, one mask for all experts.
     Raises ValueError naming what does not fit.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
+            return gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, backend, overwrite_base, dropout)
     if x.shape[:-1] != base.shape[:-1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected {(*base.shape[:-1], x.shape[-1])} to fit base")
     if base.shape[-1] != lora_B.shape[-1]:
         raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}, expected (E * r, {base.shape[-1]}) to fit base")
     backend = resolve(backend, x.device)
     gates, experts = _check(x, lora_A, lora_B, gates, r, experts, backend)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
-            return gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, backend, overwrite_base, dropout)
     if backend == "fused":
         return fused.gated_lora(base, x.to(base.dtype), lora_A, lora_B, gates, r, scaling, experts, dropout)
     x = F.dropout(x, dropout)
@@ -97,7 +97,7 @@ def gated_linear(
 def _check(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, gates: Tensor, r: int, experts: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """gates and experts with a row for all tokens, for those of a sample, or for each; raises ValueError on a misfit."""
+    """gates and experts with a row for all tokens, for those of a sample, or for each; ValueError on a misfit."""
     if lora_A.shape[1:] != x.shape[-1:] or lora_B.ndim != 2 or lora_B.shape[0] != lora_A.shape[0]:
         raise ValueError(
             f"lora_A and lora_B have shapes {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, "

@@ -1,7 +1,8 @@
 """gated_lora by Triton kernels, as torch operators: one for the forward and one for the backward.
 
 An operator returns what it saves, h = x A^T of (T, K * r), beside y. Where it is given the base layer's weight, it
-computes that layer too: the mixture is written first and the base GEMM added onto it (beta = 1), which saves a pass over y.
+computes that layer too: the mixture is written first and the base GEMM added onto it (beta = 1), which saves a pass
+over y.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from slidelora.ops import launch
 
 def available(device: torch.device) -> bool:
     """Whether the kernels can run on a device: a GPU with triton, or any with TRITON_INTERPRET=1."""
-    if launch.interpreted():
-        return True
-    return device.type == "cuda" and launch.triton_version() is not None
+    return launch.INTERPRETED or (launch.INSTALLED and device.type == "cuda")
 
 
 def gated_lora(
@@ -151,7 +150,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, base, bias, lora_A, lora_B, gates, experts, seed, r, scaling, dropout = inputs
+    x, weight, _base, bias, lora_A, lora_B, gates, experts, seed, r, scaling, dropout = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)

@@ -5,13 +5,13 @@ slot. A tile of columns pads each slot to blocks of RANK_BLOCK, so that no block
 (E * r, d) are addressed by expert: experts (G, K) names the expert in each slot for each group of `group_length`
 tokens, and tiles of tokens never straddle groups; without COMPACT, slot and expert are the same.
 
-With FAN, what is numbered as tokens are pairs of a token and one of its FAN slots: pair p belongs to token p // FAN, has
-one slot, and rows (G * group_length,) lists the pairs of each group, -1 where there is none. So tokens that chose the
-same expert are computed together, wherever they stand.
+With FAN, what is numbered as tokens are pairs of a token and one of its FAN slots: pair p belongs to token p // FAN,
+has one slot, and rows (G * group_length,) lists the pairs of each group, -1 where there is none. So tokens that chose
+the same expert are computed together, wherever they stand.
 
 The gate of a token is row token // gate_length of gates (., K): one row for all, one a sequence, or one a token.
-Everything is accumulated in fp32 (float64 for float64 inputs) and rounded once. Nothing is added atomically, so results do not
-depend on the order in which programs run.
+Everything is accumulated in fp32 (float64 for float64 inputs) and rounded once. Nothing is added atomically, so results
+do not depend on the order in which programs run.
 """
 
 import triton
@@ -74,8 +74,8 @@ def shrink_kernel(
     x, weight, experts, rows, h, h_pre, dgates, seed,
     group_length, features, stride_x, tokens, dropout,
     slots: tl.constexpr, r: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr, PLANES: tl.constexpr,
-    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, DGATES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
+    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, DGATES: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """h = x weight^T, and with DGATES the sums of h * h_pre over each block of ranks.
@@ -88,7 +88,7 @@ def shrink_kernel(
     row = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)
     plane = tl.program_id(2)
     token, source, here = _tokens(rows, group, row, group_length, group_length, FAN)
-    slot, column, weight_row, there = _columns(
+    _, column, weight_row, there = _columns(
         tl.program_id(1), group, experts, slots, r, PIECES, RANK_BLOCK, COLUMNS, COMPACT
     )
     weight_row = weight_row.to(tl.int64)
@@ -151,8 +151,8 @@ def expand_kernel(
     h, weight, gates, experts, rows, base, bias, y, seed,
     group_length, gate_length, features, stride_base, tokens, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr, PLANES: tl.constexpr,
-    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
+    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """y = (gates * scaling * h) weight, dropped where DROPOUT says x was, + base + bias.
@@ -195,15 +195,16 @@ def weight_gradient_kernel(
     h, right, gates, experts, rows, gradient, seed,
     groups, group_length, gate_length, features, stride_right, tokens, weight_rows, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr, PLANES: tl.constexpr,
-    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
+    COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BUCKET: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """gradient[e * r + i] = sum over tokens and slots with expert e of gates * scaling * h[token, slot * r + i] right.
 
     h (T, K * r), or (PLANES, T, K * r) to be summed; right (T, d), row stride stride_right; gradient
-    (SPLITS, E * r, d), each split the sum over its share of every group's tokens. With COMPACT a tile of columns is one block of one
-    expert, which looks for itself among each group's slots. Grid: (tiles of columns, tiles of features, SPLITS).
+    (SPLITS, E * r, d), each split the sum over its share of every group's tokens. With COMPACT a tile of columns is one
+    block of one expert, which looks for itself among each group's slots. Grid: (tiles of columns, tiles of
+    features, SPLITS).
     """
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     inside = feature < features

@@ -1,8 +1,8 @@
 """Launches of the kernels: shapes to grids, and which configuration runs.
 
 Each kernel has a few configurations, all vetted ahead of time. One is chosen by the number of tokens, unless
-SLIDELORA_TUNE=1, under which triton times them once per bucket of shapes, dtype and architecture and keeps the result on
-disk.
+SLIDELORA_TUNE=1, under which triton times them once per bucket of shapes, dtype and architecture and keeps the result
+on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -37,19 +37,8 @@ CHOICES: dict[str, tuple[Choice, ...]] = {
 }
 
 
-@cache
-def triton_version() -> str | None:
-    """The installed triton's version."""
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
-
-
-@cache
-def interpreted() -> bool:
-    """Whether the kernels run in triton's interpreter, on any device."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and triton_version() is not None
+INSTALLED = find_spec("triton") is not None
+INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on any device
 
 
 def rank_block(r: int) -> int:
@@ -89,7 +78,7 @@ def _constants(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "PRECISION": "tf32" if fast else "ieee",
-        "UPCAST": interpreted() and dtype == torch.bfloat16,
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
     }
 
 
@@ -105,6 +94,7 @@ def tile(choice: Choice, dtype: torch.dtype) -> dict[str, int]:
         "FEATURES": max(16, choice.features * 2 // dtype.itemsize),
         "num_warps": choice.warps,
         "num_stages": choice.stages,
+        "enable_fp_fusion": True,  # what triton did before 3.10 unless told otherwise
     }
 
 
@@ -118,7 +108,7 @@ def _tuned(name: str, dtype: torch.dtype) -> Any:
     for choice in CHOICES[name]:
         sizes = tile(choice, dtype)
         warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
-        configs.append(triton.Config(sizes, num_warps=warps, num_stages=stages))
+        configs.append(triton.Config(sizes, num_warps=warps, num_stages=stages))  # enable_fp_fusion among the sizes
     kernel = getattr(kernels, f"{name}_kernel")
     return triton.autotune(configs, key=["BUCKET", "features", "slots", "r"], cache_results=True)(kernel)
 
@@ -135,7 +125,7 @@ def _launch(
 
     bucket = _bucket(tokens)
     constants |= _constants(dtype)
-    if os.environ.get("SLIDELORA_TUNE") == "1" and not interpreted():
+    if os.environ.get("SLIDELORA_TUNE") == "1" and not INTERPRETED:
         _tuned(name, dtype)[grid](*arguments, BUCKET=tokens.bit_length(), **constants)
         return
     sizes = tile(CHOICES[name][bucket], dtype)
@@ -173,7 +163,7 @@ class Route(NamedTuple):
         flags = {"COMPACT": self.experts is not None, "FAN": self.fan, "DROPOUT": seed is not None}
         return layout(self.slots, r) | flags
 
-    def passes(self) -> list["Route"]:
+    def passes(self) -> list[Route]:
         """Routes in each of which a token appears once."""
         if self.rows is None or self.experts is None:
             return [self]
