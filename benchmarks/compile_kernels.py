@@ -20,7 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 
-from slidelora.ops import launch
+from slidelora.ops.fused import launch
 
 FEATURES, RANK, SLOTS = 4096, 32, 2
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -70,7 +70,7 @@ def _source(name: str, choice: launch.Choice, dtype: str) -> tuple[Any, dict[str
     """The kernel with the types and constants of a training step with gates per sequence."""
     from triton.compiler import ASTSource
 
-    from slidelora.ops import kernels
+    from slidelora.ops.fused import kernels
 
     kernel = getattr(kernels, f"{name}_kernel")
     sizes = launch.tile(choice, DTYPES[dtype])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import slidelora
-from slidelora.ops import FLAT_ROWS, gated_linear, gated_lora, launch, resolve
+from slidelora.ops import FLAT_ROWS, gated_linear, gated_lora, resolve
+from slidelora.ops.fused import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

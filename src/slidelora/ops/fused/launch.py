@@ -102,7 +102,7 @@ def tile(choice: Choice, dtype: torch.dtype) -> dict[str, int]:
 def _tuned(name: str, dtype: torch.dtype) -> Any:
     import triton
 
-    from slidelora.ops import kernels
+    from slidelora.ops.fused import kernels
 
     configs = []
     for choice in CHOICES[name]:
@@ -121,7 +121,7 @@ def _launch(
     *arguments: Any,
     **constants: Any,
 ) -> None:
-    from slidelora.ops import kernels
+    from slidelora.ops.fused import kernels
 
     bucket = _bucket(tokens)
     constants |= _constants(dtype)

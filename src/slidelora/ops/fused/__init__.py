@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slidelora.ops import launch
+from slidelora.ops.fused import launch
 
 
 def available(device: torch.device) -> bool:
