@@ -1,13 +1,14 @@
-"""gated_lora on the CPU, one thread: the stacked backend against the released einsum formulation, forward and backward.
+"""One layer with its mixture, forward and backward: slidelora's fastest backend against what others do.
 
     python benchmarks/bench_gated_lora.py
 
-Correctness comes first: both, and their gradients, are compared with float64. Then pairs are timed in turn, by the
-thread's own clock, and medians with the 20th and 80th percentile printed as a Markdown table; CSV and JSON go to
-benchmarks/results/.
+Peers: the base layer alone; the released einsum formulation; PEFT with one adapter an expert, one after the other; and
+on a GPU the stacked torch path, plain and compiled. Correctness comes first: outputs and gradients are compared with
+float64. Then all are timed in turn, by the thread's own clock on the CPU (one thread), by CUDA events on a GPU, and
+medians with the 20th and 80th percentile printed as a Markdown table; CSV, JSON and a plot go to benchmarks/results/.
 
 A constant gate, as the released system has it, needs no gradient; a learned one does, and makes the released
-formulation keep every expert's whole output. Only a constant gate is sparse.
+formulation keep every expert's whole output. Only a constant gate is sparse. PEFT weighs its adapters by constants.
 
 Saved activations are what autograd keeps for backward above the base layer: every distinct storage that
 torch.autograd.graph.saved_tensors_hooks sees, less parameters, gates and the input x, which its producer holds already.
@@ -21,79 +22,140 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import peft
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slidelora.ops import gated_lora
+from slidelora.ops import gated_linear, gated_lora
 
-TOKENS, FEATURES, RANK, SCALING = 512, 1024, 16, 1.0
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+FEATURES, RANK, DTYPE = (4096, 32, torch.bfloat16) if ON_GPU else (1024, 16, torch.float32)
+TOKENS = (4096, 512) if ON_GPU else (512,)
+OURS = "fused" if ON_GPU else "stacked"
 PAIRS, WARM_UP = 50, 6
+BOUND = 2e-2 if DTYPE == torch.bfloat16 else 1e-5
 RESULTS = Path(__file__).parent / "results"
-Mixture = Callable[..., Tensor]
+
+
+class Size(NamedTuple):
+    """What is measured."""
+
+    tokens: int
+    experts: int
+    active: int
+    gate: str  # "learned" or "constant"
+
+    def __str__(self) -> str:
+        return f"T={self.tokens}, {self.experts} experts, {self.active} active, {self.gate} gate"
+
+
+def sizes() -> list[Size]:
+    mixtures = ((3, 3, "learned"), (8, 8, "learned"), (3, 2, "constant"), (8, 2, "constant"))
+    return [Size(tokens, *mixture) for tokens in TOKENS for mixture in mixtures]
 
 
 def released_einsum(base: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
     """The released formulation: A (E, d_in, r), B (E, r, d_out); it makes (B, T, E, d_out)."""
     hidden = torch.einsum("bnd,edh->bneh", x, A)
     outputs = torch.einsum("bneh,ehd->bned", hidden, B)
-    return base + torch.einsum("bned,be->bnd", outputs, gates)
+    return base + torch.einsum("bned,be->bnd", outputs, gates.to(outputs.dtype))
 
 
 class Case:
-    """One size, with inputs that both formulations share."""
+    """One size, with inputs that all formulations share, and each formulation's own parameters."""
 
-    def __init__(self, experts: int, active: int, learned: bool) -> None:
-        self.weight = torch.randn(FEATURES, FEATURES) / FEATURES**0.5
-        self.x = torch.randn(1, TOKENS, FEATURES, requires_grad=True)
-        self.A = torch.randn(experts * RANK, FEATURES) / FEATURES**0.5
-        self.B = torch.randn(experts * RANK, FEATURES)
-        self.gates = torch.zeros(1, experts)
+    def __init__(self, size: Size) -> None:
+        experts, active = size.experts, size.active
+        self.base = nn.Linear(FEATURES, FEATURES, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
+        self.x = self._draw(1, size.tokens, FEATURES).requires_grad_()
+        self.dy = self._draw(1, size.tokens, FEATURES)
+        self.A = self._draw(experts * RANK, FEATURES) / FEATURES**0.5
+        self.B = self._draw(experts * RANK, FEATURES)
+        self.gates = torch.zeros(1, experts, device=DEVICE)
         self.gates[:, :active] = 1 / active
-        self.gates.requires_grad_(learned)
-        self.dy = torch.randn(1, TOKENS, FEATURES)
-        chosen = torch.arange(active)[None] if active < experts else None
+        self.gates.requires_grad_(size.gate == "learned")
+        chosen = torch.arange(active, device=DEVICE)[None] if active < experts else None
         compact = self.gates if chosen is None else self.gates[:, :active]
-        stacked = [self.A.clone().requires_grad_(), self.B.clone().requires_grad_()]
-        split = [
+        self.parameters: dict[str, list[Tensor]] = {"base": []}
+        self.parameters["einsum"] = [
             self.A.view(experts, RANK, FEATURES).mT.contiguous().requires_grad_(),
             self.B.view(experts, RANK, FEATURES).clone().requires_grad_(),
         ]
-        self.parameters = {"base": [], "einsum": split, "stacked": stacked}
-        self.mixtures: dict[str, Mixture] = {
-            "base": lambda base, x: base,
-            "einsum": lambda base, x, A, B: released_einsum(base, x, A, B, self.gates),
-            "stacked": lambda base, x, A, B: gated_lora(base, x, A, B, compact, RANK, SCALING, chosen, "stacked", True),
+        adapters = self._peft(experts, active)
+        self.parameters["peft"] = [p for p in adapters.parameters() if p.requires_grad]
+        self.run: dict[str, Callable[[], Tensor]] = {
+            "base": lambda: self.base(self.x),
+            "einsum": lambda: released_einsum(self.base(self.x), self.x, *self.parameters["einsum"], self.gates),
+            "peft": lambda: adapters(self.x),
         }
+        for name in ("stacked", "compiled", "fused") if ON_GPU else ("stacked",):
+            A, B = self.parameters[name] = [t.clone().requires_grad_() for t in (self.A, self.B)]
+
+            def mixture(A: Tensor = A, B: Tensor = B, name: str = name) -> Tensor:
+                if name == "fused":
+                    return gated_linear(self.x, self.base.weight, None, A, B, compact, RANK, 1.0, chosen)
+                return gated_lora(
+                    self.base(self.x), self.x, A, B, compact, RANK, 1.0, chosen, "stacked", name == "stacked"
+                )
+
+            self.run[name] = torch.compile(mixture) if name == "compiled" else mixture
+
+    @staticmethod
+    def _draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+
+    def _peft(self, experts: int, active: int) -> nn.Module:
+        """A PEFT LoRA layer with an adapter for each active expert; alpha is its gate."""
+        model = nn.Sequential(self.base)
+        for i in range(active):
+            config = peft.LoraConfig(r=RANK, lora_alpha=RANK / active, target_modules=["0"])
+            model = peft.get_peft_model(model, config, str(i)) if i == 0 else model
+            if i:
+                model.add_adapter(str(i), config)
+        layer = model.base_model.model[0]
+        layer.set_adapter([str(i) for i in range(active)])
+        layer.to(DEVICE, DTYPE)
+        with torch.no_grad():
+            for i in range(active):
+                rows = slice(i * RANK, (i + 1) * RANK)
+                layer.lora_A[str(i)].weight.copy_(self.A[rows])
+                layer.lora_B[str(i)].weight.copy_(self.B[rows].T)
+        return layer
 
     def step(self, name: str) -> list[Tensor]:
         """Output and gradients, of x and of the parameters."""
-        parameters = self.parameters[name]
-        y = self.mixtures[name](torch.nn.functional.linear(self.x, self.weight), self.x, *parameters)
-        gates = [self.gates] if self.gates.requires_grad and name != "base" else []
-        return [y, *torch.autograd.grad(y, [self.x, *parameters, *gates], self.dy)]
+        y = self.run[name]()
+        gates = [self.gates] if self.gates.requires_grad and name not in ("base", "peft") else []
+        return [y, *torch.autograd.grad(y, [self.x, *self.parameters[name], *gates], self.dy)]
 
     def check(self) -> float:
-        """The largest relative Frobenius error of either formulation against float64; raises above 1e-5."""
-        x, A, B, gates = (tensor.detach().double().requires_grad_() for tensor in (self.x, self.A, self.B, self.gates))
-        base = x @ self.weight.double().T
-        y = gated_lora(base, x, A, B, gates, RANK, SCALING, backend="reference")
+        """The largest relative Frobenius error of y and dx, in any formulation, against float64."""
+        x, A, B, gates = (t.detach().double().requires_grad_() for t in (self.x, self.A, self.B, self.gates))
+        base = x @ self.base.weight.double().T
+        y = gated_lora(base, x, A, B, gates, RANK, 1.0, backend="reference")
         expected = [y, *torch.autograd.grad(y, [x, A, B, gates], self.dy.double())]
         worst = 0.0
-        for name in ("einsum", "stacked"):
-            y, dx, dA, dB, *dgates = self.step(name)
-            dA = dA.mT if name == "einsum" else dA
-            found = [y.detach(), dx, dA.reshape(A.shape), dB.reshape(B.shape), *dgates]
+        for name in self.run:
+            found = self.step(name)
+            if name == "base":
+                continue
+            if name == "peft":
+                found = found[:2]  # its gradients lie in a list of adapters
+            if name == "einsum":
+                found[2] = found[2].mT
             for tensor, truth in zip(found, expected):
-                worst = max(worst, float((tensor.double() - truth.detach()).norm() / truth.detach().norm()))
-        if not worst < 1e-5:
-            raise AssertionError(f"relative error is {worst:.1e}, expected below 1e-5")
+                truth = truth.detach()
+                worst = max(worst, float((tensor.double().reshape(truth.shape) - truth).norm() / truth.norm()))
+        if not worst < BOUND:
+            raise AssertionError(f"relative error is {worst:.1e}, expected below {BOUND}")
         return worst
 
     def saved_bytes(self, name: str) -> int:
         """Bytes saved for backward above the base layer."""
-        base = torch.nn.functional.linear(self.x, self.weight)
-        excluded = [self.x, self.gates, *self.parameters[name]]
+        excluded = [self.x, self.gates, *self.base.parameters(), *self.parameters[name]]
         known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
         storages: dict[int, int] = {}
 
@@ -104,26 +166,57 @@ class Case:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = self.mixtures[name](base, self.x, *self.parameters[name])
-        assert y.requires_grad
+            self.run[name]()
         return sum(storages.values())
 
+    def peak_bytes(self, name: str) -> int:
+        """The most memory that a step holds beyond what was there before; 0 on the CPU."""
+        if not ON_GPU:
+            return 0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step(name)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
     def times(self) -> dict[str, list[float]]:
-        """Seconds of the thread, the formulations in turn."""
-        seconds: dict[str, list[float]] = {name: [] for name in self.mixtures}
+        """Milliseconds, the formulations in turn."""
+        found: dict[str, list[float]] = {name: [] for name in self.run}
         for repeat in range(WARM_UP + PAIRS):
-            for name in self.mixtures:
-                start = time.thread_time()
-                self.step(name)
+            for name in self.run:
+                value = timed(lambda name=name: self.step(name))
                 if repeat >= WARM_UP:
-                    seconds[name].append(time.thread_time() - start)
-        return seconds
+                    found[name].append(value)
+        return found
+
+
+def timed(step: Callable[[], object]) -> float:
+    """Milliseconds of one call: of this thread on the CPU, between events on a GPU."""
+    if not ON_GPU:
+        start = time.thread_time()
+        step()
+        return (time.thread_time() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     deciles = statistics.quantiles(values, n=10)
     return statistics.median(values), deciles[1], deciles[7]
+
+
+def floor_bytes(size: Size) -> int:
+    """What the mixture must move at least, forward and backward: x, y, dy and dx once a pass, and its weights."""
+    width = torch.finfo(DTYPE).bits // 8
+    activations = size.tokens * FEATURES * width
+    weights = 2 * size.active * RANK * FEATURES * width
+    return 7 * activations + 4 * weights  # forward x, y; backward dy twice, x, dx; and y once more to add to
 
 
 def machine() -> dict[str, str]:
@@ -136,55 +229,104 @@ def machine() -> dict[str, str]:
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return {
-        "cpu": cpu,
-        "threads": "1",
+        "device": torch.cuda.get_device_name() if ON_GPU else f"{cpu}, one thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "peft": peft.__version__,
         "commit": git.stdout.strip() or "unknown",
     }
+
+
+def results_name(stem: str) -> str:
+    """gated_lora_cpu, or with the GPU's name."""
+    return f"{stem}_{torch.cuda.get_device_name().lower().replace(' ', '_') if ON_GPU else 'cpu'}"
+
+
+def measure(size: Size) -> dict[str, object]:
+    """One row: times, ratios to ours within each round, and memory."""
+    case = Case(size)
+    row: dict[str, object] = {**size._asdict(), "error": case.check()}
+    times = case.times()
+    for name, values in times.items():
+        paired = [value / ours for value, ours in zip(values, times[OURS])]
+        for label, found in (("ms", values), ("ratio", paired)):
+            for suffix, value in zip(("", "_p20", "_p80"), percentiles(found)):
+                row[f"{name}_{label}{suffix}"] = value
+        row[f"{name}_saved_mib"] = case.saved_bytes(name) / 2**20
+        row[f"{name}_peak_mib"] = case.peak_bytes(name) / 2**20
+    above = (statistics.median(times[OURS]) - statistics.median(times["base"])) / 1e3
+    row["mixture_gb_s"] = floor_bytes(size) / above / 1e9 if above > 0 else float("nan")
+    return row
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Markdown: times of all, and how many times longer the peers take than ours."""
+
+    def spread(row: dict[str, object], name: str) -> str:
+        middle, low, high = (row[f"{name}{suffix}"] for suffix in ("", "_p20", "_p80"))
+        return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+    names = [key.removesuffix("_ms") for key in rows[0] if key.endswith("_ms")]
+    peers = [name for name in names if name not in ("base", OURS)]
+    head = ["experts, active, gate" if len(TOKENS) == 1 else "T, experts, active, gate", *(f"{n} ms" for n in names)]
+    head += [*(f"{peer} / {OURS}" for peer in peers), "saved MiB: " + ", ".join([*peers, OURS])]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        size = [row[key] for key in ("tokens", "experts", "active", "gate")]
+        cells = [", ".join(map(str, size if len(TOKENS) > 1 else size[1:]))]
+        cells += [spread(row, f"{name}_ms") for name in names]
+        cells += [spread(row, f"{peer}_ratio") for peer in peers]
+        cells.append(", ".join(f"{row[f'{name}_saved_mib']:.2f}" for name in [*peers, OURS]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """Bars of median times, with the 20th to 80th percentile."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [key.removesuffix("_ms") for key in rows[0] if key.endswith("_ms")]
+    figure, axis = pyplot.subplots(figsize=(2 + 2.2 * len(rows), 4), layout="constrained")
+    for i, name in enumerate(names):
+        middles = [float(str(row[f"{name}_ms"])) for row in rows]
+        low = [m - float(str(row[f"{name}_ms_p20"])) for m, row in zip(middles, rows)]
+        high = [float(str(row[f"{name}_ms_p80"])) - m for m, row in zip(middles, rows)]
+        places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j in range(len(rows))]
+        axis.bar(places, middles, 0.8 / len(names), yerr=[low, high], label=name, capsize=2)
+    axis.set_xticks(
+        range(len(rows)),
+        [f"E={row['experts']}, {row['active']} active\n{row['gate']} gate, T={row['tokens']}" for row in rows],
+    )
+    axis.set(ylabel="ms, forward and backward", title=f"one layer, d={FEATURES}, r={RANK}: {machine()['device']}")
+    axis.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def write(stem: str, rows: list[dict[str, object]]) -> Path:
+    """CSV and JSON under benchmarks/results; returns their path without suffix."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / results_name(stem)
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    return path
 
 
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = []
-    for experts, active, gate in ((3, 3, "learned"), (8, 8, "learned"), (3, 2, "constant"), (8, 2, "constant")):
-        case = Case(experts, active, gate == "learned")
-        error = case.check()
-        seconds = case.times()
-        paired = [einsum / stacked for einsum, stacked in zip(seconds["einsum"], seconds["stacked"])]
-        ratio, low, high = percentiles(paired)
-        saved = {name: case.saved_bytes(name) for name in ("einsum", "stacked")}
-        row: dict[str, object] = {"experts": experts, "active": active, "gate": gate, "error": error}
-        for name, values in seconds.items():
-            for label, value in zip(("ms", "ms_p20", "ms_p80"), percentiles(values)):
-                row[f"{name}_{label}"] = value * 1e3
-        row |= {"speedup": ratio, "speedup_p20": low, "speedup_p80": high}
-        row |= {f"{name}_saved_mib": value / 2**20 for name, value in saved.items()}
-        rows.append(row)
-
-    def spread(row: dict[str, object], name: str, unit: str = "_ms") -> str:
-        middle, low, high = (row[f"{name}{suffix}"] for suffix in (unit, f"{unit}_p20", f"{unit}_p80"))
-        return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-    print(f"T={TOKENS}, d={FEATURES}, r={RANK}, fp32, forward and backward, one thread; median (20th-80th percentile)")
-    headings = ["experts, active, gate", "base ms", "einsum ms", "stacked ms", "einsum / stacked"]
-    headings += ["saved MiB: einsum, stacked", "share"]
-    print(f"\n| {' | '.join(headings)} |")
-    print("|---" * len(headings) + "|")
-    for row in rows:
-        times = " | ".join(spread(row, name) for name in ("base", "einsum", "stacked"))
-        einsum, stacked = float(str(row["einsum_saved_mib"])), float(str(row["stacked_saved_mib"]))
-        print(
-            f"| {row['experts']}, {row['active']}, {row['gate']} | {times} | {spread(row, 'speedup', '')} "
-            f"| {einsum:.2f}, {stacked:.2f} | {stacked / einsum:.1%} |"
-        )
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "gated_lora_cpu.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    (RESULTS / "gated_lora_cpu.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    rows = [measure(size) for size in sizes()]
+    tokens = f"T={TOKENS[0]}, " if len(TOKENS) == 1 else ""
+    print(f"{tokens}d={FEATURES}, r={RANK}, {DTYPE}, {machine()['device']}; median (20th-80th percentile)\n")
+    print(table(rows))
+    plot(rows, write("gated_lora", rows).with_suffix(".png"))
 
 
 if __name__ == "__main__":

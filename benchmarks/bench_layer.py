@@ -8,10 +8,7 @@ the summed rank that holds the same weights. A training step is forward, backwar
 are what autograd keeps for backward beyond what the base model keeps. CSV and JSON go to benchmarks/results/.
 """
 
-import csv
-import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,13 @@ from typing import Any
 import peft
 import torch
 import transformers
-from bench_gated_lora import RESULTS, machine, percentiles
+from bench_gated_lora import DEVICE, percentiles, timed, write
 from torch import Tensor, nn
 
 import slidelora
 
 HIDDEN, LAYERS, RANK, BATCH, LENGTH, NEW_TOKENS = 512, 2, 16, 2, 256, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAIRS, WARM_UP = 20, 3
 
 
@@ -136,20 +132,6 @@ def decoding(model: nn.Module, gates: Any = None) -> Callable[[], object]:
     return step
 
 
-def timed(step: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
-    if DEVICE.type == "cpu":
-        start = time.thread_time()
-        step()
-        return (time.thread_time() - start) * 1e3
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    step()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
 def compare(what: str, bar: float, ours: Callable[[], object], theirs: Callable[[], object]) -> dict[str, object]:
     """Times a pair in turn."""
     times: list[tuple[float, float]] = []
@@ -229,14 +211,7 @@ def main() -> None:
             f"| {row['what']} | {row['slidelora']:.2f} {row['unit']} | {row['peer']:.2f} {row['unit']} "
             f"| {row['ratio']:.3f}{spread} | {row['bar']} | {met} |"
         )
-    RESULTS.mkdir(exist_ok=True)
-    name = "layer_cpu" if DEVICE.type == "cpu" else "layer_" + torch.cuda.get_device_name().split()[-1].lower()
-    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    report = {"machine": machine() | {"peft": peft.__version__, "transformers": transformers.__version__}, "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    write("layer", rows)
 
 
 if __name__ == "__main__":
