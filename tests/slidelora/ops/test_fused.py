@@ -26,12 +26,12 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, device=DEVICE).to(dtype)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     tokens=st.sampled_from([65, 70, 129]),
-    experts=st.sampled_from([33, 40]),
+    experts=st.sampled_from([9, 12]),
     active=st.integers(1, 3),
-    r=st.sampled_from([8, 12]),
+    r=st.sampled_from([29, 33]),
     owns=st.booleans(),
     seed=st.integers(0, 100),
 )

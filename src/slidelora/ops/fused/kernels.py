@@ -191,8 +191,35 @@ def expand_kernel(
 
 
 @triton.jit
+def _add_products(
+    acc, h, right, gates, rows, seed, group, slot, rank, there, feature, inside, first, last,
+    group_length, gate_length, features, stride_right, tokens, scaling, dropout,
+    slots: tl.constexpr, r: tl.constexpr, PLANES: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """acc + (gates * scaling * h)^T right over rows first..last of a group; slot, rank and there are (COLUMNS,)."""
+    for start in range(first, last, TOKENS):
+        row = start + tl.arange(0, TOKENS)
+        token, source, here = _tokens(rows, group, row, group_length, last, FAN)
+        a = _load_weighed(
+            h, gates, token[None, :], (slot * r + rank)[:, None], slot[:, None], there[:, None] & here[None, :],
+            tokens, gate_length, scaling, slots, r, PLANES, ACC,
+        )  # fmt: skip
+        b = tl.load(
+            right + source[:, None] * stride_right + feature[None, :],
+            mask=here[:, None] & inside[None, :],
+            other=0.0,
+        )
+        if DROPOUT:
+            kept = _kept(seed, source[:, None], feature[None, :], features, dropout)
+            b = tl.where(kept, b / (1 - dropout), 0.0).to(right.dtype.element_ty)
+        acc = _dot(a.to(right.dtype.element_ty), b, acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
 def weight_gradient_kernel(
-    h, right, gates, experts, rows, gradient, seed,
+    h, right, gates, experts, rows, bounds, gradient, seed,
     groups, group_length, gate_length, features, stride_right, tokens, weight_rows, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, PIECES: tl.constexpr, RANK_BLOCK: tl.constexpr, PLANES: tl.constexpr,
     COMPACT: tl.constexpr, FAN: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, ACC: tl.constexpr,
@@ -203,8 +230,8 @@ def weight_gradient_kernel(
 
     h (T, K * r), or (PLANES, T, K * r) to be summed; right (T, d), row stride stride_right; gradient
     (SPLITS, E * r, d), each split the sum over its share of every group's tokens. With COMPACT a tile of columns is one
-    block of one expert, which looks for itself among each group's slots. Grid: (tiles of columns, tiles of
-    features, SPLITS).
+    block of one expert, which looks for itself among each group's slots, or with FAN finds its groups between
+    bounds (FAN, E + 1). Grid: (tiles of columns, tiles of features, SPLITS).
     """
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     inside = feature < features
@@ -218,29 +245,28 @@ def weight_gradient_kernel(
     rank = (block % PIECES) * RANK_BLOCK + j % RANK_BLOCK
     row = expert * r + rank
     there = (row < weight_rows) & (rank < r)
-    for group in range(groups):
-        for turn in range(slots if COMPACT else 1):
-            slot, end = expert, last
-            if COMPACT:
-                slot = tl.full((COLUMNS,), 0, tl.int32) + turn
-                mine = tl.load(experts + group * slots + turn) == tl.program_id(0) // PIECES
-                end = tl.where(mine, last, first)
-            for start in range(first, end, TOKENS):
-                place = start + tl.arange(0, TOKENS)
-                token, source, here = _tokens(rows, group, place, group_length, end, FAN)
-                a = _load_weighed(
-                    h, gates, token[None, :], (slot * r + rank)[:, None], slot[:, None],
-                    there[:, None] & here[None, :], tokens, gate_length, scaling, slots, r, PLANES, ACC,
+    mine = tl.program_id(0) // PIECES  # with COMPACT
+    if FAN:
+        for turn in range(FAN):
+            edge = bounds + turn * (weight_rows // r + 1) + mine
+            for group in range(tl.load(edge), tl.load(edge + 1)):
+                acc = _add_products(
+                    acc, h, right, gates, rows, seed, group, expert * 0, rank, there, feature, inside, first, last,
+                    group_length, gate_length, features, stride_right, tokens, scaling, dropout,
+                    slots, r, PLANES, FAN, DROPOUT, ACC, PRECISION, UPCAST, TOKENS,
                 )  # fmt: skip
-                b = tl.load(
-                    right + source[:, None] * stride_right + feature[None, :],
-                    mask=here[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                if DROPOUT:
-                    kept = _kept(seed, source[:, None], feature[None, :], features, dropout)
-                    b = tl.where(kept, b / (1 - dropout), 0.0).to(right.dtype.element_ty)
-                acc = _dot(a.to(right.dtype.element_ty), b, acc, PRECISION, UPCAST)
+    else:
+        for group in range(groups):
+            for turn in range(slots if COMPACT else 1):
+                slot, end = expert, last
+                if COMPACT:
+                    slot = expert * 0 + turn
+                    end = tl.where(tl.load(experts + group * slots + turn) == mine, last, first)
+                acc = _add_products(
+                    acc, h, right, gates, rows, seed, group, slot, rank, there, feature, inside, first, end,
+                    group_length, gate_length, features, stride_right, tokens, scaling, dropout,
+                    slots, r, PLANES, FAN, DROPOUT, ACC, PRECISION, UPCAST, TOKENS,
+                )  # fmt: skip
     place = (split * weight_rows + row).to(tl.int64)
     tl.store(
         gradient + place[:, None] * features + feature[None, :],

@@ -143,7 +143,7 @@ def _cdiv(a: int, b: int) -> int:
 class Route(NamedTuple):
     """Which experts act on which tokens, and how much: gates (., slots); experts (groups, slots) or None for all.
 
-    rows and fan: see the kernels; tokens: rows of h, of which each group has group_length.
+    rows, bounds and fan: see the kernels; tokens: rows of h, of which each group has group_length.
     """
 
     gates: Tensor
@@ -152,6 +152,7 @@ class Route(NamedTuple):
     groups: int
     group_length: int
     rows: Tensor | None = None
+    bounds: Tensor | None = None
     fan: int = 0
 
     @property
@@ -201,7 +202,8 @@ def route(gates: Tensor, experts: Tensor | None, tokens: int, count: int) -> Rou
     pair = token * fan + torch.arange(fan, device=gates.device)[:, None, None]
     rows = torch.where(there, pair, -1).flatten(0, 1)  # (K * G, size)
     by_pair = gates.repeat_interleave(tokens // gates.shape[0], 0).view(-1, 1)
-    return Route(by_pair, known.view(-1, 1), tokens * fan, rows.shape[0], size, rows, fan)
+    bounds = torch.nn.functional.pad(last, (1, 0)) + torch.arange(fan, device=gates.device)[:, None] * tile.shape[1]
+    return Route(by_pair, known.view(-1, 1), tokens * fan, rows.shape[0], size, rows, bounds, fan)
 
 
 def shrink(
@@ -307,7 +309,7 @@ def weight_gradient(
 
     _launch(
         "weight_gradient", grid, tokens, right.dtype,
-        h, right, way.gates, way.experts, way.rows, gradient, seed,
+        h, right, way.gates, way.experts, way.rows, way.bounds, gradient, seed,
         way.groups, way.group_length, way.tokens // way.gates.shape[0], features, right.stride(0), way.tokens, rows,
         scaling, dropout,
         **constants, PLANES=h.shape[0] if h.ndim == 3 else 1, SPLITS=splits,
