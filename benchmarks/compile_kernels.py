@@ -78,7 +78,8 @@ def _source(name: str, choice: launch.Choice, dtype: str) -> tuple[Any, dict[str
     constants: dict[str, Any] = launch.layout(SLOTS, RANK) | launch._constants(DTYPES[dtype]) | sizes
     constants |= {
         "PLANES": 1, "COMPACT": True, "FAN": 0, "DROPOUT": False, "DGATES": True, "HAS_BASE": False,
-        "HAS_BIAS": False, "SPLITS": 2, "BUCKET": 0, "seed": None, "rows": None, "bounds": None, "base": None, "bias": None,
+        "HAS_BIAS": False, "SPLITS": 2, "BUCKET": 0, "seed": None, "rows": None, "bounds": None, "base": None,
+        "bias": None,
     }  # fmt: skip
     if name == "weight_gradient":
         constants["COLUMNS"] = constants["RANK_BLOCK"]

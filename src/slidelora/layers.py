@@ -1,7 +1,7 @@
 """SlideLoRALinear: a frozen base layer plus its gated mixture of experts."""
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if type(module).__name__ == "Conv1D" and isinstance(weight := getattr(module, "weight", None), Tensor):
         return weight.shape[0], weight.shape[1]
     return None
+
+
+class Expert(NamedTuple):
+    """One expert of a layer: A (rank, d_in) and B (rank, d_out), views into its parameters, and its scaling."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
 
 
 class SlideLoRALinear(nn.Module):
@@ -37,6 +45,7 @@ class SlideLoRALinear(nn.Module):
         self.r, self.scaling = config.r, config.scaling
         self.dropout, self.backend = config.lora_dropout, config.backend
         self.routing = routing
+        self.names = tuple(config.experts)
         weight = self.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         rows = len(config.experts) * config.r
@@ -53,6 +62,11 @@ class SlideLoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return cast("Tensor | None", self.base_layer.bias)
+
+    def expert(self, name: str) -> Expert:
+        """An expert by its name."""
+        rows = slice(self.names.index(name) * self.r, (self.names.index(name) + 1) * self.r)
+        return Expert(self.lora_A[rows], self.lora_B[rows], self.scaling)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""

@@ -81,7 +81,8 @@ def _parameters(host: nn.Module) -> dict[str, Tensor]:
         if id(layer) in seen:
             continue
         seen.add(id(layer))
-        for expert, A, B in zip(config.experts, layer.lora_A.split(config.r), layer.lora_B.split(config.r)):
+        for expert in config.experts:
+            A, B, _ = layer.expert(expert)
             found[f"{_PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)
             found[f"{_PREFIX}{name}.lora_B.{expert}.weight"] = B.T  # (d_out, r)
     gate = getattr(host, GATE, None)
