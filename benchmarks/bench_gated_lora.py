@@ -180,14 +180,16 @@ class Case:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def times(self) -> dict[str, list[float]]:
-        """Milliseconds, the formulations in turn."""
-        found: dict[str, list[float]] = {name: [] for name in self.run}
+    def times(self) -> dict[str, dict[str, list[float]]]:
+        """Milliseconds of a forward and of a forward and backward, the formulations in turn."""
+        passes = {"forward": lambda name: self.run[name](), "forward + backward": self.step}
+        found: dict[str, dict[str, list[float]]] = {what: {name: [] for name in self.run} for what in passes}
         for repeat in range(WARM_UP + PAIRS):
-            for name in self.run:
-                value = timed(lambda name=name: self.step(name))
-                if repeat >= WARM_UP:
-                    found[name].append(value)
+            for what, call in passes.items():
+                for name in self.run:
+                    value = timed(lambda call=call, name=name: call(name))
+                    if repeat >= WARM_UP:
+                        found[what][name].append(value)
         return found
 
 
@@ -211,12 +213,24 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), deciles[1], deciles[7]
 
 
-def floor_bytes(size: Size) -> int:
-    """What the mixture must move at least, forward and backward: x, y, dy and dx once a pass, and its weights."""
+def floor_bytes(size: Size, what: str) -> int:
+    """What the mixture must move at least beyond what the base layer does.
+
+    Its weights, once for each use. Forward: x is read to shrink it and y is written once more. Backward: dy is read for u and for dB, x for dA, and dx
+    is written once more.
+    """
     width = torch.finfo(DTYPE).bits // 8
     activations = size.tokens * FEATURES * width
     weights = 2 * size.active * RANK * FEATURES * width
-    return 7 * activations + 4 * weights  # forward x, y; backward dy twice, x, dx; and y once more to add to
+    return 2 * activations + weights if what == "forward" else 6 * activations + 3 * weights
+
+
+def copy_gb_s() -> float:
+    """What a copy moves on this machine, read and written: the median of 20."""
+    source = torch.empty(2**28 if ON_GPU else 2**25, dtype=torch.uint8, device=DEVICE).zero_()
+    target = torch.empty_like(source)
+    milliseconds = statistics.median(timed(lambda: target.copy_(source)) for _ in range(20))
+    return 2 * source.numel() / milliseconds / 1e6
 
 
 def machine() -> dict[str, str]:
@@ -242,21 +256,26 @@ def results_name(stem: str) -> str:
     return f"{stem}_{torch.cuda.get_device_name().lower().replace(' ', '_') if ON_GPU else 'cpu'}"
 
 
-def measure(size: Size) -> dict[str, object]:
-    """One row: times, ratios to ours within each round, and memory."""
+def measure(size: Size, copied: float) -> list[dict[str, object]]:
+    """A row a pass: times, ratios to ours within each round, overhead over the base layer, and memory."""
     case = Case(size)
-    row: dict[str, object] = {**size._asdict(), "error": case.check()}
-    times = case.times()
-    for name, values in times.items():
-        paired = [value / ours for value, ours in zip(values, times[OURS])]
-        for label, found in (("ms", values), ("ratio", paired)):
-            for suffix, value in zip(("", "_p20", "_p80"), percentiles(found)):
-                row[f"{name}_{label}{suffix}"] = value
-        row[f"{name}_saved_mib"] = case.saved_bytes(name) / 2**20
-        row[f"{name}_peak_mib"] = case.peak_bytes(name) / 2**20
-    above = (statistics.median(times[OURS]) - statistics.median(times["base"])) / 1e3
-    row["mixture_gb_s"] = floor_bytes(size) / above / 1e9 if above > 0 else float("nan")
-    return row
+    error = case.check()
+    rows = []
+    for what, times in case.times().items():
+        row: dict[str, object] = {**size._asdict(), "what": what, "error": error}
+        for name, values in times.items():
+            paired = [value / ours for value, ours in zip(values, times[OURS])]
+            over = [100 * (value / base - 1) for value, base in zip(values, times["base"])]
+            for label, found in (("ms", values), ("ratio", paired), ("overhead", over)):
+                for suffix, value in zip(("", "_p20", "_p80"), percentiles(found)):
+                    row[f"{name}_{label}{suffix}"] = value
+            row[f"{name}_saved_mib"] = case.saved_bytes(name) / 2**20
+            row[f"{name}_peak_mib"] = case.peak_bytes(name) / 2**20
+        above = statistics.median(ours - base for ours, base in zip(times[OURS], times["base"]))
+        row["mixture_gb_s"] = floor_bytes(size, what) / above / 1e6 if above > 0 else float("nan")
+        row["share_of_copy"] = float(str(row["mixture_gb_s"])) / copied
+        rows.append(row)
+    return rows
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -268,26 +287,32 @@ def table(rows: list[dict[str, object]]) -> str:
 
     names = [key.removesuffix("_ms") for key in rows[0] if key.endswith("_ms")]
     peers = [name for name in names if name not in ("base", OURS)]
-    head = ["experts, active, gate" if len(TOKENS) == 1 else "T, experts, active, gate", *(f"{n} ms" for n in names)]
+    head = ["T, experts, active, gate", "pass", *(f"{n} ms" for n in names), f"{OURS} over base, %"]
     head += [*(f"{peer} / {OURS}" for peer in peers), "saved MiB: " + ", ".join([*peers, OURS])]
+    if ON_GPU:
+        head += ["peak MiB: " + ", ".join([*peers, OURS]), "GB/s", "of a copy's"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        size = [row[key] for key in ("tokens", "experts", "active", "gate")]
-        cells = [", ".join(map(str, size if len(TOKENS) > 1 else size[1:]))]
+        cells = [", ".join(str(row[key]) for key in ("tokens", "experts", "active", "gate")), str(row["what"])]
         cells += [spread(row, f"{name}_ms") for name in names]
+        cells.append(spread(row, f"{OURS}_overhead"))
         cells += [spread(row, f"{peer}_ratio") for peer in peers]
         cells.append(", ".join(f"{row[f'{name}_saved_mib']:.2f}" for name in [*peers, OURS]))
+        if ON_GPU:
+            cells.append(", ".join(f"{row[f'{name}_peak_mib']:.0f}" for name in [*peers, OURS]))
+            cells += [f"{row['mixture_gb_s']:.0f}", f"{row['share_of_copy']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
-    """Bars of median times, with the 20th to 80th percentile."""
+    """Bars of median times of forward and backward, with the 20th to 80th percentile."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row["what"] != "forward"]
     names = [key.removesuffix("_ms") for key in rows[0] if key.endswith("_ms")]
     figure, axis = pyplot.subplots(figsize=(2 + 2.2 * len(rows), 4), layout="constrained")
     for i, name in enumerate(names):
@@ -322,9 +347,9 @@ def write(stem: str, rows: list[dict[str, object]]) -> Path:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = [measure(size) for size in sizes()]
-    tokens = f"T={TOKENS[0]}, " if len(TOKENS) == 1 else ""
-    print(f"{tokens}d={FEATURES}, r={RANK}, {DTYPE}, {machine()['device']}; median (20th-80th percentile)\n")
+    copied = copy_gb_s()
+    rows = [row for size in sizes() for row in measure(size, copied)]
+    print(f"d={FEATURES}, r={RANK}, {DTYPE}, {machine()['device']}; median (20th-80th percentile)\n")
     print(table(rows))
     plot(rows, write("gated_lora", rows).with_suffix(".png"))
 

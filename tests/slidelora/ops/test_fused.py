@@ -73,6 +73,35 @@ def test_the_base_layer_may_be_computed_along(bias: bool, tokens: int) -> None:
         assert error(one, other) < 1e-6
 
 
+@pytest.mark.parametrize("experts, r", [(2, 256), (64, 1), (1, 100)])
+def test_large_and_small_ranks(experts: int, r: int) -> None:
+    x, W, A, B = draw(2, 20, 24), draw(16, 24), draw(experts * r, 24), draw(experts * r, 16)
+    gates, dy = draw(2, experts), draw(2, 20, 16)
+    leaves = [t.requires_grad_() for t in (x, A, B, gates)]
+    y = gated_linear(x, W, None, A, B, gates, r)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    truth = gated_lora(exact[0] @ W.double().T, *exact, r, backend="reference")
+    assert error(y, truth) < 1e-6
+    for one, other in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(truth, exact, dy.double())):
+        assert error(one, other) < 1e-6
+
+
+def test_autocast_computes_in_its_dtype_with_gates_in_fp32() -> None:
+    x, W, A, B = draw(2, 20, 24), draw(16, 24), draw(6, 24), draw(6, 16)
+    gates, dy = draw(2, 3), draw(2, 20, 16)
+    leaves = [t.requires_grad_() for t in (x, A, B, gates)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = gated_linear(x, W, None, A, B, gates, 2)
+    found = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+    exact = [t.detach().to(torch.bfloat16).double().requires_grad_() for t in (x, A, B)]
+    exact.append(gates.detach().double().requires_grad_())
+    truth = gated_lora(exact[0] @ W.to(torch.bfloat16).double().T, *exact, 2, backend="reference")
+    expected = torch.autograd.grad(truth, exact, dy.to(torch.bfloat16).double())
+    assert y.dtype == torch.bfloat16 and error(y, truth) < 1.2e-2
+    for leaf, one, other in zip(leaves, found, expected):
+        assert one.dtype == leaf.dtype and error(one, other) < 2e-2
+
+
 @pytest.mark.parametrize("owns", [False, True])
 def test_dropout_is_the_same_in_forward_and_backward(owns: bool) -> None:
     """With identity weights the output is the dropped input, so that it shows the mask."""
