@@ -216,8 +216,8 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
 def floor_bytes(size: Size, what: str) -> int:
     """What the mixture must move at least beyond what the base layer does.
 
-    Its weights, once for each use. Forward: x is read to shrink it and y is written once more. Backward: dy is read for u and for dB, x for dA, and dx
-    is written once more.
+    Its weights, once for each use. Forward: x is read to shrink it, and y is written once more. Backward: dy is read
+    for u and for dB, x for dA, and dx is written once more.
     """
     width = torch.finfo(DTYPE).bits // 8
     activations = size.tokens * FEATURES * width

@@ -22,8 +22,9 @@ import torch
 
 from slidelora.ops.fused import launch
 
-FEATURES, RANK, SLOTS = 4096, 32, 2
+FEATURES, RANK, SLOTS = 4096, 64, 2  # the widest tiles of columns
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VARIANTS = ("bf16", "bf16 with dropout", "fp32")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Report:
 
     kernel: str
     choice: launch.Choice
-    dtype: str
+    variant: str
     target: str
     registers: int
     spilled: int
@@ -63,28 +64,34 @@ class Report:
     @property
     def good(self) -> bool:
         """Whether it may ship. fp32 multiplies in IEEE precision, which no matrix unit does."""
-        return self.spilled == 0 and self.fits and (self.matrix or self.dtype == "fp32")
+        return self.spilled == 0 and self.fits and (self.matrix or self.variant == "fp32")
 
 
-def _source(name: str, choice: launch.Choice, dtype: str) -> tuple[Any, dict[str, int]]:
+def _source(name: str, choice: launch.Choice, variant: str) -> tuple[Any, dict[str, int]]:
     """The kernel with the types and constants of a training step with gates per sequence."""
     from triton.compiler import ASTSource
 
     from slidelora.ops.fused import kernels
 
     kernel = getattr(kernels, f"{name}_kernel")
-    sizes = launch.tile(choice, DTYPES[dtype])
+    dtype, dropout = variant.split()[0], variant.endswith("dropout")
+    sizes = launch.tile(choice)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants: dict[str, Any] = launch.layout(SLOTS, RANK) | launch._constants(DTYPES[dtype]) | sizes
+    constants: dict[str, Any] = launch.layout(SLOTS, RANK, DTYPES[dtype]) | launch._constants(DTYPES[dtype]) | sizes
     constants |= {
-        "PLANES": 1, "COMPACT": True, "FAN": 0, "DROPOUT": False, "DGATES": True, "HAS_BASE": False,
-        "HAS_BIAS": False, "SPLITS": 2, "BUCKET": 0, "seed": None, "rows": None, "bounds": None, "base": None,
+        "PLANES": 1, "COMPACT": True, "FAN": 0, "DROPOUT": dropout, "DGATES": not dropout, "HAS_BASE": False,
+        "HAS_BIAS": False, "SPLITS": 2, "BUCKET": 0, "rows": None, "bounds": None, "base": None,
         "bias": None,
     }  # fmt: skip
     if name == "weight_gradient":
         constants["COLUMNS"] = constants["RANK_BLOCK"]
+    if not dropout:
+        constants["seed"] = None
+    if dropout and name == "shrink":
+        constants |= {"h_pre": None, "dgates": None}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    pointers = {"experts": "*i64", "weight": "*fp32", "gates": "*fp32", "dgates": "*fp32", "gradient": "*fp32"}
+    pointers = dict.fromkeys(("experts", "seed"), "*i64")
+    pointers |= dict.fromkeys(("weight", "gates", "dgates", "gradient"), "*fp32")
     pointers |= dict.fromkeys(("x", "h", "h_pre", "y", "right"), f"*{dtype}")
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -100,12 +107,12 @@ def _source(name: str, choice: launch.Choice, dtype: str) -> tuple[Any, dict[str
     return ASTSource(kernel, signature, indices, attributes), options
 
 
-def compile_one(name: str, choice: launch.Choice, dtype: str, target: Target) -> Report:
+def compile_one(name: str, choice: launch.Choice, variant: str, target: Target) -> Report:
     """Compiles one kernel for one target."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source, options = _source(name, choice, dtype)
+    source, options = _source(name, choice, variant)
     made = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     if target.backend == "hip":
         text = made.asm["amdgcn"]
@@ -116,7 +123,7 @@ def compile_one(name: str, choice: launch.Choice, dtype: str, target: Target) ->
         registers, spilled = _resources(made.asm["cubin"])
     shared = made.metadata.shared
     matrix = re.search(target.instruction, text) is not None
-    return Report(name, choice, dtype, target.name, registers, spilled, shared, matrix, shared <= target.shared)
+    return Report(name, choice, variant, target.name, registers, spilled, shared, matrix, shared <= target.shared)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -135,31 +142,26 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + len(re.findall(r"\b(?:STL|LDL)\b", sass))
 
 
-def jobs(dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[tuple[str, launch.Choice, str, Target]]:
+def jobs() -> list[tuple[str, launch.Choice, str, Target]]:
     """All that ships."""
     return [
-        (name, choice, dtype, target)
-        for name, choices in launch.CHOICES.items()
-        for choice in choices
-        for dtype in dtypes
+        (name, choice, variant, target)
+        for name in launch.CHOICES
+        for variant in VARIANTS
+        for choice in launch.choices(name, DTYPES[variant.split()[0]], variant.endswith("dropout"))
         for target in TARGETS
     ]
-
-
-def compile_all(dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Report]:
-    """Reports of all that ships, two at a time."""
-    with ProcessPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, *zip(*jobs(dtypes))))
 
 
 def main() -> None:
     import triton
 
-    reports = compile_all()
+    with ProcessPoolExecutor(2) as pool:
+        reports = list(pool.map(compile_one, *zip(*jobs())))
     lines = [
         f"d = {FEATURES}, rank {RANK}, {SLOTS} active experts, triton {triton.__version__}; registers / shared KiB.",
         "",
-        "| kernel | tokens x features, warps, stages | dtype | " + " | ".join(t.name for t in TARGETS) + " |",
+        "| kernel | tokens x features, warps, stages | of | " + " | ".join(t.name for t in TARGETS) + " |",
         "|---" * (3 + len(TARGETS)) + "|",
     ]
     for start in range(0, len(reports), len(TARGETS)):
@@ -170,9 +172,8 @@ def main() -> None:
             for r in row
         ]
         choice = row[0].choice
-        size = launch.tile(choice, DTYPES[row[0].dtype])
-        sizes = f"{choice.tokens} x {size['FEATURES']}, {choice.warps}, {choice.stages}"
-        lines.append(f"| {' | '.join([row[0].kernel, sizes, row[0].dtype, *cells])} |")
+        sizes = f"{choice.tokens} x {choice.features}, {choice.warps}, {choice.stages}"
+        lines.append(f"| {' | '.join([row[0].kernel, sizes, row[0].variant, *cells])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if len(sys.argv) > 1:

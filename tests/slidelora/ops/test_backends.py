@@ -60,7 +60,7 @@ def run(
 
 
 @backends
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     batch=st.sampled_from([1, 2, 3]),
     tokens=st.sampled_from([1, 2, 15, 17]),
@@ -87,9 +87,11 @@ def test_output_and_gradients_equal_float64(
     inputs = case(batch, tokens, d_in, d_out, experts, r, dtype, seed, by_token)
     y, gradients = run(backend, inputs, r)
     truth, expected = run("reference", tuple(tensor.double() for tensor in inputs), r)
-    assert y.dtype == dtype and error(y, truth) < BOUNDS[dtype]
     # A sum whose terms cancel is no more exact than its terms: the sum of their sizes says how large it might be.
-    _, sizes = run("reference", tuple(tensor.double().abs() for tensor in inputs), r)
+    largest, sizes = run("reference", tuple(tensor.double().abs() for tensor in inputs), r)
+    # Where no sum evens them out, the roundings of A, B, h, its product with the gate and y add up.
+    bound = BOUNDS[dtype] * (1 if d_in * r >= 64 and d_out > 1 else 2)
+    assert y.dtype == dtype and error(y, truth, 0.2 * float(largest.detach().norm())) < bound
     for leaf, found, exact, size in zip(inputs, gradients, expected, sizes):
         # Rounding h, u and their products in a short type adds up over the terms; one term each in the output above.
         assert found.dtype == leaf.dtype and error(found, exact, 0.2 * float(size.norm())) < 2 * BOUNDS[dtype]

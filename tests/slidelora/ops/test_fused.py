@@ -97,7 +97,7 @@ def test_autocast_computes_in_its_dtype_with_gates_in_fp32() -> None:
     exact.append(gates.detach().double().requires_grad_())
     truth = gated_lora(exact[0] @ W.to(torch.bfloat16).double().T, *exact, 2, backend="reference")
     expected = torch.autograd.grad(truth, exact, dy.to(torch.bfloat16).double())
-    assert y.dtype == torch.bfloat16 and error(y, truth) < 1.2e-2
+    assert y.dtype == torch.bfloat16 and error(y, truth) < 2e-2  # the base layer's output is rounded, too
     for leaf, one, other in zip(leaves, found, expected):
         assert one.dtype == leaf.dtype and error(one, other) < 2e-2
 
@@ -214,4 +214,5 @@ def test_every_configuration_compiles_ahead_of_time() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("\n| ") == 1 + 2 * sum(map(len, launch.CHOICES.values()))
+    kernels = launch.CHOICES.values()
+    assert done.stdout.count("\n| ") == 1 + sum(2 * len(by_size[2]) + len(by_size[4]) for by_size in kernels)

@@ -7,6 +7,7 @@ over y.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ def gated_lora(
 ) -> Tensor:
     """See `slidelora.ops.gated_lora`; with weight (d_out, d_in) and bias in place of base, the base layer too."""
     features = lora_B.shape[1]
-    rows = x.reshape(-1, x.shape[-1])
-    flat = None if base is None else base.reshape(-1, features)
+    tokens = math.prod(x.shape[:-1])
+    rows = x.reshape(tokens, x.shape[-1])
+    flat = None if base is None else base.reshape(tokens, features)
     seed = torch.randint(2**31 - 1, (1,), device=x.device) if dropout else None
     y, _ = torch.ops.slidelora.gated_lora(
-        rows, weight, flat, bias, lora_A, lora_B, gates.reshape(-1, gates.shape[-1]), experts, seed, r, scaling, dropout
+        rows, weight, flat, bias, lora_A, lora_B, gates, experts, seed, r, scaling, dropout
     )
     result: Tensor = y.view(*x.shape[:-1], features)
     return result
@@ -60,7 +62,7 @@ def _forward(
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    way = launch.route(gates, experts, x.shape[0], lora_A.shape[0] // r)
+    way = launch.route(gates, experts, x.shape[0], lora_A.shape[0] // r, x.dtype)
     h, _ = launch.shrink(x, lora_A, way, r, seed, dropout)
     dtype = x.dtype if base is None else base.dtype
     y = launch.expand(h, lora_B, way, r, scaling, dtype, base, bias)
@@ -109,13 +111,14 @@ def _backward(
     needs_x, needs_A, needs_B, needs_gates = needs
     nothing = x.new_empty(0)
     dx, dA, dB, dgates = nothing, nothing.clone(), nothing.clone(), nothing.clone()
-    way = launch.route(gates, experts, x.shape[0], lora_A.shape[0] // r)
+    way = launch.route(gates, experts, x.shape[0], lora_A.shape[0] // r, x.dtype)
     if needs_B:
         dB = launch.weight_gradient(h, dy, way, lora_B, r, scaling)
     if needs_x or needs_A or needs_gates:
         u, sums = launch.shrink(dy, lora_B, way, r, h_pre=h if needs_gates else None)
         if sums is not None:
-            per_row = sums.view(gates.shape[0], -1, gates.shape[1]).sum(1)
+            rows, slots = gates.shape
+            per_row = sums.view(rows, sums.numel() // max(rows * slots, 1), slots).sum(1)
             dgates = (per_row * scaling).to(gates.dtype)
         if needs_x:
             dx = launch.expand(u, lora_A, way, r, scaling, x.dtype, seed=seed, dropout=dropout)

@@ -21,7 +21,7 @@ FEW_TOKENS = 64  # below, x is split along d, or nothing would be in flight
 
 
 class Choice(NamedTuple):
-    """Tile sizes for two-byte dtypes, wider ones have as many bytes of features; warps and pipeline stages."""
+    """Tile sizes, warps and pipeline stages."""
 
     tokens: int
     features: int
@@ -29,11 +29,21 @@ class Choice(NamedTuple):
     stages: int
 
 
-# In order of the number of tokens that they suit: at most 16, at most 1024, more; then what only tuning tries.
-CHOICES: dict[str, tuple[Choice, ...]] = {
-    "shrink": (Choice(16, 128, 4, 3), Choice(32, 128, 4, 3), Choice(64, 64, 4, 3), Choice(32, 64, 4, 4)),
-    "expand": (Choice(16, 128, 4, 2), Choice(64, 128, 4, 2), Choice(128, 128, 8, 2), Choice(128, 64, 4, 2)),
-    "weight_gradient": (Choice(16, 128, 4, 2), Choice(32, 128, 4, 3), Choice(64, 128, 8, 2), Choice(64, 64, 4, 3)),
+# By the bytes of an element, in order of the number of tokens that they suit: at most 16, at most 1024, more; the last
+# one only tuning tries.
+CHOICES: dict[str, dict[int, tuple[Choice, ...]]] = {
+    "shrink": {
+        2: (Choice(16, 128, 4, 2), Choice(32, 64, 4, 3), Choice(64, 64, 4, 3), Choice(128, 64, 8, 3)),
+        4: (Choice(16, 64, 4, 2), Choice(32, 64, 4, 2), Choice(64, 64, 8, 2), Choice(64, 32, 8, 3)),
+    },
+    "expand": {
+        2: (Choice(16, 128, 4, 2), Choice(64, 64, 8, 2), Choice(128, 128, 8, 2), Choice(64, 128, 8, 2)),
+        4: (Choice(16, 128, 4, 2), Choice(32, 64, 8, 2), Choice(64, 64, 8, 2), Choice(64, 32, 8, 2)),
+    },
+    "weight_gradient": {
+        2: (Choice(16, 128, 4, 2), Choice(64, 64, 8, 2), Choice(64, 128, 8, 2), Choice(32, 128, 8, 2)),
+        4: (Choice(16, 32, 4, 3), Choice(32, 32, 8, 3), Choice(32, 64, 8, 3), Choice(32, 16, 8, 3)),
+    },
 }
 
 
@@ -41,16 +51,12 @@ INSTALLED = find_spec("triton") is not None
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on any device
 
 
-def rank_block(r: int) -> int:
-    """Columns that a slot's ranks are padded to, in one or more blocks."""
-    return min(128, max(16, 1 << (r - 1).bit_length()))
-
-
-def layout(slots: int, r: int) -> dict[str, int]:
-    """The constants of a kernel's columns."""
-    block = rank_block(r)
-    pieces = -(-r // block)
-    columns = min(128, block * (1 << (slots * pieces - 1).bit_length()))
+def layout(slots: int, r: int, dtype: torch.dtype) -> dict[str, int]:
+    """The constants of a kernel's columns: a slot's ranks are padded to whole blocks."""
+    most = 64 if dtype.itemsize == 2 else 32  # wider ones would spill registers
+    block = min(most, max(16, 1 << (r - 1).bit_length()))
+    pieces = _cdiv(r, block)
+    columns = min(most, block * (1 << (slots * pieces - 1).bit_length()))
     return {"slots": slots, "r": r, "PIECES": pieces, "RANK_BLOCK": block, "COLUMNS": columns}
 
 
@@ -87,11 +93,19 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def tile(choice: Choice, dtype: torch.dtype) -> dict[str, int]:
+def choices(name: str, dtype: torch.dtype, dropout: bool) -> tuple[Choice, ...]:
+    """A kernel's configurations for a dtype; drawing random numbers takes registers, and so do float64, for tests."""
+    found = CHOICES[name][min(dtype.itemsize, 4)]
+    if not dropout and dtype.itemsize < 8:
+        return found
+    return tuple(Choice(max(16, c.tokens // 2), max(16, c.features // 2), c.warps, c.stages) for c in found)
+
+
+def tile(choice: Choice) -> dict[str, int]:
     """A choice as a kernel's constants."""
     return {
         "TOKENS": choice.tokens,
-        "FEATURES": max(16, choice.features * 2 // dtype.itemsize),
+        "FEATURES": choice.features,
         "num_warps": choice.warps,
         "num_stages": choice.stages,
         "enable_fp_fusion": True,  # what triton did before 3.10 unless told otherwise
@@ -99,14 +113,14 @@ def tile(choice: Choice, dtype: torch.dtype) -> dict[str, int]:
 
 
 @cache
-def _tuned(name: str, dtype: torch.dtype) -> Any:
+def _tuned(name: str, dtype: torch.dtype, dropout: bool) -> Any:
     import triton
 
     from slidelora.ops.fused import kernels
 
     configs = []
-    for choice in CHOICES[name]:
-        sizes = tile(choice, dtype)
+    for choice in choices(name, dtype, dropout):
+        sizes = tile(choice)
         warps, stages = sizes.pop("num_warps"), sizes.pop("num_stages")
         configs.append(triton.Config(sizes, num_warps=warps, num_stages=stages))  # enable_fp_fusion among the sizes
     kernel = getattr(kernels, f"{name}_kernel")
@@ -126,9 +140,9 @@ def _launch(
     bucket = _bucket(tokens)
     constants |= _constants(dtype)
     if os.environ.get("SLIDELORA_TUNE") == "1" and not INTERPRETED:
-        _tuned(name, dtype)[grid](*arguments, BUCKET=tokens.bit_length(), **constants)
+        _tuned(name, dtype, constants["DROPOUT"])[grid](*arguments, BUCKET=tokens.bit_length(), **constants)
         return
-    sizes = tile(CHOICES[name][bucket], dtype)
+    sizes = tile(choices(name, dtype, constants["DROPOUT"])[bucket])
     getattr(kernels, f"{name}_kernel")[grid(sizes)](*arguments, BUCKET=bucket, **constants, **sizes)
 
 
@@ -159,10 +173,10 @@ class Route(NamedTuple):
     def slots(self) -> int:
         return self.gates.shape[1]
 
-    def constants(self, r: int, seed: Tensor | None) -> dict[str, Any]:
+    def constants(self, r: int, dtype: torch.dtype, seed: Tensor | None) -> dict[str, Any]:
         """What the kernels want to know of it when they are compiled."""
         flags = {"COMPACT": self.experts is not None, "FAN": self.fan, "DROPOUT": seed is not None}
-        return layout(self.slots, r) | flags
+        return layout(self.slots, r, dtype) | flags
 
     def passes(self) -> list[Route]:
         """Routes in each of which a token appears once."""
@@ -173,7 +187,7 @@ class Route(NamedTuple):
         return [self._replace(rows=row, experts=expert, groups=count) for row, expert in zip(rows, experts)]
 
 
-def route(gates: Tensor, experts: Tensor | None, tokens: int, count: int) -> Route:
+def route(gates: Tensor, experts: Tensor | None, tokens: int, count: int, dtype: torch.dtype) -> Route:
     """The route of `tokens` tokens under gates (1, B or T, E or K) and experts (1, B or T, K), of `count` in all.
 
     Where many groups are short, as when each token has experts of its own, tokens are sorted by expert.
@@ -186,7 +200,7 @@ def route(gates: Tensor, experts: Tensor | None, tokens: int, count: int) -> Rou
     if length >= 16 or tokens <= FEW_TOKENS:
         return Route(gates, experts, tokens, experts.shape[0], length)
     fan = experts.shape[1]
-    size = CHOICES["shrink"][_bucket(tokens)].tokens
+    size = choices("shrink", dtype, False)[_bucket(tokens)].tokens
     by_slot, order = experts.repeat_interleave(length, 0).T.contiguous().sort(dim=1, stable=True)  # (K, T)
     edges = torch.searchsorted(by_slot, torch.arange(count + 1, device=gates.device).expand(fan, -1).contiguous())
     members = edges.diff(dim=1)  # (K, E)
@@ -222,7 +236,7 @@ def shrink(
     features = x.shape[1]
     slots = way.slots * max(way.fan, 1)
     h = empty_h(x, slots * r)
-    constants = way.constants(r, seed)
+    constants = way.constants(r, x.dtype, seed)
     pieces = constants["PIECES"]
     count = planes(*x.shape)
     sums = None
@@ -273,7 +287,7 @@ def expand(
             h, weight.contiguous(), each.gates, each.experts, each.rows, base, bias, y, seed,
             each.group_length, each.tokens // each.gates.shape[0], features, 0 if base is None else base.stride(0),
             each.tokens, scaling, dropout,
-            **each.constants(r, seed), PLANES=h.shape[0] if h.ndim == 3 else 1, HAS_BASE=base is not None,
+            **each.constants(r, dtype, seed), PLANES=h.shape[0] if h.ndim == 3 else 1, HAS_BASE=base is not None,
             HAS_BIAS=bias is not None,
         )  # fmt: skip
         base, bias = y, None
@@ -294,7 +308,7 @@ def weight_gradient(
     tokens, features = right.shape
     if not tokens:
         return torch.zeros_like(weight)
-    constants = way.constants(r, seed)
+    constants = way.constants(r, right.dtype, seed)
     rows = weight.shape[0]
     if way.experts is not None:
         constants["COLUMNS"] = constants["RANK_BLOCK"]
