@@ -64,7 +64,7 @@ def gated_lora(
     gates, experts = _check(x, lora_A, lora_B, gates, r, experts, backend)
     if backend == "fused":
         return fused.gated_lora(base, x.to(base.dtype), lora_A, lora_B, gates, r, scaling, experts, dropout)
-    x = F.dropout(x, dropout)
+    x = F.dropout(x, dropout) if dropout else x
     if backend == "reference":
         return reference.gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts)
     return stacked.gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)

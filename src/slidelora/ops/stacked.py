@@ -23,8 +23,34 @@ def gated_lora(
     overwrite_base: bool,
 ) -> Tensor:
     """See `slidelora.ops.gated_lora`; computed in base's dtype, the gates applied in theirs."""
+    if not torch.is_grad_enabled():
+        return _mix(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)[0]
     y: Tensor = _GatedLoRA.apply(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)
     return y
+
+
+def _mix(
+    base: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gates: Tensor,
+    r: int,
+    scaling: float,
+    experts: Tensor | None,
+    overwrite_base: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, and h = x A^T: (T, n), or (B, T / B, n) where each sample has its experts."""
+    groups = 1 if experts is None else experts.shape[0]
+    A, B = (_rows(weight.to(base.dtype), r, experts) for weight in (lora_A, lora_B))
+    h = _grouped(x, base.dtype, groups) @ A.mT
+    weighted = _weigh(h, gates, r, scaling)
+    rows = _grouped(base, base.dtype, groups)
+    if overwrite_base and base.is_contiguous():
+        rows.addmm_(weighted, B) if groups == 1 else rows.baddbmm_(weighted, B)
+        return base, h
+    y = torch.addmm(rows, weighted, B) if groups == 1 else torch.baddbmm(rows, weighted, B)
+    return y.view(base.shape), h
 
 
 class _GatedLoRA(torch.autograd.Function):
@@ -41,19 +67,12 @@ class _GatedLoRA(torch.autograd.Function):
         experts: Tensor | None,
         overwrite_base: bool,
     ) -> Tensor:
-        groups = 1 if experts is None else experts.shape[0]
-        A, B = (_rows(weight.to(base.dtype), r, experts) for weight in (lora_A, lora_B))
-        h = _grouped(x, base.dtype, groups) @ A.mT  # (T, n), or (B, T / B, n) where each sample has its experts
-        weighted = _weigh(h, gates, r, scaling)
-        rows = _grouped(base, base.dtype, groups)
+        y, h = _mix(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)
         ctx.save_for_backward(x, lora_A, lora_B, gates, experts, h)
         ctx.r, ctx.scaling = r, scaling
-        if overwrite_base and base.is_contiguous():
+        if y is base:
             ctx.mark_dirty(base)
-            rows.addmm_(weighted, B) if groups == 1 else rows.baddbmm_(weighted, B)
-            return base
-        y = torch.addmm(rows, weighted, B) if groups == 1 else torch.baddbmm(rows, weighted, B)
-        return y.view(base.shape)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -113,5 +132,5 @@ def _by_sample(h: Tensor, gates: Tensor, r: int) -> tuple[int, int, int, int]:
 
 def _weigh(h: Tensor, gates: Tensor, r: int, scaling: float) -> Tensor:
     """h with each expert's r columns times scaling and its gate, in the gates' precision, then in h's dtype."""
-    factors = (gates * scaling)[:, None, :, None]  # (1 or B, 1, K, 1)
+    factors = (gates if scaling == 1 else gates * scaling)[:, None, :, None]  # (1 or B, 1, K, 1)
     return (h.view(_by_sample(h, gates, r)) * factors).to(h.dtype).view(h.shape)
