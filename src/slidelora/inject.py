@@ -4,12 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gates import SequenceGate
-from slidelora.layers import SlideLoRALinear, linear_features
+from slidelora.layers import SlideLoRALinear, adapter_dtype, linear_features
 from slidelora.routing import GATE, STATE, GateHook, Routing, injected
 
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
@@ -30,7 +29,10 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     targets = find_targets(model, config)
     state = Routing(config)
     gate = sequence_gate(model, config) if config.gate == "sequence" else None
-    wrappers = {id(module): SlideLoRALinear(module, config, state) for module in targets.values()}
+    wrappers: dict[int, nn.Module] = {}
+    for name, module in targets.items():
+        if id(module) not in wrappers:
+            wrappers[id(module)] = SlideLoRALinear(module, config, state, name)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     for name, module in targets.items():
@@ -94,8 +96,7 @@ def sequence_gate(model: nn.Module, config: SlideLoRAConfig) -> SequenceGate:
             f"{type(model).__name__} has no input embeddings, expected a model with get_input_embeddings() for "
             "gate='sequence'; use gate='given' and slidelora.gates"
         ) from None
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    return SequenceGate(weight.shape[-1], config).to(weight.device, dtype)
+    return SequenceGate(weight.shape[-1], config).to(weight.device, adapter_dtype(weight, config))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

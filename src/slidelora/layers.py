@@ -31,27 +31,47 @@ class Expert(NamedTuple):
 class SlideLoRALinear(nn.Module):
     """base_layer(x) plus the experts' outputs, weighed by the gates in force.
 
-    lora_A (E * r, d_in) starts as PEFT's does, lora_B (E * r, d_out) at zero, so that the output starts as the base
-    layer's. Both are on the base layer's device, in fp32 where its weight is in less.
+    lora_A (E * r, d_in) and lora_B (E * r, d_out) start as config.init says, lora_B at zero, so that the output starts
+    as the base layer's. Both are on the base layer's device. r is the largest rank of the layer's experts: the rows of
+    an expert beyond its own rank are zero in both, so that their gradients are zero, and they stay so.
+    name: the layer's in the model, which the patterns of ranks and alphas speak of.
     """
 
-    def __init__(self, base_layer: nn.Module, config: SlideLoRAConfig, routing: Routing) -> None:
+    scales: Tensor | None
+
+    def __init__(self, base_layer: nn.Module, config: SlideLoRAConfig, routing: Routing, name: str = "") -> None:
         super().__init__()
         features = linear_features(base_layer)
         if features is None:
             raise ValueError(f"base layer is {type(base_layer).__name__}, expected a linear layer")
         self.base_layer = base_layer
         self.in_features, self.out_features = features
-        self.r, self.scaling = config.r, config.scaling
         self.dropout, self.backend = config.lora_dropout, config.backend
         self.routing = routing
         self.names = tuple(config.experts)
+        self.ranks, self.scalings = config.ranks(name), config.scalings(name)
+        self.r = max(self.ranks)
+        self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else 1.0
+        self.register_buffer("scales", None, persistent=False)
         weight = self.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        rows = len(config.experts) * config.r
-        self.lora_A = nn.Parameter(torch.empty(rows, self.in_features, dtype=dtype, device=weight.device))
+        dtype = adapter_dtype(weight, config)
+        rows = len(self.names) * self.r
+        self.lora_A = nn.Parameter(torch.zeros(rows, self.in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(rows, self.out_features, dtype=dtype, device=weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # its fan-in is d_in: each expert as PEFT's lora_A
+        self._set_scales()
+        with torch.no_grad():
+            for expert in self.names:
+                init_expert(self.expert(expert).A, config.init)
+
+    def _set_scales(self) -> None:
+        """Scalings that differ become factors (E,) of the gates."""
+        if len(set(self.scalings)) > 1:
+            self.scales = torch.tensor(self.scalings, dtype=torch.float32, device=self.lora_A.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SlideLoRALinear":
+        super()._apply(fn, recurse)
+        self._set_scales()  # exact again, whatever dtype the module took on, and filled where it left the meta device
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -65,8 +85,9 @@ class SlideLoRALinear(nn.Module):
 
     def expert(self, name: str) -> Expert:
         """An expert by its name."""
-        rows = slice(self.names.index(name) * self.r, (self.names.index(name) + 1) * self.r)
-        return Expert(self.lora_A[rows], self.lora_B[rows], self.scaling)
+        index = self.names.index(name)
+        rows = slice(index * self.r, index * self.r + self.ranks[index])
+        return Expert(self.lora_A[rows], self.lora_B[rows], self.scalings[index])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
@@ -74,6 +95,8 @@ class SlideLoRALinear(nn.Module):
         if in_force is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         gates, experts = in_force.on(x.device)
+        if self.scales is not None:
+            gates = gates * (self.scales if experts is None else self.scales[experts])
         dropout = self.dropout if self.training else 0.0
         mixture = (self.lora_A, self.lora_B, gates, self.r, self.scaling, experts)
         plain = type(self.base_layer) is nn.Linear and "forward" not in self.base_layer.__dict__
@@ -86,8 +109,23 @@ class SlideLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for print."""
-        experts = self.lora_A.shape[0] // self.r
-        return f"in_features={self.in_features}, out_features={self.out_features}, experts={experts}, r={self.r}"
+        r = self.r if len(set(self.ranks)) == 1 else self.ranks
+        return f"in_features={self.in_features}, out_features={self.out_features}, experts={self.names}, r={r}"
+
+
+def adapter_dtype(weight: Tensor, config: SlideLoRAConfig) -> torch.dtype:
+    """The dtype of what is trained beside a weight."""
+    if config.adapter_dtype is not None:
+        return cast(torch.dtype, getattr(torch, config.adapter_dtype))
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def init_expert(A: Tensor, init: str) -> None:
+    """Fills A (r, d_in), zeros, as `SlideLoRAConfig.init` says."""
+    if init != "zero":
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # bound 1 / sqrt(d_in)
+    if init == "textharmony":
+        A.mul_(A.shape[0] ** -0.5)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -105,9 +105,9 @@ def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int,
             continue
         seen.add(id(module))
         d_in, d_out = linear_features(module) or (0, 0)
-        for expert in config.experts:
-            shapes[f"{_PREFIX}{name}.lora_A.{expert}.weight"] = (config.r, d_in)
-            shapes[f"{_PREFIX}{name}.lora_B.{expert}.weight"] = (d_out, config.r)
+        for expert, rank in zip(config.experts, config.ranks(name)):
+            shapes[f"{_PREFIX}{name}.lora_A.{expert}.weight"] = (rank, d_in)
+            shapes[f"{_PREFIX}{name}.lora_B.{expert}.weight"] = (d_out, rank)
     if config.gate == "sequence":
         for name, parameter in sequence_gate(model, config).named_parameters():
             shapes[f"{_PREFIX}{GATE}.{name}"] = tuple(parameter.shape)

@@ -2,6 +2,8 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from peft.utils.other import get_pattern_key
 
 from slidelora import SlideLoRAConfig
 
@@ -9,15 +11,51 @@ from slidelora import SlideLoRAConfig
 def test_defaults_and_derived_values() -> None:
     config = SlideLoRAConfig(r=8, lora_alpha=4)
     assert config.experts == ("text", "image", "shared") and config.shared == ("shared",)
-    assert config.specific == ("text", "image") and config.scaling == 0.5
+    assert config.specific == ("text", "image") and config.scalings("q_proj") == (0.5, 0.5, 0.5)
     assert SlideLoRAConfig(experts=["a", "b"]).shared == ()
 
 
 def test_dictionary_round_trip() -> None:
-    config = SlideLoRAConfig(experts=["a", "b"], shared=["b"], target_modules=["q_proj"], exclude_modules="x.*")
+    config = SlideLoRAConfig(
+        experts=["a", "b"],
+        shared=["b"],
+        r={"a": 2, "b": 3},
+        rank_pattern={"q_proj": {"b": 8}},
+        target_modules=["q_proj"],
+        exclude_modules="x.*",
+        adapter_dtype=torch.bfloat16,
+    )
+    assert config.adapter_dtype == "bfloat16"
     assert SlideLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match=r"unknown \['rank'\]"):
         SlideLoRAConfig.from_dict({"rank": 3})
+
+
+def test_a_file_without_the_later_fields() -> None:
+    values = {"experts": ["a"], "shared": [], "r": 4, "lora_alpha": 8, "gate": "given", "target_modules": "all-linear"}
+    assert SlideLoRAConfig.from_dict(values).scalings("x") == (2.0,)
+
+
+@pytest.mark.parametrize("module", ["q_proj", "layers.1.q_proj", "layers.11.k_proj", "xq_proj", "layers.1.mlp", "1"])
+def test_patterns_match_as_pefts(module: str) -> None:
+    pattern = {"q_proj": 1, r"layers\.1\.q_proj": 2, "layers.1.*": 3, "k_proj|mlp": 4}
+    config = SlideLoRAConfig(experts=["a", "b"], r=9, rank_pattern=pattern, alpha_pattern=pattern)
+    expected = pattern.get(get_pattern_key(pattern, module), 9)
+    assert config.ranks(module) == (expected, expected)
+    assert config.scalings(module) == (1.0 if expected < 9 else 16 / 9,) * 2
+
+
+def test_sizes_of_each_expert() -> None:
+    config = SlideLoRAConfig(
+        r={"text": 4, "image": 16, "shared": 1},
+        lora_alpha={"text": 8, "image": 4, "shared": 1},
+        rank_pattern={"v_proj": {"text": 9}, r"layers\.0\.v_proj": 2, "q_proj": 3},
+        alpha_pattern={"q_proj": {"image": 6}},
+    )
+    assert config.ranks("o_proj") == (4, 16, 1) and config.scalings("o_proj") == (2, 0.25, 1)
+    assert config.ranks("layers.0.v_proj") == (9, 2, 2) and config.ranks("layers.1.v_proj") == (9, 16, 1)
+    assert config.scalings("q_proj") == (8 / 3, 2, 1 / 3)
+    assert SlideLoRAConfig(r=4, lora_alpha=8, use_rslora=True).scalings("x") == (4.0, 4.0, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +71,14 @@ def test_dictionary_round_trip() -> None:
         ({"r": 0}, ValueError, "r is 0, expected an integer of at least 1"),
         ({"r": 2.0}, ValueError, "r is 2.0"),
         ({"r": True}, ValueError, "r is True"),
+        ({"r": {"text": 4}}, ValueError, r"\{'text': 4\}, expected a value for \['image', 'shared'\] too"),
+        ({"r": {"text": 0, "image": 1, "shared": 1}}, ValueError, r"r\['text'\] is 0, expected an integer"),
+        ({"lora_alpha": {"audio": 4}}, ValueError, r"lora_alpha has unknown expert \['audio'\], expected some of"),
+        ({"rank_pattern": {"q": {"text": "4"}}}, ValueError, r"rank_pattern\['q'\]\['text'\] is '4'"),
+        ({"alpha_pattern": {"(": 4}}, ValueError, r"alpha_pattern key is '\(', expected a regular expression"),
+        ({"alpha_pattern": [4]}, TypeError, r"alpha_pattern is \[4\], expected a mapping"),
+        ({"init": "ones"}, ValueError, "init is 'ones', expected one of"),
+        ({"adapter_dtype": torch.int8}, ValueError, "adapter_dtype is 'int8', expected one of"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha is nan"),
         ({"lora_dropout": 1.0}, ValueError, "lora_dropout is 1.0"),
         ({"lora_dropout": -0.1}, ValueError, "lora_dropout is -0.1"),

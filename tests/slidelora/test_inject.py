@@ -109,6 +109,28 @@ def test_one_expert_is_peft_lora(make_base: Make, input_ids: torch.Tensor) -> No
         assert not layer.lora_A.grad[:4].any() and not layer.lora_B.grad[8:].any()
 
 
+def test_patterns_and_rslora_are_pefts(make_base: Make, input_ids: torch.Tensor) -> None:
+    sizes: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {r"layers\.1\..*q_proj": 8, "q_proj": 2, "mlp.*": 3},
+        "alpha_pattern": {"o_proj": 1},
+        "use_rslora": True,
+    }
+    peft = get_peft_model(make_base(), LoraConfig(target_modules="all-linear", **sizes))
+    model = slidelora.inject(make_base(), **sizes, experts=["a", "b"])
+    for name, layer in slide_layers(model).items():
+        other = peft.base_model.model.get_submodule(name)
+        nn.init.normal_(other.lora_B.default.weight, std=0.3)
+        A, B, scaling = layer.expert("a")
+        assert A.shape == other.lora_A.default.weight.shape and scaling == other.scaling["default"]
+        with torch.no_grad():
+            A.copy_(other.lora_A.default.weight)
+            B.copy_(other.lora_B.default.weight.T)
+    with slidelora.gates(model, "a"):
+        torch.testing.assert_close(model(input_ids).logits, peft(input_ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_start_as_pefts(make_base: Make) -> None:
     layer = slidelora.inject(make_base(), r=4).model.layers[0].self_attn.q_proj
     assert not layer.lora_B.any()

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +40,108 @@ def test_half_precision_base_has_fp32_adapters(dtype: torch.dtype) -> None:
     assert (y - truth).norm() / truth.norm() < {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     y.float().sum().backward()
     assert model[0].lora_A.grad.dtype == torch.float32
+
+
+RANKS = {"text": 2, "image": 5, "shared": 1}
+ALPHAS = {"text": 4, "image": 1, "shared": 3}
+
+
+def mixed(base: nn.Linear, **fields: Any) -> SlideLoRALinear:
+    options = {"r": RANKS, "lora_alpha": ALPHAS, "target_modules": ["0"], "gate": "given"}
+    model = slidelora.inject(nn.Sequential(base), **{**options, **fields})
+    for name in model[0].names:
+        nn.init.normal_(model[0].expert(name).B)
+    return model
+
+
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
+def test_ranks_and_scalings_that_differ(backend: str) -> None:
+    model = mixed(nn.Linear(6, 5), backend=backend)
+    layer, x = model[0], torch.randn(4, 3, 6)
+    experts = [layer.expert(name) for name in layer.names]
+    assert [(*e.A.shape, *e.B.shape) for e in experts] == [(2, 6, 2, 5), (5, 6, 5, 5), (1, 6, 1, 5)]
+    assert [e.scaling for e in experts] == [2.0, 0.2, 3.0] and layer.lora_A.shape == (15, 6)
+    deltas = torch.stack([e.scaling * e.A.T @ e.B for e in experts])
+    for gates in (torch.randn(4, 3), torch.tensor([[0.5, 0, 0.5]]), torch.eye(3)[[0, 1, 2, 1]]):
+        with slidelora.gates(model, gates):
+            expected = layer.base_layer(x) + x @ torch.einsum("be,eio->bio", gates, deltas)
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    gates = torch.randn(4, 3, requires_grad=True)
+    with slidelora.gates(model, gates):
+        (found,) = torch.autograd.grad(model(x).square().sum(), gates)
+    y = layer.base_layer(x) + x @ torch.einsum("be,eio->bio", gates, deltas)
+    torch.testing.assert_close(found, torch.autograd.grad(y.square().sum(), gates)[0], rtol=1e-4, atol=1e-3)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9),
+    "NAdam": lambda p: torch.optim.NAdam(p, 0.1),
+    "Rprop": lambda p: torch.optim.Rprop(p, 0.1),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, 0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
+def test_rows_beyond_a_rank_stay_zero(optimizer: str, backend: str) -> None:
+    model = mixed(nn.Linear(6, 5), backend=backend)
+    layer = model[0]
+    pads = torch.tensor([rank <= row for rank in layer.ranks for row in range(layer.r)])
+    before = layer.lora_A.detach().clone()
+    steps = OPTIMIZERS[optimizer]([layer.lora_A, layer.lora_B])
+    for _ in range(3):
+        steps.zero_grad()
+        with slidelora.gates(model, torch.rand(4, 3)):
+            model(torch.randn(4, 3, 6)).square().sum().backward()
+        assert not layer.lora_A.grad[pads].any() and not layer.lora_B.grad[pads].any()
+        steps.step()
+    assert not layer.lora_A[pads].any() and not layer.lora_B[pads].any()
+    assert (layer.lora_A[~pads] != before[~pads]).all()
+
+
+def test_scalings_survive_another_dtype_and_the_meta_device() -> None:
+    model = mixed(nn.Linear(6, 5), lora_alpha={"text": 1, "image": 1, "shared": 1.1})
+    exact = model[0].scales.clone()
+    assert torch.equal(model.to(torch.bfloat16)[0].scales, exact) and exact.tolist() != exact.bfloat16().tolist()
+    empty = mixed(nn.Linear(6, 5, device="meta"), lora_alpha={"text": 1, "image": 1, "shared": 1.1})
+    assert torch.equal(empty.to_empty(device="cpu")[0].scales, exact)
+    assert "0.scales" not in model.state_dict()
+
+
+def test_inits() -> None:
+    def make(init: str) -> SlideLoRALinear:
+        torch.manual_seed(5)
+        return slidelora.inject(nn.Sequential(nn.Linear(64, 8)), gate="given", r=9, init=init)[0]
+
+    for init in ("default", "textharmony", "zero"):
+        assert not make(init).lora_B.any()
+    released = nn.init.kaiming_uniform_(torch.empty(3, 64, 9), a=5**0.5)
+    bound = (64 * 9) ** -0.5
+    assert (
+        0.99 * bound < released.abs().max() <= bound and 0.99 * bound < make("textharmony").lora_A.abs().max() <= bound
+    )
+    torch.testing.assert_close(make("textharmony").lora_A, make("default").lora_A / 3)
+    assert not make("zero").lora_A.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
+def test_adapter_dtype(backend: str) -> None:
+    model = mixed(nn.Linear(64, 48).bfloat16(), adapter_dtype="bfloat16", backend=backend)
+    x = torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    with slidelora.gates(model, "text"):
+        y = model(x)
+        y.float().sum().backward()
+    layer = model[0]
+    assert layer.lora_A.dtype == layer.lora_A.grad.dtype == torch.bfloat16 and y.dtype == torch.bfloat16
+    A, B, scaling = layer.expert("text")
+    with slidelora.gates(model, {"text": 1.0}):
+        delta = model(x).double() - layer.base_layer(x).double()
+    expected = scaling * x.double() @ A.double().T @ B.double()
+    assert (delta - expected).norm() / expected.norm() < 2e-2
+    assert mixed(nn.Linear(6, 5), adapter_dtype=torch.float64)[0].lora_A.dtype == torch.float64
 
 
 def test_autocast_equals_a_half_precision_base() -> None:

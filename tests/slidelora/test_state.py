@@ -36,6 +36,29 @@ def test_round_trip_is_exact(
         assert torch.equal(model(input_ids).logits, loaded(input_ids).logits)
 
 
+def test_round_trip_of_ranks_that_differ(
+    make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor
+) -> None:
+    model = make_model(
+        r={"text": 2, "image": 5, "shared": 1}, rank_pattern={"o_proj": 3}, lora_alpha=5, adapter_dtype="bfloat16"
+    )
+    for layer in slide_layers(model).values():  # make_model filled the rows beyond the ranks, too
+        for index, rank in enumerate(layer.ranks):
+            layer.lora_A.detach().view(3, layer.r, -1)[index, rank:] = 0
+            layer.lora_B.detach().view(3, layer.r, -1)[index, rank:] = 0
+    slidelora.save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn."
+    assert tensors[f"{key}q_proj.lora_A.image.weight"].shape == (5, 32)
+    assert tensors[f"{key}o_proj.lora_B.text.weight"].shape == (32, 3)
+    loaded = slidelora.load_pretrained(make_base(), tmp_path)
+    assert torch.equal(model(input_ids).logits, loaded(input_ids).logits)
+    for name, parameter in model.named_parameters():
+        assert (
+            torch.equal(parameter, loaded.get_parameter(name)) and parameter.dtype == loaded.get_parameter(name).dtype
+        )
+
+
 def test_files_hold_the_adapter_only(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(saved / "adapter_model.safetensors")
