@@ -15,8 +15,11 @@ BACKENDS = ("auto", "reference", "stacked", "fused")
 class SlideLoRAConfig:
     """The experts, their size, where they go and which gate weighs them, in PEFT's names where PEFT has them.
 
-    experts: names, in the order of a gate's columns.
-    shared: those of them that are modality-agnostic; None means "shared" if there is such an expert.
+    experts: names, in the order of a gate's columns; or a mapping from groups to lists of names or to counts, where
+        {"text": 2, "image": ["layout", "glyph"], "shared": 1} means text0, text1, layout, glyph and shared.
+    groups: the names of each group's experts, filled in from such a mapping; wherever an expert may be named, a group
+        may be. An expert in no group is its own.
+    shared: experts or whole groups that are modality-agnostic; None means "shared" if there is one of that name.
     r, lora_alpha: rank and numerator of the scaling lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
         (Kalajdzievski, 2023): one for all experts, or a mapping from the experts' names.
     rank_pattern, alpha_pattern: other values of r and lora_alpha, or mappings from some experts to them, by regexes
@@ -35,7 +38,8 @@ class SlideLoRAConfig:
     Raises ValueError or TypeError naming the field, its value and what was expected.
     """
 
-    experts: Sequence[str] = ("text", "image", "shared")
+    experts: Any = ("text", "image", "shared")  # held as tuple[str, ...]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     shared: Sequence[str] | None = None
     r: int | Mapping[str, int] = 16
     lora_alpha: float | Mapping[str, float] = 16
@@ -54,6 +58,12 @@ class SlideLoRAConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.experts, Mapping):
+            if self.groups:
+                raise ValueError(f"groups is {self.groups!r}, expected none beside experts by group")
+            object.__setattr__(self, "groups", _members(self.experts))
+            names = [name for members in self.groups.values() for name in members]
+            object.__setattr__(self, "experts", names)
         experts = _names("experts", self.experts)
         if not experts:
             raise ValueError("experts is empty, expected at least one name")
@@ -61,14 +71,13 @@ class SlideLoRAConfig:
             raise ValueError(f"experts has duplicate {duplicates}, expected unique names")
         if dotted := [name for name in experts if not re.fullmatch(r"[\w-]+", name)]:
             raise ValueError(f"experts has {dotted}, expected names of letters, digits, '_' and '-'")
-        shared = self.shared if self.shared is not None else [name for name in experts if name == "shared"]
-        shared = _names("shared", shared)
-        if unknown := [name for name in shared if name not in experts]:
-            raise ValueError(f"shared has unknown expert {unknown}, expected some of {list(experts)}")
-        if duplicates := sorted({name for name in shared if shared.count(name) > 1}):
-            raise ValueError(f"shared has duplicate {duplicates}, expected unique names")
         object.__setattr__(self, "experts", experts)
-        object.__setattr__(self, "shared", tuple(name for name in experts if name in shared))
+        self._set_groups()
+        default = [name for name in ("shared",) if self.members(name)]
+        shared = self._expand("shared", default if self.shared is None else self.shared)
+        if split := [name for name, members in self.groups.items() if 0 < len({*members} & {*shared}) < len(members)]:
+            raise ValueError(f"shared is {self.shared!r}, expected all or none of group {split[0]!r}")
+        object.__setattr__(self, "shared", shared)
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _targets(name, getattr(self, name)))
         self._set_sizes()
@@ -96,6 +105,37 @@ class SlideLoRAConfig:
     def specific(self) -> tuple[str, ...]:
         """The modality-specific experts: those that are not shared."""
         return tuple(name for name in self.experts if name not in (self.shared or ()))
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The experts that a name stands for: those of a group, or the one of that name; none for an unknown name."""
+        return tuple(self.groups.get(name, [name] if name in self.experts else []))
+
+    def _set_groups(self) -> None:
+        if not isinstance(self.groups, Mapping):
+            raise TypeError(f"groups is {self.groups!r}, expected a mapping from names to lists of experts")
+        groups = {group: _names(f"groups[{group!r}]", members) for group, members in self.groups.items()}
+        grouped = [name for members in groups.values() for name in members]
+        groups = {group: members for group, members in groups.items() if members != (group,)}
+        for group, members in groups.items():
+            if not isinstance(group, str) or not re.fullmatch(r"[\w-]+", group) or group in self.experts:
+                raise ValueError(f"groups has {group!r}, expected a name that no expert has")
+            if unknown := [name for name in members if name not in self.experts]:
+                raise ValueError(f"group {group!r} has unknown expert {unknown}, expected some of {list(self.experts)}")
+            if not members:
+                raise ValueError(f"group {group!r} is empty, expected at least one expert")
+        if duplicates := sorted({name for name in grouped if grouped.count(name) > 1}):
+            raise ValueError(f"groups has duplicate {duplicates}, expected each expert in one group")
+        object.__setattr__(self, "groups", groups)
+
+    def _expand(self, field: str, value: object) -> tuple[str, ...]:
+        """The experts, in their order, that names of experts and groups stand for."""
+        names = _names(field, value)
+        if unknown := [name for name in names if not self.members(name)]:
+            raise ValueError(f"{field} has unknown expert {unknown}, expected some of {[*self.experts, *self.groups]}")
+        found = [expert for name in names for expert in self.members(name)]
+        if duplicates := sorted({name for name in found if found.count(name) > 1}):
+            raise ValueError(f"{field} has duplicate {duplicates}, expected unique names")
+        return tuple(name for name in self.experts if name in found)
 
     def ranks(self, module: str) -> tuple[int, ...]:
         """The rank of each expert in a module of that name."""
@@ -131,15 +171,17 @@ class SlideLoRAConfig:
             object.__setattr__(self, name, values)
 
     def _by_expert(self, name: str, value: Any, check: Callable[[str, object], None]) -> Any:
-        """A checked value: one for all, or one for each of some experts."""
+        """A checked value: one for all, or one for each of some experts, whose own goes before their group's."""
         if not isinstance(value, Mapping):
             check(name, value)
             return value
-        if unknown := [key for key in value if key not in self.experts]:
-            raise ValueError(f"{name} has unknown expert {unknown}, expected some of {list(self.experts)}")
+        if unknown := [key for key in value if not self.members(key)]:
+            raise ValueError(f"{name} has unknown expert {unknown}, expected some of {[*self.experts, *self.groups]}")
         for key, item in value.items():
             check(f"{name}[{key!r}]", item)
-        return dict(value)
+        return {
+            expert: value[key] for key in (*self.groups, *self.experts) if key in value for expert in self.members(key)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -168,6 +210,17 @@ def _check_integer(name: str, value: object) -> None:
 def _check_number(name: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
         raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0")
+
+
+def _members(experts: Mapping[str, Any]) -> dict[str, Any]:
+    """The names of each group's experts, where a count stands for names that end in a number."""
+    groups = {}
+    for group, members in experts.items():
+        if isinstance(members, int):
+            _check_integer(f"experts[{group!r}]", members)
+            members = [group] if members == 1 else [f"{group}{index}" for index in range(members)]
+        groups[group] = _names(f"experts[{group!r}]", members)
+    return groups
 
 
 def _names(field: str, value: object) -> tuple[str, ...]:

@@ -14,17 +14,20 @@ GateValue = str | Sequence[str] | Mapping[str, float] | Tensor
 def released_gates(config: SlideLoRAConfig, modalities: Sequence[str]) -> Tensor:
     """The released TextHarmony system's table: each active expert weighs 1 / (2k), k being the number in its group.
 
-    modalities: for each of B samples the modality-specific expert that acts beside the shared ones. Returns (B, E)
-    fp32. With experts image, text, shared this is [.5, 0, .5] for "image" and [0, .5, .5] for "text". The released
-    code picks the row by a substring test on the prompt; here the caller names it. Raises ValueError on a name that
-    is not modality-specific.
+    modalities: for each of B samples the modality-specific expert, or the group of k, that acts beside the shared
+    ones. Returns (B, E) fp32. With experts image, text, shared this is [.5, 0, .5] for "image" and [0, .5, .5] for
+    "text". The released code picks the row by a substring test on the prompt; here the caller names it. Raises
+    ValueError on a name that is not modality-specific.
     """
     shared = config.shared or ()
     weights = torch.zeros(len(modalities), len(config.experts))
     for row, modality in zip(weights, modalities):
-        if modality not in config.specific:
-            raise ValueError(f"modality is {modality!r}, expected one of {list(config.specific)}")
-        row[config.experts.index(modality)] = 0.5
+        members = config.members(modality)
+        if not members or members[0] in shared:
+            groups = [group for group, others in config.groups.items() if others[0] not in shared]
+            raise ValueError(f"modality is {modality!r}, expected one of {[*config.specific, *groups]}")
+        for name in members:
+            row[config.experts.index(name)] = 0.5 / len(members)
         for name in shared:
             row[config.experts.index(name)] = 0.5 / len(shared)
     return weights
@@ -35,7 +38,8 @@ def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
 
     value: an expert's name (it takes the shared experts along: half the weight to it, half to them; all to it where
     there are none; a shared expert's name takes the shared ones alone), one name for each sample, a mapping from
-    names to weights (unnamed experts weigh 0), or a tensor (B, E).
+    names to weights (unnamed experts weigh 0), or a tensor (B, E). A group's name gives each of its k experts 1 / k
+    of the weight.
     Raises ValueError naming what was given and what was expected.
     """
     if isinstance(value, Tensor):
@@ -54,7 +58,10 @@ def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
             _known(config, name)
             if not isinstance(weight, (int, float)):
                 raise ValueError(f"gate of {name!r} is {weight!r}, expected a number")
-        return torch.tensor([[float(value.get(name, 0.0)) for name in config.experts]])
+        shares = [
+            (weight / len(members), members) for name, weight in value.items() if (members := config.members(name))
+        ]
+        return torch.tensor([[sum((s for s, members in shares if name in members), 0.0) for name in config.experts]])
     if isinstance(value, str):
         return _named(config, value)
     if isinstance(value, Sequence) and value and all(isinstance(name, str) for name in value):
@@ -65,18 +72,18 @@ def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
 
 
 def _known(config: SlideLoRAConfig, name: str) -> None:
-    if name not in config.experts:
-        raise ValueError(f"gates name {name!r}, expected one of {list(config.experts)}")
+    if not config.members(name):
+        raise ValueError(f"gates name {name!r}, expected one of {[*config.experts, *config.groups]}")
 
 
 def _named(config: SlideLoRAConfig, name: str) -> Tensor:
     _known(config, name)
-    shared = config.shared or ()
-    if name in shared:
-        return torch.tensor([[float(other in shared) / len(shared) for other in config.experts]])
-    if shared:
+    shared, members = config.shared or (), config.members(name)
+    if members[0] in shared:
+        members = tuple(shared)
+    elif shared:
         return released_gates(config, [name])
-    return torch.tensor([[float(other == name) for other in config.experts]])
+    return torch.tensor([[float(other in members) / len(members) for other in config.experts]])
 
 
 class SequenceGate(nn.Module):

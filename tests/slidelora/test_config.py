@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,24 @@ def test_defaults_and_derived_values() -> None:
     assert config.experts == ("text", "image", "shared") and config.shared == ("shared",)
     assert config.specific == ("text", "image") and config.scalings("q_proj") == (0.5, 0.5, 0.5)
     assert SlideLoRAConfig(experts=["a", "b"]).shared == ()
+
+
+def test_experts_by_group() -> None:
+    config = SlideLoRAConfig(
+        experts={"text": 2, "image": ["layout", "glyph"], "shared": 1, "sound": ["bird"]},
+        shared=["sound", "shared"],
+        r={"image": 8, "glyph": 4, "text": 2, "shared": 1, "bird": 1},
+        rank_pattern={"q_proj": {"text": 3, "text1": 5}},
+    )
+    assert config.experts == ("text0", "text1", "layout", "glyph", "shared", "bird")
+    assert config.groups == {"text": ("text0", "text1"), "image": ("layout", "glyph"), "sound": ("bird",)}
+    assert config.shared == ("shared", "bird") and config.specific == ("text0", "text1", "layout", "glyph")
+    assert config.ranks("q_proj") == (3, 5, 8, 4, 1, 1) and config.ranks("v_proj") == (2, 2, 8, 4, 1, 1)
+    assert config.members("image") == ("layout", "glyph") and config.members("glyph") == ("glyph",)
+    assert config.members("shared") == ("shared",) and config.members("img") == ()
+    assert SlideLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert replace(config, lora_dropout=0.1).groups == config.groups
+    assert SlideLoRAConfig(experts={"text": 1, "shared": 3}).shared == ("shared0", "shared1", "shared2")
 
 
 def test_dictionary_round_trip() -> None:
@@ -68,6 +87,19 @@ def test_sizes_of_each_expert() -> None:
         ({"experts": ["a"], "shared": ["b"]}, ValueError, r"unknown expert \['b'\], expected some of \['a'\]"),
         ({"experts": ["a", "b"], "shared": ["b", "b"]}, ValueError, r"duplicate \['b'\]"),
         ({"experts": ["a"], "shared": ["a"]}, ValueError, "modality-specific"),
+        ({"experts": {}}, ValueError, "experts is empty"),
+        ({"experts": {"a": 0}}, ValueError, r"experts\['a'\] is 0, expected an integer of at least 1"),
+        ({"experts": {"a": "bc"}}, TypeError, r"experts\['a'\] is 'bc', expected a list"),
+        ({"experts": {"a": 1, "b": []}}, ValueError, "group 'b' is empty"),
+        ({"experts": {"a": ["a", "b"]}}, ValueError, "groups has 'a', expected a name that no expert has"),
+        ({"experts": {"a.b": 2}}, ValueError, r"a.b0"),
+        ({"experts": {"a": 2, "b": ["a0"]}}, ValueError, r"duplicate \['a0'\]"),
+        ({"experts": {"a": 2}, "groups": {"b": ["a0"]}}, ValueError, "expected none beside experts by group"),
+        ({"groups": {"a": ["text"], "b": ["text"]}}, ValueError, r"duplicate \['text'\], expected each expert in one"),
+        ({"groups": {"a": ["audio"]}}, ValueError, r"group 'a' has unknown expert \['audio'\]"),
+        ({"groups": ["a"]}, TypeError, r"groups is \['a'\], expected a mapping"),
+        ({"experts": {"a": 2, "b": 1}, "shared": ["a0"]}, ValueError, r"\['a0'\], expected all or none of group 'a'"),
+        ({"experts": {"a": 2, "b": 1}, "shared": ["a", "a0"]}, ValueError, r"shared has duplicate \['a0'\]"),
         ({"r": 0}, ValueError, "r is 0, expected an integer of at least 1"),
         ({"r": 2.0}, ValueError, "r is 2.0"),
         ({"r": True}, ValueError, "r is True"),

@@ -26,6 +26,30 @@ def test_given_values() -> None:
     assert given_gates(CONFIG, torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+def test_groups_share_their_weight() -> None:
+    config = SlideLoRAConfig(experts={"text": 2, "image": ["layout", "glyph", "ink"], "shared": 2, "audio": 1})
+    sixth = pytest.approx(1 / 6)
+    assert released_gates(config, ["text", "image"]).tolist() == [
+        [0.25, 0.25, 0, 0, 0, 0.25, 0.25, 0],
+        [0, 0, sixth, sixth, sixth, 0.25, 0.25, 0],
+    ]
+    assert given_gates(config, ["audio", "text1"]).tolist() == [
+        [0, 0, 0, 0, 0, 0.25, 0.25, 0.5],
+        [0, 0.5, 0, 0, 0, 0.25, 0.25, 0],
+    ]
+    assert torch.equal(given_gates(config, {"image": 0.5, "shared": 0.5}), released_gates(config, ["image"]))
+    assert given_gates(config, {"text": 2, "text0": 0.5}).tolist() == [[1.5, 1, 0, 0, 0, 0, 0, 0]]
+    assert (
+        given_gates(config, "shared").tolist() == given_gates(config, "shared0").tolist() == [[0] * 5 + [0.5] * 2 + [0]]
+    )
+    alone = SlideLoRAConfig(experts={"text": 2, "image": 1})
+    assert given_gates(alone, "text").tolist() == [[0.5, 0.5, 0]]
+    with pytest.raises(ValueError, match=r"'shared', expected one of \['text0', .*'audio', 'text', 'image'\]"):
+        released_gates(config, ["shared"])
+    with pytest.raises(ValueError, match=r"gates name 'txt', expected one of .*'shared'\]"):
+        given_gates(config, "txt")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

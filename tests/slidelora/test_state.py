@@ -59,6 +59,16 @@ def test_round_trip_of_ranks_that_differ(
         )
 
 
+def test_round_trip_of_groups(make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor) -> None:
+    model = make_model(experts={"text": 2, "image": ["layout", "glyph"], "shared": 1})
+    slidelora.save_pretrained(model, tmp_path)
+    loaded = slidelora.load_pretrained(make_base(), tmp_path)
+    assert torch.equal(model(input_ids).logits, loaded(input_ids).logits)
+    for gate in ("image", ["text", "glyph", "layout"], {"text": 1, "shared": -1}):
+        with slidelora.gates(model, gate), slidelora.gates(loaded, gate):
+            assert torch.equal(model(input_ids).logits, loaded(input_ids).logits)
+
+
 def test_files_hold_the_adapter_only(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(saved / "adapter_model.safetensors")
