@@ -1,14 +1,15 @@
 """Finds linear layers, puts experts on them, freezes the rest, reports, and takes it all back."""
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gates import SequenceGate
-from slidelora.layers import SlideLoRALinear, adapter_dtype, linear_features
+from slidelora.layers import SlideLoRALinear, linear_features, placement
 from slidelora.routing import GATE, STATE, GateHook, Routing, injected
 
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
@@ -18,8 +19,9 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     """Puts gated LoRA experts on a model's linear layers, in place, freezes the rest, and returns the same model.
 
     config: a SlideLoRAConfig; or else its fields as keyword arguments.
-    Raises ValueError if no module matches, if a match is no linear layer, if the model is injected already, or if
-    gate is "sequence" and the model has no input embeddings; the model is then as before.
+    Raises ValueError if no module matches, if a match is no linear layer or has a weight that another module holds
+    too, if the model is injected already, or if gate is "sequence" and the model has no input embeddings; the model is
+    then as before. Warns of 3-D parameters of experts, as MoE blocks fuse them: they are skipped.
     """
     if config is None:
         config = SlideLoRAConfig(**fields)
@@ -33,6 +35,8 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     for name, module in targets.items():
         if id(module) not in wrappers:
             wrappers[id(module)] = SlideLoRALinear(module, config, state, name)
+    if skipped := _fused_experts(model, config):
+        warnings.warn(f"no linear layer holds {', '.join(skipped)}: skipped", stacklevel=2)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     for name, module in targets.items():
@@ -43,10 +47,20 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     handles = (
         model.register_forward_pre_hook(hook.before, with_kwargs=True),
         model.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
+        *(block.register_forward_pre_hook(_slow_path) for block in model.modules() if _reads_weights(block)),
     )
     setattr(model, STATE, state)
     setattr(model, _UNDO, (handles, trainable))
     return model
+
+
+def _reads_weights(block: nn.Module) -> bool:
+    """Whether a block may take torch's fast path, which reads its layers' weights and calls none of them."""
+    return isinstance(block, nn.TransformerEncoderLayer) and bool(slide_layers(block))
+
+
+def _slow_path(block: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that keeps torch off the fast path by being there."""
 
 
 def require_plain(model: nn.Module) -> None:
@@ -57,28 +71,70 @@ def require_plain(model: nn.Module) -> None:
 
 def find_targets(model: nn.Module, config: SlideLoRAConfig) -> dict[str, nn.Module]:
     """The layers that config names, by their names in model: what PEFT would pick. Raises ValueError if there are
-    none."""
+    none, or if one is no linear layer of its own."""
     linears = {}
     wrong = []
     get_output: Any = getattr(model, "get_output_embeddings", None)
     output = get_output() if get_output is not None else None
     # A module held under two names is one layer: it is found, and later replaced, under both.
     for name, module in model.named_modules(remove_duplicate=False):
-        if config.target_modules == "all-linear":
-            matches = linear_features(module) is not None and module is not output
-        else:
-            matches = _matches(name, config.target_modules)
-        if not matches or (config.exclude_modules is not None and _matches(name, config.exclude_modules)):
+        if not _targeted(name, config, _is_linear(module) and module is not output):
             continue
+        if not name or any(name[: dot.start()] in linears for dot in re.finditer(r"\.", name)):
+            continue  # the model itself cannot be replaced, and a target's inside is the target's
         if linear_features(module) is None:
             wrong.append(f"{name} ({type(module).__name__})")
         linears[name] = module
     if wrong:
         raise ValueError(f"target_modules={config.target_modules!r} matches {wrong[0]}, expected linear layers only")
     if not linears:
-        names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if linear_features(module)})
+        names = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if name and linear_features(module)}
+        )
         raise ValueError(f"target_modules={config.target_modules!r} matches no module, expected some of {names}")
+    _require_untied(model, linears)
     return linears
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means it; a block that tells its features is none if its inside has linear layers."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return linear_features(module) is not None
+    return linear_features(module) is not None and not any(map(linear_features, list(module.modules())[1:]))
+
+
+def _targeted(name: str, config: SlideLoRAConfig, linear: bool) -> bool:
+    if config.exclude_modules is not None and _matches(name, config.exclude_modules):
+        return False
+    return linear if config.target_modules == "all-linear" else _matches(name, config.target_modules)
+
+
+def _require_untied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(prefix=path, recurse=False):
+            holders.setdefault(id(parameter), []).append((module, key))
+    for name, target in targets.items():
+        inside = set(target.modules())
+        for key, parameter in target.named_parameters(prefix=name):
+            others = [other for module, other in holders[id(parameter)] if module not in inside]
+            if others and not key.endswith(".bias"):
+                raise ValueError(
+                    f"{key} is tied to {others[0]}, expected a target with a weight of its own: see exclude_modules"
+                )
+
+
+def _fused_experts(model: nn.Module, config: SlideLoRAConfig) -> list[str]:
+    """Names of 3-D parameters of experts that the targets call for, a layer's number as *."""
+    found: dict[str, None] = {}
+    for path, module in model.named_modules():
+        if config.exclude_modules is not None and _matches(path, config.exclude_modules):
+            continue
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            experts = parameter.ndim == 3 and "expert" in f"{name} {type(module).__name__}".lower()
+            if experts and _targeted(name, config, True):
+                found[re.sub(r"\.\d+\.", ".*.", name)] = None
+    return list(found)
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
@@ -90,13 +146,14 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
 def sequence_gate(model: nn.Module, config: SlideLoRAConfig) -> SequenceGate:
     """A new gate on a model's input embeddings; raises ValueError if it has none."""
     try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        features = embeddings.weight.shape[-1]
     except (AttributeError, NotImplementedError):
         raise ValueError(
             f"{type(model).__name__} has no input embeddings, expected a model with get_input_embeddings() for "
             "gate='sequence'; use gate='given' and slidelora.gates"
         ) from None
-    return SequenceGate(weight.shape[-1], config).to(weight.device, adapter_dtype(weight, config))
+    return SequenceGate(features, config).to(*placement(embeddings, config))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """SlideLoRALinear: a frozen base layer plus its gated mixture of experts."""
 
 import math
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,12 +13,14 @@ from slidelora.routing import Routing
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer, transformers' Conv1D among them; None for any other module."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    """(d_in, d_out) of a linear layer, be it a Linear, transformers' Conv1D, or a quantised or other module that tells
+    its in_features and out_features; None for any other."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # MultiheadAttention reads its weight and never calls it
     if type(module).__name__ == "Conv1D" and isinstance(weight := getattr(module, "weight", None), Tensor):
         return weight.shape[0], weight.shape[1]
-    return None
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None
 
 
 class Expert(NamedTuple):
@@ -53,11 +56,10 @@ class SlideLoRALinear(nn.Module):
         self.r = max(self.ranks)
         self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else 1.0
         self.register_buffer("scales", None, persistent=False)
-        weight = self.weight
-        dtype = adapter_dtype(weight, config)
+        device, dtype = placement(base_layer, config)
         rows = len(self.names) * self.r
-        self.lora_A = nn.Parameter(torch.zeros(rows, self.in_features, dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, self.out_features, dtype=dtype, device=weight.device))
+        self.lora_A = nn.Parameter(torch.zeros(rows, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, self.out_features, dtype=dtype, device=device))
         self._set_scales()
         with torch.no_grad():
             for expert in self.names:
@@ -81,7 +83,7 @@ class SlideLoRALinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        return cast("Tensor | None", self.base_layer.bias)
+        return cast("Tensor | None", getattr(self.base_layer, "bias", None))
 
     def expert(self, name: str) -> Expert:
         """An expert by its name."""
@@ -94,12 +96,17 @@ class SlideLoRALinear(nn.Module):
         in_force = self.routing.in_force()
         if in_force is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if x.ndim == 2 and in_force.tokens and len(x) == in_force.tokens[0] * in_force.tokens[1] != in_force.tokens[0]:
+            # A host that flattens its tokens, as OPT and MoE blocks do.
+            return self.forward(x.unflatten(0, in_force.tokens), *args, **kwargs).flatten(0, 1)
+        x = x.to(self.lora_A.device)  # where base_layer, too, would have brought it
         gates, experts = in_force.on(x.device)
         if self.scales is not None:
             gates = gates * (self.scales if experts is None else self.scales[experts])
         dropout = self.dropout if self.training else 0.0
         mixture = (self.lora_A, self.lora_B, gates, self.r, self.scaling, experts)
         plain = type(self.base_layer) is nn.Linear and "forward" not in self.base_layer.__dict__
+        plain = plain and type(self.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
         if plain and not _hooked(self.base_layer) and resolve(self.backend, x.device) == "fused":
             return gated_linear(x, self.weight, self.bias, *mixture, dropout)
         base: Tensor = self.base_layer(x, *args, **kwargs)
@@ -113,11 +120,15 @@ class SlideLoRALinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, experts={self.names}, r={r}"
 
 
-def adapter_dtype(weight: Tensor, config: SlideLoRAConfig) -> torch.dtype:
-    """The dtype of what is trained beside a weight."""
+def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device, torch.dtype]:
+    """Where a module computes, and the dtype of what is trained beside it."""
+    tensor = next(chain(module.parameters(), module.buffers()), torch.empty(0))
+    # accelerate keeps offloaded weights on the meta device between calls.
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     if config.adapter_dtype is not None:
-        return cast(torch.dtype, getattr(torch, config.adapter_dtype))
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = getattr(torch, config.adapter_dtype)
+    return tensor.device if device is None else torch.device(device), dtype
 
 
 def init_expert(A: Tensor, init: str) -> None:

@@ -22,11 +22,15 @@ _KEPT = "slidelora_weights"  # where a KV cache keeps the weights of its prefill
 
 @dataclass
 class InForce:
-    """Gates (1 or B, E) fp32 and, where no gradient flows to them and some are zero, their compact form."""
+    """Gates (1 or B, E) fp32 and, where no gradient flows to them and some are zero, their compact form.
+
+    tokens: (B, T) of the host's input, by which a layer tells the samples of rows (B * T, d).
+    """
 
     weights: Tensor
     compact: tuple[Tensor, Tensor] | None = None  # gates (1 or B, K), experts (1 or B, K)
     moved: dict[torch.device, "InForce"] = field(default_factory=dict)
+    tokens: tuple[int, int] | None = None
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """(gates, experts) for gated_lora, copied to each other device once."""
@@ -151,6 +155,8 @@ class GateHook:
                     "sequences pass repeats= to slidelora.gates"
                 )
             routing.recorded, routing.batch = given, batch
+            current = routing.current
+            routing.current = InForce(current.weights, current.compact, current.moved, _tokens(inputs))
             return
         if routing.config.gate != "sequence":
             return
@@ -169,7 +175,7 @@ class GateHook:
         else:
             weights = _own_gates(model, routing, *_prompt(model, inputs))
         self.own = weights
-        routing.current = InForce(weights)
+        routing.current = InForce(weights, tokens=_tokens(inputs))
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook, called also after an error."""
@@ -194,6 +200,13 @@ def _batch(inputs: Mapping[str, Any]) -> int | None:
     for value in (*named, *inputs.values()):
         if isinstance(value, Tensor) and value.ndim > 1:
             return value.shape[0]
+    return None
+
+
+def _tokens(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[0], value.shape[1]
     return None
 
 

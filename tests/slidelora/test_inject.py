@@ -1,11 +1,13 @@
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import slidelora
@@ -208,3 +210,102 @@ def test_adapters_follow_their_base_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4, dtype=torch.float64))
     slidelora.inject(model, gate="given", r=2)
     assert model[0].lora_A.device.type == "meta" and model[1].lora_A.dtype == torch.float64
+
+
+def test_a_tied_weight_is_refused(make_base: Make) -> None:
+    tied = make_base(tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is tied to model.embed_tokens.weight, expected a target with"
+    ):
+        slidelora.inject(tied, target_modules=["lm_head", "q_proj"])
+    assert not slide_layers(tied) and all(parameter.requires_grad for parameter in tied.parameters())
+    slidelora.inject(tied)
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    pair[1].weight = pair[0].weight
+    with pytest.raises(ValueError, match=r"0.weight is tied to 1.weight"):
+        slidelora.inject(pair, gate="given")
+    pair[1] = pair[0]
+    slidelora.inject(pair, gate="given")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of packed weights, in the manner of weight-only quantisation."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("packed", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.packed.to(x.dtype) * self.scale.to(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights(dtype: torch.dtype) -> None:
+    model = nn.Sequential(Int8Linear(nn.Linear(6, 8)), nn.GELU(), Int8Linear(nn.Linear(8, 4)))
+    x = torch.randn(2, 3, 6, dtype=dtype)
+    base = model(x)
+    slidelora.inject(model, r=2, gate="given")
+    assert len(slide_layers(model)) == 2 and model[0].lora_A.dtype == torch.float32 and model[0].bias is None
+    with slidelora.gates(model, "text"):
+        assert torch.equal(model(x), base)
+        nn.init.normal_(model[2].lora_B)
+        model(x).sum().backward()
+    assert model[0].lora_B.grad.any() and model[2].lora_A.grad.any()
+    assert torch.equal(slidelora.remove(model)(x), base)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_torchs_own_quantised_linear(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        return quantize_dynamic(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), {nn.Linear}, torch.qint8)
+
+    model, x = make(), torch.randn(2, 6)
+    base = model(x)
+    slidelora.inject(model, r=2, gate="given")
+    with slidelora.gates(model, "text"):
+        assert torch.equal(model(x), base)
+        model(x).sum().backward()
+        assert model[2].lora_B.grad.any()
+        nn.init.normal_(model[2].lora_B)
+        expected = model(x)
+    A, B, scaling = model[2].expert("text")
+    hidden = model[1](model[0].base_layer(x))
+    shared = model[2].expert("shared")
+    delta = 0.5 * scaling * (hidden @ A.T @ B + hidden @ shared.A.T @ shared.B)
+    torch.testing.assert_close(expected, model[2].base_layer(hidden) + delta)
+    slidelora.save_pretrained(model, tmp_path)
+    other = slidelora.load_pretrained(make(), tmp_path)
+    with slidelora.gates(other, "text"):
+        assert torch.equal(other(x), expected)
+
+
+class Block(nn.Module):
+    """A block that tells its features and holds linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 6, 4
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).relu()
+
+
+def test_a_block_with_features_is_a_host_if_it_is_named() -> None:
+    assert list(slide_layers(slidelora.inject(nn.Sequential(Block()), gate="given"))) == ["0.inner"]
+    model = nn.Sequential(Block())
+    x = torch.randn(2, 6)
+    base = model(x)
+    slidelora.inject(model, target_modules=["0", "inner"], gate="given")
+    assert list(slide_layers(model)) == ["0"]
+    with slidelora.gates(model, "text"):
+        assert torch.equal(model(x), base)
+    with pytest.raises(ValueError, match=r"matches no module, expected some of \['inner'\]"):
+        slidelora.inject(Block(), target_modules=".*linear")
+    with pytest.raises(ValueError, match="matches no module"):
+        slidelora.inject(nn.Linear(2, 2), gate="given")
