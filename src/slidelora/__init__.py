@@ -1,6 +1,7 @@
 """Gated groups of LoRA experts for any torch model."""
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.experts import freeze, param_groups
 from slidelora.gates import released_gates
 from slidelora.inject import inject, print_trainable_parameters, remove
 from slidelora.routing import aux_loss, checkpoint_kwargs, compute_gates, disabled, gates, routing
@@ -17,6 +18,8 @@ __all__ = [
     "routing",
     "aux_loss",
     "checkpoint_kwargs",
+    "freeze",
+    "param_groups",
     "print_trainable_parameters",
     "save_pretrained",
     "load_pretrained",

@@ -20,6 +20,7 @@ class SlideLoRAConfig:
     groups: the names of each group's experts, filled in from such a mapping; wherever an expert may be named, a group
         may be. An expert in no group is its own.
     shared: experts or whole groups that are modality-agnostic; None means "shared" if there is one of that name.
+    frozen: experts or groups that do not train; `slidelora.freeze` sets it.
     r, lora_alpha: rank and numerator of the scaling lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
         (Kalajdzievski, 2023): one for all experts, or a mapping from the experts' names.
     rank_pattern, alpha_pattern: other values of r and lora_alpha, or mappings from some experts to them, by regexes
@@ -41,6 +42,7 @@ class SlideLoRAConfig:
     experts: Any = ("text", "image", "shared")  # held as tuple[str, ...]
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     shared: Sequence[str] | None = None
+    frozen: Sequence[str] = ()
     r: int | Mapping[str, int] = 16
     lora_alpha: float | Mapping[str, float] = 16
     use_rslora: bool = False
@@ -78,6 +80,7 @@ class SlideLoRAConfig:
         if split := [name for name, members in self.groups.items() if 0 < len({*members} & {*shared}) < len(members)]:
             raise ValueError(f"shared is {self.shared!r}, expected all or none of group {split[0]!r}")
         object.__setattr__(self, "shared", shared)
+        object.__setattr__(self, "frozen", self._expand("frozen", self.frozen))
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _targets(name, getattr(self, name)))
         self._set_sizes()

@@ -36,11 +36,14 @@ class SlideLoRALinear(nn.Module):
 
     lora_A (E * r, d_in) and lora_B (E * r, d_out) start as config.init says, lora_B at zero, so that the output starts
     as the base layer's. Both are on the base layer's device. r is the largest rank of the layer's experts: the rows of
-    an expert beyond its own rank are zero in both, so that their gradients are zero, and they stay so.
+    an expert beyond its own rank are zero in both, so that their gradients are zero, and they stay so. The rows of
+    frozen experts are not in lora_A and lora_B but in frozen_A and frozen_B, which require no gradient.
     name: the layer's in the model, which the patterns of ranks and alphas speak of.
     """
 
     scales: Tensor | None
+    frozen_A: nn.Parameter | None
+    frozen_B: nn.Parameter | None
 
     def __init__(self, base_layer: nn.Module, config: SlideLoRAConfig, routing: Routing, name: str = "") -> None:
         super().__init__()
@@ -51,24 +54,52 @@ class SlideLoRALinear(nn.Module):
         self.in_features, self.out_features = features
         self.dropout, self.backend = config.lora_dropout, config.backend
         self.routing = routing
-        self.names = tuple(config.experts)
-        self.ranks, self.scalings = config.ranks(name), config.scalings(name)
-        self.r = max(self.ranks)
-        self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else 1.0
-        self.register_buffer("scales", None, persistent=False)
+        self.name = name
+        self.names: tuple[str, ...] = ()
         device, dtype = placement(base_layer, config)
-        rows = len(self.names) * self.r
-        self.lora_A = nn.Parameter(torch.zeros(rows, self.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, self.out_features, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(0, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(0, self.out_features, dtype=dtype, device=device))
+        self.register_buffer("scales", None, persistent=False)
+        self.arrange(config, config.init)
+
+    @torch.no_grad()
+    def arrange(self, config: SlideLoRAConfig, init: str) -> None:
+        """Takes on a configuration's experts, their ranks, scalings and which are frozen.
+
+        Those that the layer has keep their weights, the others start as init says. lora_A and lora_B stay the same
+        objects, of other shapes.
+        """
+        ranks = config.ranks(self.name)
+        before = {name: self.expert(name) for name in self.names}
+        experts = {}
+        for name, rank in zip(config.experts, ranks):
+            A = self.lora_A.new_zeros(max(ranks), self.in_features)
+            B = self.lora_B.new_zeros(max(ranks), self.out_features)
+            if name in before:
+                A[:rank], B[:rank] = before[name].A, before[name].B
+            else:
+                init_expert(A[:rank], init)
+            experts[name] = A, B
+        self.names, self.frozen = tuple(config.experts), tuple(config.frozen)
+        self.r, self.ranks, self.scalings = max(ranks), ranks, config.scalings(self.name)
+        self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else 1.0
+        for index, letter in enumerate("AB"):
+            lora = getattr(self, f"lora_{letter}")
+            lora.grad = None
+            none = lora.new_zeros(0, lora.shape[1])
+            # Autograd forgets the shape that graphs still alive gave a leaf only when its dtype changes.
+            lora.data = none.to(torch.float16 if lora.dtype != torch.float16 else torch.float32)
+            lora.data = torch.cat([none, *(experts[name][index] for name in self.names if name not in self.frozen)])
+            lora.requires_grad_(len(lora) > 0)
+            rows = torch.cat([none, *(experts[name][index] for name in self.frozen)])
+            frozen = nn.Parameter(rows, requires_grad=False) if self.frozen else None
+            self.register_parameter(f"frozen_{letter}", frozen)
         self._set_scales()
-        with torch.no_grad():
-            for expert in self.names:
-                init_expert(self.expert(expert).A, config.init)
 
     def _set_scales(self) -> None:
         """Scalings that differ become factors (E,) of the gates."""
-        if len(set(self.scalings)) > 1:
-            self.scales = torch.tensor(self.scalings, dtype=torch.float32, device=self.lora_A.device)
+        differ = len(set(self.scalings)) > 1
+        self.scales = torch.tensor(self.scalings, dtype=torch.float32, device=self.lora_A.device) if differ else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SlideLoRALinear":
         super()._apply(fn, recurse)
@@ -88,8 +119,19 @@ class SlideLoRALinear(nn.Module):
     def expert(self, name: str) -> Expert:
         """An expert by its name."""
         index = self.names.index(name)
-        rows = slice(index * self.r, index * self.r + self.ranks[index])
-        return Expert(self.lora_A[rows], self.lora_B[rows], self.scalings[index])
+        frozen = name in self.frozen
+        start = self.r * sum((other in self.frozen) == frozen for other in self.names[:index])
+        A, B = (self.frozen_A, self.frozen_B) if frozen else (self.lora_A, self.lora_B)
+        rows = slice(start, start + self.ranks[index])
+        return Expert(cast(Tensor, A)[rows], cast(Tensor, B)[rows], self.scalings[index])
+
+    def _stacked(self, lora: Tensor, frozen: Tensor | None) -> Tensor:
+        """(E * r, d): the experts in their order, trained and frozen."""
+        if frozen is None:
+            return lora
+        trained = [name for name in self.names if name not in self.frozen]
+        rows = dict(zip(trained, lora.split(self.r))) | dict(zip(self.frozen, frozen.split(self.r)))
+        return torch.cat([rows[name] for name in self.names])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
@@ -104,7 +146,8 @@ class SlideLoRALinear(nn.Module):
         if self.scales is not None:
             gates = gates * (self.scales if experts is None else self.scales[experts])
         dropout = self.dropout if self.training else 0.0
-        mixture = (self.lora_A, self.lora_B, gates, self.r, self.scaling, experts)
+        lora_A, lora_B = self._stacked(self.lora_A, self.frozen_A), self._stacked(self.lora_B, self.frozen_B)
+        mixture = (lora_A, lora_B, gates, self.r, self.scaling, experts)
         plain = type(self.base_layer) is nn.Linear and "forward" not in self.base_layer.__dict__
         plain = plain and type(self.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
         if plain and not _hooked(self.base_layer) and resolve(self.backend, x.device) == "fused":
