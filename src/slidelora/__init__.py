@@ -1,7 +1,7 @@
 """Gated groups of LoRA experts for any torch model."""
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.experts import freeze, param_groups
+from slidelora.experts import add_expert, freeze, param_groups
 from slidelora.gates import released_gates
 from slidelora.inject import inject, print_trainable_parameters, remove
 from slidelora.routing import aux_loss, checkpoint_kwargs, compute_gates, disabled, gates, routing
@@ -18,6 +18,7 @@ __all__ = [
     "routing",
     "aux_loss",
     "checkpoint_kwargs",
+    "add_expert",
     "freeze",
     "param_groups",
     "print_trainable_parameters",

@@ -1,15 +1,98 @@
-"""The experts of an injected model: frozen, or trained at rates of their own."""
+"""The experts of an injected model: added, frozen, or trained at rates of their own."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from slidelora.config import SlideLoRAConfig
+from slidelora.config import INITS, SlideLoRAConfig
+from slidelora.gates import SequenceGate
 from slidelora.inject import slide_layers
-from slidelora.layers import SlideLoRALinear
+from slidelora.layers import SlideLoRALinear, set_leaf
 from slidelora.routing import GATE, injected, routing
+
+
+def add_expert(
+    model: nn.Module,
+    name: str,
+    group: str | None = None,
+    shared: bool = False,
+    r: int | None = None,
+    lora_alpha: float | None = None,
+    init: str = "default",
+    share: float = 0.01,
+) -> None:
+    """Adds an expert to an injected model, as the last column of its gates; the others' weights stay bit for bit.
+
+    group: the group it joins, or begins; it is shared if that is, or if shared is true.
+    r, lora_alpha: None where all experts have the same, which it then has too; init: as in SlideLoRAConfig.
+    share: what the learned gate gives it at the start. A modality-specific expert's logit is the mean of the others'
+        plus log(M share / (1 - share)), M being their number; by Jensen's inequality its weight is at most share for
+        any input. The others' weights keep their ratios and lose that share. A shared expert's weight is share
+        everywhere, and the others keep theirs.
+
+    Outputs under gates that leave it out are as before: bit for bit where the gates need no gradient and its rank is
+    no larger than the layer's largest. Make the optimizer after it, or before its first step. Raises ValueError for a
+    name that is taken or a size that is missing, RuntimeError within `slidelora.gates`; the model is then as before.
+    """
+    host = injected(model)
+    state = routing(host)
+    if state.current is not None:
+        raise RuntimeError(f"gates for {list(state.names)} are in force, expected none while {name!r} is added")
+    if init not in INITS:
+        raise ValueError(f"init is {init!r}, expected one of {list(INITS)}")
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share!r}, expected a number between 0 and 1")
+    config = _with_expert(state.config, name, group, shared, r, lora_alpha)
+    _arrange(host, config, init)
+    state.recorded = state.batch = state.logits = None
+    gate = getattr(host, GATE, None)
+    if gate is not None:
+        _add_column(gate, config, name, share)
+
+
+def _with_expert(
+    config: SlideLoRAConfig, name: str, group: str | None, shared: bool, r: int | None, lora_alpha: float | None
+) -> SlideLoRAConfig:
+    groups = dict(config.groups)
+    all_shared = tuple(config.shared or ())
+    if group is not None:
+        others = groups.get(group, ())
+        groups[group] = (*others, name)
+        shared = shared or (bool(others) and others[0] in all_shared)
+    return replace(
+        config,
+        experts=(*config.experts, name),
+        groups=groups,
+        shared=(*all_shared, name) if shared else all_shared,
+        r=_with_size(config, config.r, name, r),
+        lora_alpha=_with_size(config, config.lora_alpha, name, lora_alpha),
+    )
+
+
+def _with_size(config: SlideLoRAConfig, sizes: Any, name: str, size: float | None) -> Any:
+    if size is None or size == sizes:
+        return sizes
+    return {**(sizes if isinstance(sizes, Mapping) else dict.fromkeys(config.experts, sizes)), name: size}
+
+
+@torch.no_grad()
+def _add_column(gate: SequenceGate, config: SlideLoRAConfig, name: str, share: float) -> None:
+    """A new expert's row of the gate's last layer, whose rows are the specific experts and then the shared ones."""
+    count, weight, bias = gate.num_specific, gate.out.weight, gate.out.bias
+    odds = math.log(share / (1 - share))
+    if name in config.specific:
+        at, row, offset = count, weight[:count].mean(0), bias[:count].mean() + math.log(count) + odds
+    else:
+        at, row, offset = len(bias), torch.zeros_like(weight[0]), torch.full_like(bias[0], odds)
+    set_leaf(weight, torch.cat([weight[:at], row[None], weight[at:]]))
+    set_leaf(bias, torch.cat([bias[:at], offset[None], bias[at:]]))
+    with torch.device("meta"):
+        wider = SequenceGate(gate.features, config)
+    gate.out.out_features, gate.num_specific, gate.columns = len(bias), wider.num_specific, wider.columns
 
 
 def freeze(model: nn.Module, experts: Sequence[str]) -> None:

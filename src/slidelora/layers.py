@@ -85,11 +85,9 @@ class SlideLoRALinear(nn.Module):
         self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else 1.0
         for index, letter in enumerate("AB"):
             lora = getattr(self, f"lora_{letter}")
-            lora.grad = None
             none = lora.new_zeros(0, lora.shape[1])
-            # Autograd forgets the shape that graphs still alive gave a leaf only when its dtype changes.
-            lora.data = none.to(torch.float16 if lora.dtype != torch.float16 else torch.float32)
-            lora.data = torch.cat([none, *(experts[name][index] for name in self.names if name not in self.frozen)])
+            trained = (experts[name][index] for name in self.names if name not in self.frozen)
+            set_leaf(lora, torch.cat([none, *trained]))
             lora.requires_grad_(len(lora) > 0)
             rows = torch.cat([none, *(experts[name][index] for name in self.frozen)])
             frozen = nn.Parameter(rows, requires_grad=False) if self.frozen else None
@@ -172,6 +170,16 @@ def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device,
     if config.adapter_dtype is not None:
         dtype = getattr(torch, config.adapter_dtype)
     return tensor.device if device is None else torch.device(device), dtype
+
+
+def set_leaf(leaf: Tensor, data: Tensor) -> None:
+    """Puts data of another shape in a parameter, without a gradient."""
+    leaf.grad = None
+    # Autograd forgets the shape that a graph still alive gave a leaf only when its dtype changes.
+    leaf.data = torch.empty(
+        0, dtype=torch.float16 if leaf.dtype != torch.float16 else torch.float32, device=leaf.device
+    )
+    leaf.data = data
 
 
 def init_expert(A: Tensor, init: str) -> None:

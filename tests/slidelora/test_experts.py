@@ -38,12 +38,12 @@ def outputs(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["reference", "stacked"])
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
 @pytest.mark.parametrize("frozen", [["image"], ["shared", "text"]])
 def test_frozen_experts_are_not_moved(
     make_model: Make, input_ids: torch.Tensor, frozen: list[str], backend: str
 ) -> None:
-    model = make_model(backend=backend, target_modules=["q_proj", "up_proj"])
+    model = make_model(backend=backend, target_modules=["layers.0.mlp.up_proj"])
     expected = outputs(model, input_ids)
     # An optimizer that has made no step yet goes on.
     early = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
@@ -150,3 +150,129 @@ def test_param_groups(make_model: Make, input_ids: torch.Tensor) -> None:
     torch.testing.assert_close(layer.lora_B, before - 16e-3 * gradients)
     (alone,) = slidelora.param_groups(slidelora.inject(nn.Sequential(nn.Linear(2, 2)), gate="given"), lr=1.0)[:1]
     assert alone["name"] == "lora_A"
+
+
+@pytest.mark.parametrize("options", [{}, {"group": "extra"}, {"r": 2, "lora_alpha": 3}, {"shared": True}])
+def test_an_added_expert_leaves_the_others_alone(
+    make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor, options: dict[str, Any]
+) -> None:
+    model = make_model()
+    before, expected = weights(model), outputs(model, input_ids)[2 if "shared" in options else 1 :]
+    gates = ("text", "image", {"text": 0.3, "shared": -0.5})[1 if "shared" in options else 0 :]
+    if "shared" in options:  # a name takes all of the shared experts along
+        gates = ({"image": 0.5, "shared": 0.5}, gates[-1])
+    slidelora.add_expert(model, "audio", **options)
+    after = weights(model)
+    assert all(torch.equal(after[key], before[key]) for key in before) and len(after) == len(before) + 14
+    for gate, logits in zip(gates, expected):
+        with slidelora.gates(model, gate):
+            assert torch.equal(model(input_ids).logits, logits)
+    A, B, scaling = model.model.layers[0].self_attn.q_proj.expert("audio")
+    assert A.shape[0] == options.get("r", 4) and A.any() and not B.any() and scaling == (1.5 if "r" in options else 4)
+    slidelora.freeze(model, ["text", "image", "shared"])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
+    for _ in range(2):
+        step(model, input_ids, optimizer)
+    after = weights(model)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert all(torch.count_nonzero(after[key]) == after[key].numel() for key in after if key[1] == "audio")
+    slidelora.save_pretrained(model, tmp_path)
+    loaded = slidelora.load_pretrained(make_base(), tmp_path)
+    assert slidelora.routing(loaded).config.members("extra") == (("audio",) if "group" in options else ())
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+
+
+def test_a_larger_rank_pads_the_others(make_model: Make, input_ids: torch.Tensor) -> None:
+    model = make_model(gate="given")
+    before = weights(model)
+    with slidelora.gates(model, "text"):
+        expected = model(input_ids).logits
+    slidelora.add_expert(model, "audio", r=9)
+    assert model.model.layers[0].self_attn.q_proj.lora_A.shape == (36, 32)
+    after = weights(model)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    with slidelora.gates(model, "text"):
+        torch.testing.assert_close(model(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+@pytest.mark.parametrize("experts", [["text", "image", "shared"], ["shared", "a", "b", "c"]])
+def test_the_learned_gate_gains_a_column(
+    make_model: Make, input_ids: torch.Tensor, experts: list[str], share: float
+) -> None:
+    def gate(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return slidelora.compute_gates(model, torch.randn(64, 5, 32), torch.ones(64, 5)).detach()
+
+    model = make_model(experts=experts)
+    config = slidelora.routing(model).config
+    specific = [experts.index(name) for name in config.specific]
+    with torch.no_grad():
+        model.slidelora_gate.out.weight.mul_(5)  # some inputs are clear cases
+    before = gate(3)
+    assert before[:, specific].max() > 0.95
+    slidelora.add_expert(model, "audio", share=share)
+    after = gate(3)
+    new, old = after[:, -1], after[:, :-1]
+    assert 0 < new.min() < 0.2 * share and 0.5 * share < new.max() <= share * (1 + 1e-5)
+    torch.testing.assert_close(old[:, specific], before[:, specific] * (1 - new)[:, None])
+    others = [index for index in range(len(experts)) if index not in specific]
+    torch.testing.assert_close(old[:, others], before[:, others])
+    slidelora.add_expert(model, "bits", shared=True, share=share)
+    latest = gate(3)
+    torch.testing.assert_close(latest[:, -1], torch.full((64,), share))
+    torch.testing.assert_close(latest[:, :-1], after)
+    model(input_ids, labels=input_ids).loss.backward()
+    assert model.slidelora_gate.out.weight.grad.shape == (len(experts) + 2, 64)
+
+
+def test_an_even_gate_gives_the_share(make_base: Make) -> None:
+    model = slidelora.inject(make_base(), r=2)
+    slidelora.add_expert(model, "audio", share=0.1)
+    weights = slidelora.compute_gates(model, torch.randn(2, 5, 32), torch.ones(2, 5))
+    torch.testing.assert_close(weights, torch.tensor([[0.45, 0.45, 0.5, 0.1]]).expand(2, 4))
+
+
+def test_an_expert_joins_a_group(make_model: Make) -> None:
+    model = make_model(experts={"text": 2, "shared": 2}, shared=None, r={"text": 4, "shared": 2})
+    slidelora.add_expert(model, "text2", group="text", r=4)
+    slidelora.add_expert(model, "common", group="shared", r=2)
+    config = slidelora.routing(model).config
+    assert config.groups == {"text": ("text0", "text1", "text2"), "shared": ("shared0", "shared1", "common")}
+    assert config.shared == ("shared0", "shared1", "common") and config.specific == ("text0", "text1", "text2")
+    with slidelora.gates(model, "text"):
+        sixth = pytest.approx(1 / 6)
+        assert slidelora.routing(model).weights.tolist() == [[sixth] * 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "text"}, r"duplicate \['text'\], expected unique names"),
+        ({"name": "a.b"}, r"\['a.b'\], expected names of letters"),
+        ({"name": "audio", "group": "text"}, "groups has 'text', expected a name that no expert has"),
+        ({"name": "audio", "r": 0}, r"r\['audio'\] is 0, expected an integer"),
+        ({"name": "audio", "init": "ones"}, "init is 'ones', expected one of"),
+        ({"name": "audio", "share": 1.0}, "share is 1.0, expected a number between 0 and 1"),
+    ],
+)
+def test_bad_additions_are_named(make_model: Make, options: dict[str, Any], message: str) -> None:
+    model = make_model()
+    before, config = (
+        {key: tensor.clone() for key, tensor in model.state_dict().items()},
+        slidelora.routing(model).config,
+    )
+    with pytest.raises(ValueError, match=message):
+        slidelora.add_expert(model, **options)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert slidelora.routing(model).config == config
+    with slidelora.gates(model, "text"), pytest.raises(RuntimeError, match="expected none while 'audio' is added"):
+        slidelora.add_expert(model, "audio")
+
+
+def test_a_size_of_an_addition_is_missing(make_model: Make) -> None:
+    model = make_model(r={"text": 4, "image": 4, "shared": 2})
+    with pytest.raises(ValueError, match=r"expected a value for \['audio'\] too"):
+        slidelora.add_expert(model, "audio")

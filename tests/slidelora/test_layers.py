@@ -73,6 +73,18 @@ def test_ranks_and_scalings_that_differ(backend: str) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(y.square().sum(), gates)[0], rtol=1e-4, atol=1e-3)
 
 
+def test_ranks_that_differ_and_frozen_experts_compile_into_one_graph() -> None:
+    model = mixed(nn.Linear(6, 5), frozen=["image"])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(4, 3, 6)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for gates in (torch.rand(4, 3), torch.rand(4, 3)):
+        with slidelora.gates(model, gates):
+            torch.testing.assert_close(compiled(x), model(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
     "AdamW": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
