@@ -54,7 +54,7 @@ class SlideLoRALinear(nn.Module):
         self.in_features, self.out_features = features
         self.dropout, self.backend = config.lora_dropout, config.backend
         self.routing = routing
-        self.name = name
+        self.path = name
         self.names: tuple[str, ...] = ()
         device, dtype = placement(base_layer, config)
         self.lora_A = nn.Parameter(torch.empty(0, self.in_features, dtype=dtype, device=device))
@@ -69,7 +69,7 @@ class SlideLoRALinear(nn.Module):
         Those that the layer has keep their weights, the others start as init says. lora_A and lora_B stay the same
         objects, of other shapes.
         """
-        ranks = config.ranks(self.name)
+        ranks = config.ranks(self.path)
         before = {name: self.expert(name) for name in self.names}
         experts = {}
         for name, rank in zip(config.experts, ranks):
@@ -81,7 +81,7 @@ class SlideLoRALinear(nn.Module):
                 init_expert(A[:rank], init)
             experts[name] = A, B
         self.names, self.frozen = tuple(config.experts), tuple(config.frozen)
-        self.r, self.ranks, self.scalings = max(ranks), ranks, config.scalings(self.name)
+        self.r, self.ranks, self.scalings = max(ranks), ranks, config.scalings(self.path)
         self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else 1.0
         for index, letter in enumerate("AB"):
             lora = getattr(self, f"lora_{letter}")

@@ -38,8 +38,10 @@ def outputs(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
-@pytest.mark.parametrize("frozen", [["image"], ["shared", "text"]])
+@pytest.mark.parametrize(
+    ("backend", "frozen"),
+    [("reference", ["image"]), ("stacked", ["image"]), ("stacked", ["shared", "text"]), ("fused", ["shared"])],
+)
 def test_frozen_experts_are_not_moved(
     make_model: Make, input_ids: torch.Tensor, frozen: list[str], backend: str
 ) -> None:
@@ -62,6 +64,18 @@ def test_frozen_experts_are_not_moved(
     assert all(torch.equal(after[key], thawed[key]) for key in after)
     step(model, input_ids, torch.optim.AdamW(model.parameters(), 1e-2))
     assert not any(torch.equal(thawed[key], moved) for key, moved in weights(model).items())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_an_optimizer_that_has_made_a_step_does_not_go_on(
+    make_model: Make, input_ids: torch.Tensor, optimizer: type[torch.optim.Optimizer]
+) -> None:
+    model = make_model(r=1)
+    late = optimizer(model.parameters(), 1e-2)
+    step(model, input_ids, late)
+    slidelora.freeze(model, ["text", "image"])
+    with pytest.raises(RuntimeError, match="shape"):
+        step(model, input_ids, late)
 
 
 def test_gradients_with_frozen_experts_are_those_without(make_model: Make, input_ids: torch.Tensor) -> None:
