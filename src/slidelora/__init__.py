@@ -3,8 +3,13 @@
 from slidelora.config import SlideLoRAConfig
 from slidelora.experts import add_expert, freeze, param_groups
 from slidelora.gates import released_gates
+from slidelora.hooks import compute_gates
 from slidelora.inject import inject, print_trainable_parameters, remove
-from slidelora.routing import aux_loss, checkpoint_kwargs, compute_gates, disabled, gates, routing
+from slidelora.interop import export_peft, import_peft
+from slidelora.merge import merge, merge_and_unload, unmerge
+from slidelora.plot import plot_routing
+from slidelora.released import import_textharmony
+from slidelora.routing import aux_loss, checkpoint_kwargs, disabled, gates, routing
 from slidelora.state import load_pretrained, save_pretrained
 
 __all__ = [
@@ -16,6 +21,7 @@ __all__ = [
     "disabled",
     "compute_gates",
     "routing",
+    "plot_routing",
     "aux_loss",
     "checkpoint_kwargs",
     "add_expert",
@@ -24,4 +30,10 @@ __all__ = [
     "print_trainable_parameters",
     "save_pretrained",
     "load_pretrained",
+    "merge",
+    "unmerge",
+    "merge_and_unload",
+    "export_peft",
+    "import_peft",
+    "import_textharmony",
 ]

@@ -1,11 +1,12 @@
 """What an injection is made of, checked when it is written down."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-GATES = ("sequence", "given")
+GATES = ("sequence", "token", "given")
 INITS = ("default", "textharmony", "zero")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "stacked", "fused")
@@ -32,8 +33,11 @@ class SlideLoRAConfig:
     lora_dropout: probability in [0, 1), one mask for all experts of a layer.
     target_modules: "all-linear" (every linear layer but the output embedding), name suffixes, or a regex for the whole
         name; exclude_modules: suffixes or a regex.
-    gate: "sequence" (learned, once per sequence) or "given" (by the caller); gate_hidden: width of the learned gate.
-    supervised_coef, balance_coef: weights of the two terms of `aux_loss`.
+    gate: "sequence" (learned, once per sequence), "token" (learned, by each layer for each token) or "given" (by the
+        caller); gate_hidden: width of the sequence gate.
+    top_k: how many of the modality-specific experts a learned gate keeps, None for all; gate_temperature: divides its
+        logits; gate_noise: standard deviation of what is added to them in training.
+    supervised_coef, balance_coef, z_coef: weights of the terms of `aux_loss`.
     backend: "auto" ("fused" on a GPU with triton, else "stacked"), "reference", "stacked" or "fused".
 
     Raises ValueError or TypeError naming the field, its value and what was expected.
@@ -55,8 +59,12 @@ class SlideLoRAConfig:
     exclude_modules: str | Sequence[str] | None = None
     gate: str = "sequence"
     gate_hidden: int = 64
+    top_k: int | None = None
+    gate_temperature: float = 1.0
+    gate_noise: float = 0.0
     supervised_coef: float = 0.1
     balance_coef: float = 0.0
+    z_coef: float = 0.0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -85,7 +93,7 @@ class SlideLoRAConfig:
             object.__setattr__(self, name, _targets(name, getattr(self, name)))
         self._set_sizes()
         _check_integer("gate_hidden", self.gate_hidden)
-        for name in ("lora_dropout", "supervised_coef", "balance_coef"):
+        for name in ("lora_dropout", "gate_noise", "supervised_coef", "balance_coef", "z_coef"):
             _check_number(name, getattr(self, name))
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}, expected a probability below 1")
@@ -99,10 +107,20 @@ class SlideLoRAConfig:
             object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
             if self.adapter_dtype not in DTYPES:
                 raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}, expected one of {list(DTYPES)}")
-        if self.gate == "sequence" and not self.specific:
+        if self.gate != "given" and not self.specific:
             raise ValueError(
-                f"shared holds all of {list(experts)}, expected a modality-specific expert for gate='sequence'"
+                f"shared holds all of {list(experts)}, expected a modality-specific expert for gate={self.gate!r}"
             )
+        _check_number("gate_temperature", self.gate_temperature)
+        if self.gate_temperature == 0:
+            raise ValueError(f"gate_temperature is {self.gate_temperature!r}, expected a number above 0")
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k)
+            if self.top_k > len(self.specific):
+                raise ValueError(
+                    f"top_k is {self.top_k}, expected at most {len(self.specific)}, the number of the "
+                    "modality-specific experts, or None for all"
+                )
 
     @property
     def specific(self) -> tuple[str, ...]:
@@ -170,6 +188,7 @@ class SlideLoRAConfig:
                 raise TypeError(f"{name} is {patterns!r}, expected a mapping from patterns of module names to values")
             for key in patterns:
                 _targets(f"{name} key", key)
+                _compiled(f"{name} key", key, rf"(.*\.)?({key})$")
             values = {key: self._by_expert(f"{name}[{key!r}]", value, check) for key, value in patterns.items()}
             object.__setattr__(self, name, values)
 
@@ -205,13 +224,13 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+def _check_integer(name: str, value: object, most: int = 2**31 - 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1 and at most {most}")
 
 
 def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name} is {value!r}, expected a finite number of at least 0")
 
 
@@ -220,7 +239,7 @@ def _members(experts: Mapping[str, Any]) -> dict[str, Any]:
     groups = {}
     for group, members in experts.items():
         if isinstance(members, int):
-            _check_integer(f"experts[{group!r}]", members)
+            _check_integer(f"experts[{group!r}]", members, most=1024)
             members = [group] if members == 1 else [f"{group}{index}" for index in range(members)]
         groups[group] = _names(f"experts[{group!r}]", members)
     return groups
@@ -242,8 +261,12 @@ def _targets(field: str, value: object) -> str | tuple[str, ...] | None:
         if not names:
             raise ValueError(f"{field} is empty, expected suffixes of module names")
         return names
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{field} is {value!r}, expected a regular expression: {error}") from None
+    _compiled(field, value, value)
     return value
+
+
+def _compiled(field: str, value: str, regex: str) -> None:
+    try:
+        re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{field} is {value!r}, expected a regular expression: {error}") from None

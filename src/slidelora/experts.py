@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slidelora.config import INITS, SlideLoRAConfig
-from slidelora.gates import SequenceGate
+from slidelora.gates import SequenceGate, TokenGate
 from slidelora.inject import slide_layers
 from slidelora.layers import SlideLoRALinear, set_leaf
-from slidelora.routing import GATE, injected, routing
+from slidelora.routing import injected, routing
 
 
 def add_expert(
@@ -29,10 +29,10 @@ def add_expert(
 
     group: the group it joins, or begins; it is shared if that is, or if shared is true.
     r, lora_alpha: None where all experts have the same, which it then has too; init: as in SlideLoRAConfig.
-    share: what the learned gate gives it at the start. A modality-specific expert's logit is the mean of the others'
-        plus log(M share / (1 - share)), M being their number; by Jensen's inequality its weight is at most share for
-        any input. The others' weights keep their ratios and lose that share. A shared expert's weight is share
-        everywhere, and the others keep theirs.
+    share: what a learned gate gives it at the start. A modality-specific expert's logit is the mean of the others'
+        plus log(M share / (1 - share)) times the temperature, M being their number; by Jensen's inequality its part of
+        the softmax is at most share for any input. The others keep their ratios and lose that share. A shared expert's
+        weight is share everywhere, and the others keep theirs.
 
     Outputs under gates that leave it out are as before: bit for bit where the gates need no gradient and its rank is
     no larger than the layer's largest. Make the optimizer after it, or before its first step. Raises ValueError for a
@@ -48,10 +48,13 @@ def add_expert(
         raise ValueError(f"share is {share!r}, expected a number between 0 and 1")
     config = _with_expert(state.config, name, group, shared, r, lora_alpha)
     _arrange(host, config, init)
-    state.recorded = state.batch = state.logits = None
-    gate = getattr(host, GATE, None)
-    if gate is not None:
-        _add_column(gate, config, name, share)
+    state.recorded = state.batch = None
+    state.records = {}
+    for gate in _learned_gates(host):
+        out = gate.out if isinstance(gate, SequenceGate) else gate
+        _add_column(out.weight, out.bias, config, name, share)
+        if isinstance(gate, SequenceGate):
+            gate.out.out_features = len(config.experts)
 
 
 def _with_expert(
@@ -80,19 +83,21 @@ def _with_size(config: SlideLoRAConfig, sizes: Any, name: str, size: float | Non
 
 
 @torch.no_grad()
-def _add_column(gate: SequenceGate, config: SlideLoRAConfig, name: str, share: float) -> None:
-    """A new expert's row of the gate's last layer, whose rows are the specific experts and then the shared ones."""
-    count, weight, bias = gate.num_specific, gate.out.weight, gate.out.bias
+def _add_column(weight: Tensor, bias: Tensor, config: SlideLoRAConfig, name: str, share: float) -> None:
+    """A new expert's row of a gate's last layer, whose rows are the specific experts and then the shared ones."""
     odds = math.log(share / (1 - share))
     if name in config.specific:
-        at, row, offset = count, weight[:count].mean(0), bias[:count].mean() + math.log(count) + odds
+        count = len(config.specific) - 1
+        offset = bias[:count].mean() + config.gate_temperature * (math.log(count) + odds)
+        at, row = count, weight[:count].mean(0)
     else:
         at, row, offset = len(bias), torch.zeros_like(weight[0]), torch.full_like(bias[0], odds)
     set_leaf(weight, torch.cat([weight[:at], row[None], weight[at:]]))
     set_leaf(bias, torch.cat([bias[:at], offset[None], bias[at:]]))
-    with torch.device("meta"):
-        wider = SequenceGate(gate.features, config)
-    gate.out.out_features, gate.num_specific, gate.columns = len(bias), wider.num_specific, wider.columns
+
+
+def _learned_gates(host: nn.Module) -> list[SequenceGate | TokenGate]:
+    return [module for module in host.modules() if isinstance(module, (SequenceGate, TokenGate))]
 
 
 def freeze(model: nn.Module, experts: Sequence[str]) -> None:
@@ -113,6 +118,8 @@ def _arrange(host: nn.Module, config: SlideLoRAConfig, init: str) -> None:
     state.config, state.names = config, tuple(config.experts)
     for layer in {id(layer): layer for layer in slide_layers(host).values()}.values():
         layer.arrange(config, init)
+    for gate in _learned_gates(host):
+        gate.config = config
 
 
 def param_groups(
@@ -126,7 +133,7 @@ def param_groups(
     """
     layers = [module for module in model.modules() if isinstance(module, SlideLoRALinear)]
     owners = {id(layer.lora_A): "lora_A" for layer in layers} | {id(layer.lora_B): "lora_B" for layer in layers}
-    owners |= {id(parameter): "gate" for parameter in getattr(injected(model), GATE, nn.Module()).parameters()}
+    owners |= {id(parameter): "gate" for gate in _learned_gates(model) for parameter in gate.parameters()}
     rates = {"lora_A": lr, "lora_B": lr * lr_ratio, "gate": lr if gate_lr is None else gate_lr, "other": lr}
     groups: dict[str, dict[str, Any]] = {
         name: {"name": name, "params": [], "lr": rate, "weight_decay": 0.0 if name == "gate" else weight_decay}

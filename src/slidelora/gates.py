@@ -1,10 +1,13 @@
-"""The gates: given by the caller, or learned once per sequence; and the terms of their auxiliary loss."""
+"""The gates: given by the caller, or learned, once per sequence or for each token."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from slidelora.config import SlideLoRAConfig
 
@@ -34,19 +37,20 @@ def released_gates(config: SlideLoRAConfig, modalities: Sequence[str]) -> Tensor
 
 
 def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
-    """What the caller gave -> (1 or B, E) fp32, on its own device.
+    """What the caller gave -> (1 or B, E) or (B, T, E) fp32, on its own device.
 
     value: an expert's name (it takes the shared experts along: half the weight to it, half to them; all to it where
     there are none; a shared expert's name takes the shared ones alone), one name for each sample, a mapping from
-    names to weights (unnamed experts weigh 0), or a tensor (B, E). A group's name gives each of its k experts 1 / k
-    of the weight.
+    names to weights (unnamed experts weigh 0), or a tensor (B, E) or (B, T, E). A group's name gives each of its k
+    experts 1 / k of the weight.
     Raises ValueError naming what was given and what was expected.
     """
     if isinstance(value, Tensor):
-        if value.ndim != 2 or value.shape[1] != len(config.experts):
+        count = len(config.experts)
+        if value.ndim not in (2, 3) or value.shape[-1] != count:
             raise ValueError(
-                f"gates have shape {tuple(value.shape)}, expected (batch, {len(config.experts)}) "
-                f"for {list(config.experts)}"
+                f"gates have shape {tuple(value.shape)}, expected (batch, {count}) or (batch, time, {count}) for "
+                f"{list(config.experts)}"
             )
         if not value.is_floating_point():
             raise ValueError(f"gates have dtype {value.dtype}, expected a floating one")
@@ -86,6 +90,51 @@ def _named(config: SlideLoRAConfig, name: str) -> Tensor:
     return torch.tensor([[float(other in members) / len(members) for other in config.experts]])
 
 
+def gate_rows(config: SlideLoRAConfig) -> list[int]:
+    """The experts in the order of a learned gate's rows: the modality-specific ones, then the shared ones."""
+    return [config.experts.index(name) for name in (*config.specific, *(config.shared or ()))]
+
+
+def choose(logits: Tensor, config: SlideLoRAConfig) -> tuple[Tensor, Tensor | None]:
+    """Logits (..., E) of a learned gate's rows -> weights (..., K) and the rows (..., K) they are of, None for all.
+
+    A softmax over the modality-specific experts, of which the top_k largest are kept and renormalised, and a sigmoid
+    for each shared one. A single kept expert has its probability instead, as in Switch Transformers (Fedus et al.,
+    2021, equation 2): renormalised it would weigh 1 whatever the logits, and the task would teach the gate nothing.
+    """
+    count = len(config.specific)
+    specific, shared = logits[..., :count] / config.gate_temperature, logits[..., count:].sigmoid()
+    if config.top_k is None:
+        return torch.cat([specific.softmax(-1), shared], -1), None
+    kept, rows = specific.topk(config.top_k)
+    weights = specific.softmax(-1).gather(-1, rows) if config.top_k == 1 else kept.softmax(-1)
+    always = torch.arange(count, logits.shape[-1], device=logits.device).expand(*rows.shape[:-1], -1)
+    return torch.cat([weights, shared], -1), torch.cat([rows, always], -1)
+
+
+def dense_weights(logits: Tensor, config: SlideLoRAConfig) -> Tensor:
+    """Logits (..., E) of a learned gate's rows -> weights (..., E) in the experts' order, 0 for what is left out."""
+    weights, rows = choose(logits, config)
+    if rows is not None:
+        weights = torch.zeros_like(logits).scatter(-1, rows, weights)
+    order = gate_rows(config)
+    columns = [order.index(expert) for expert in range(len(order))]
+    return weights if order == sorted(order) else weights[..., columns]
+
+
+def _noisy(logits: Tensor, config: SlideLoRAConfig, training: bool) -> Tensor:
+    """Normal noise on the modality-specific experts' logits, in training.
+
+    Source: noisy top-k gating (Shazeer et al., 2017, equation 4), with a constant gate_noise in the place of the
+    learned standard deviation.
+    """
+    if not training or not config.gate_noise:
+        return logits
+    noise = config.gate_noise * torch.randn_like(logits)
+    noise[..., len(config.specific) :] = 0
+    return logits + noise
+
+
 class SequenceGate(nn.Module):
     """A learned gate: the mean of the prompt's embeddings -> a weight for each expert, once per sequence, in fp32.
 
@@ -97,12 +146,7 @@ class SequenceGate(nn.Module):
 
     def __init__(self, features: int, config: SlideLoRAConfig) -> None:
         super().__init__()
-        self.features = features
-        order = [config.experts.index(name) for name in (*config.specific, *(config.shared or ()))]
-        self.num_specific = len(config.specific)
-        self.columns = [
-            order.index(expert) for expert in range(len(order))
-        ]  # column of each expert in [specific, shared]
+        self.features, self.config = features, config
         self.hidden = nn.Linear(features, config.gate_hidden)
         self.out = nn.Linear(config.gate_hidden, len(config.experts))
         nn.init.zeros_(self.out.weight)
@@ -129,22 +173,57 @@ class SequenceGate(nn.Module):
                 F.layer_norm(mean, mean.shape[-1:]), self.hidden.weight.float(), self.hidden.bias.float()
             )  # (B, H)
             logits = F.linear(F.silu(hidden), self.out.weight.float(), self.out.bias.float())  # (B, E)
-            specific, shared = logits[:, : self.num_specific], logits[:, self.num_specific :]
-            weights = torch.cat([specific.softmax(-1), shared.sigmoid()], -1)[:, self.columns]
-        return weights, specific
+            logits = _noisy(logits, self.config, self.training)
+        return dense_weights(logits, self.config), logits[:, : len(self.config.specific)]
 
 
-def supervised_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the gate's choice among the modality-specific experts, logits (B, M), against targets (B,)."""
-    return F.cross_entropy(logits, targets)
+class _Float32Linear(torch.autograd.Function):
+    """x weight^T in fp32, which keeps x for backward as it is, not a copy of it in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = (dy @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1]).float()
+        return dx, None if dweight is None else dweight.to(weight.dtype)
 
 
-def load_balancing_loss(logits: Tensor) -> Tensor:
-    """M * sum_i f_i P_i over logits (B, M): f_i the share of samples whose largest gate is i, P_i its mean probability.
+class TokenGate(nn.Module):
+    """A learned gate of one layer: a linear map of each token -> a weight for each expert, in fp32.
 
-    Source: Switch Transformers (Fedus et al., 2021), equations 4 to 6, with a sample in the place of a token.
+    weight: (E, features), bias: (E,), a row an expert in the order of `gate_rows`. The weight starts normal with a
+    standard deviation of 0.1 / sqrt(features), the bias at zero: the modalities' weights are nearly uniform for inputs
+    of unit variance, and not tied, as at zero, where top_k would take the same experts for all tokens. Source: the
+    router of Switch Transformers (Fedus et al., 2021, equation 1) in their selective precision (section 2.4); the bias
+    is ours.
     """
-    probabilities = logits.softmax(-1)
-    count = logits.shape[-1]
-    share = F.one_hot(probabilities.argmax(-1), count).to(probabilities.dtype).mean(0)
-    return count * (share * probabilities.mean(0)).sum()
+
+    def __init__(self, features: int, config: SlideLoRAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(len(config.experts), features))
+        self.bias = nn.Parameter(torch.zeros(len(config.experts)))
+        nn.init.normal_(self.weight, std=0.1 / math.sqrt(features))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """x (..., features) -> weights (..., K) of experts (..., K), None where all act, and logits (..., E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = _Float32Linear.apply(x, self.weight) + self.bias.float()  # (..., E)
+            logits = _noisy(logits, self.config, self.training)
+        # For an input (T, features) the compact form would mean that each token is a sample with its own experts.
+        if self.config.top_k is None or x.ndim < 3:
+            weights = dense_weights(logits, self.config)
+            return weights[None] if x.ndim == 1 else weights, None, logits
+        weights, rows = choose(logits, self.config)
+        assert rows is not None
+        order = gate_rows(self.config)
+        experts = rows if order == sorted(order) else torch.tensor(order, device=rows.device)[rows]
+        return weights, experts, logits

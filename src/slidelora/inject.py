@@ -3,16 +3,26 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gates import SequenceGate
+from slidelora.hooks import GateHook
 from slidelora.layers import SlideLoRALinear, linear_features, placement
-from slidelora.routing import GATE, STATE, GateHook, Routing, injected
+from slidelora.routing import GATE, MERGED, STATE, Routing, injected
 
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
+
+
+class Injection(NamedTuple):
+    """What an injected model holds beyond its base, and the parameters of the base that were trainable before."""
+
+    state: Routing
+    gate: SequenceGate | None
+    layers: dict[str, SlideLoRALinear]  # one held under two names under both
+    trainable: list[str]
 
 
 def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: Any) -> nn.Module:
@@ -30,28 +40,54 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     require_plain(model)
     targets = find_targets(model, config)
     state = Routing(config)
-    gate = sequence_gate(model, config) if config.gate == "sequence" else None
-    wrappers: dict[int, nn.Module] = {}
+    gate = sequence_gate(model, config).train(model.training) if config.gate == "sequence" else None
+    wrappers: dict[int, SlideLoRALinear] = {}
     for name, module in targets.items():
         if id(module) not in wrappers:
-            wrappers[id(module)] = SlideLoRALinear(module, config, state, name)
+            wrappers[id(module)] = SlideLoRALinear(module, config, state, name).train(module.training)
     if skipped := _fused_experts(model, config):
         warnings.warn(f"no linear layer holds {', '.join(skipped)}: skipped", stacklevel=2)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    for name, module in targets.items():
-        _replace(model, name, wrappers[id(module)])
-    if gate is not None:
-        model.add_module(GATE, gate)
-    hook = GateHook(state)
+    attach(model, Injection(state, gate, {name: wrappers[id(module)] for name, module in targets.items()}, trainable))
+    return model
+
+
+def attach(model: nn.Module, injection: Injection) -> None:
+    """Puts the layers, the gate and the hooks of an injection on a model."""
+    for name, layer in injection.layers.items():
+        _replace(model, name, layer)
+    if injection.gate is not None:
+        model.add_module(GATE, injection.gate)
+    hook = GateHook(injection.state)
     handles = (
         model.register_forward_pre_hook(hook.before, with_kwargs=True),
         model.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
         *(block.register_forward_pre_hook(_slow_path) for block in model.modules() if _reads_weights(block)),
     )
-    setattr(model, STATE, state)
-    setattr(model, _UNDO, (handles, trainable))
-    return model
+    setattr(model, STATE, injection.state)
+    setattr(model, _UNDO, (handles, injection.trainable))
+
+
+def detach(host: nn.Module) -> Injection:
+    """The inverse of `attach`: the module tree is the base's again, its parameters still frozen."""
+    handles, trainable = getattr(host, _UNDO)
+    injection = Injection(getattr(host, STATE), getattr(host, GATE, None), slide_layers(host), trainable)
+    for name, layer in injection.layers.items():
+        _replace(host, name, layer.base_layer)
+    for handle in handles:
+        handle.remove()
+    delattr(host, _UNDO)
+    delattr(host, STATE)
+    if injection.gate is not None:
+        delattr(host, GATE)
+    return injection
+
+
+def thaw(host: nn.Module, injection: Injection) -> None:
+    """Makes trainable what was so before an injection."""
+    for name, parameter in host.named_parameters():
+        parameter.requires_grad_(name in injection.trainable)
 
 
 def _reads_weights(block: nn.Module) -> bool:
@@ -64,7 +100,9 @@ def _slow_path(block: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def require_plain(model: nn.Module) -> None:
-    """Raises ValueError if a model is injected, or holds one that is."""
+    """Raises ValueError if a model is injected or merged, or holds one that is."""
+    if holders := [name or "the model" for name, module in model.named_modules() if MERGED in module.__dict__]:
+        raise ValueError(f"{holders[0]} is merged, expected a plain model: see slidelora.merge_and_unload")
     if holders := [name or "the model" for name, module in model.named_modules() if STATE in module.__dict__]:
         raise ValueError(f"{holders[0]} is injected already, expected a plain model: call slidelora.remove first")
 
@@ -145,15 +183,20 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
 
 def sequence_gate(model: nn.Module, config: SlideLoRAConfig) -> SequenceGate:
     """A new gate on a model's input embeddings; raises ValueError if it has none."""
+    embeddings, features = input_embeddings(model)
+    return SequenceGate(features, config).to(*placement(embeddings, config))
+
+
+def input_embeddings(model: nn.Module) -> tuple[nn.Module, int]:
+    """A model's input embeddings, which a learned gate reads, and their width; raises ValueError if it has none."""
     try:
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-        features = embeddings.weight.shape[-1]
+        return embeddings, embeddings.weight.shape[-1]
     except (AttributeError, NotImplementedError):
         raise ValueError(
             f"{type(model).__name__} has no input embeddings, expected a model with get_input_embeddings() for "
             "gate='sequence'; use gate='given' and slidelora.gates"
         ) from None
-    return SequenceGate(features, config).to(*placement(embeddings, config))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -170,17 +213,7 @@ def slide_layers(model: nn.Module) -> dict[str, SlideLoRALinear]:
 def remove(model: nn.Module) -> nn.Module:
     """Takes experts, gate and hooks off an injected model, in place, and returns it as it was, bit for bit."""
     host = injected(model)
-    for name, layer in slide_layers(host).items():
-        _replace(host, name, layer.base_layer)
-    handles, trainable = getattr(host, _UNDO)
-    for handle in handles:
-        handle.remove()
-    delattr(host, _UNDO)
-    delattr(host, STATE)
-    if hasattr(host, GATE):
-        delattr(host, GATE)
-    for name, parameter in host.named_parameters():
-        parameter.requires_grad_(name in trainable)
+    thaw(host, detach(host))
     return model
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.gates import TokenGate
 from slidelora.ops import gated_linear, gated_lora, resolve
 from slidelora.routing import Routing
 
@@ -38,7 +39,7 @@ class SlideLoRALinear(nn.Module):
     as the base layer's. Both are on the base layer's device. r is the largest rank of the layer's experts: the rows of
     an expert beyond its own rank are zero in both, so that their gradients are zero, and they stay so. The rows of
     frozen experts are not in lora_A and lora_B but in frozen_A and frozen_B, which require no gradient.
-    name: the layer's in the model, which the patterns of ranks and alphas speak of.
+    name: the layer's in the model, which the patterns of ranks and alphas speak of, and `routing`.
     """
 
     scales: Tensor | None
@@ -61,6 +62,7 @@ class SlideLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(0, self.out_features, dtype=dtype, device=device))
         self.register_buffer("scales", None, persistent=False)
         self.arrange(config, config.init)
+        self.gate = TokenGate(self.in_features, config).to(device, dtype) if config.gate == "token" else None
 
     @torch.no_grad()
     def arrange(self, config: SlideLoRAConfig, init: str) -> None:
@@ -140,7 +142,7 @@ class SlideLoRALinear(nn.Module):
             # A host that flattens its tokens, as OPT and MoE blocks do.
             return self.forward(x.unflatten(0, in_force.tokens), *args, **kwargs).flatten(0, 1)
         x = x.to(self.lora_A.device)  # where base_layer, too, would have brought it
-        gates, experts = in_force.on(x.device)
+        gates, experts = self.routing.gates_for(in_force, self.path, self.gate, x)
         if self.scales is not None:
             gates = gates * (self.scales if experts is None else self.scales[experts])
         dropout = self.dropout if self.training else 0.0

@@ -1,10 +1,9 @@
-"""Which gates are in force: from forward to the end of backward, and from prefill to the last decoded token.
+"""Which gates are in force, from forward to the end of backward, and what the learned ones did.
 
 The state is one plain object that all layers of a model share. A ContextVar would break torch.compile into many graphs.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,28 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slidelora import auxiliary
+from slidelora.auxiliary import Routed, auxiliary_loss
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import GateValue, SequenceGate, given_gates, load_balancing_loss, supervised_loss
+from slidelora.gates import GateValue, TokenGate, dense_weights, given_gates
 
 STATE = "slidelora_state"  # where an injected model keeps its Routing
 GATE = "slidelora_gate"  # and its learned gate, as a submodule
-_KEPT = "slidelora_weights"  # where a KV cache keeps the weights of its prefill
+MERGED = "slidelora_merged"
 
 
 @dataclass
 class InForce:
-    """Gates (1 or B, E) fp32 and, where no gradient flows to them and some are zero, their compact form.
+    """Gates (1 or B, E) or (B, T, E) fp32 and, where no gradient flows to them and some are 0, their compact form.
 
+    weights: None where each layer's own gate runs.
     tokens: (B, T) of the host's input, by which a layer tells the samples of rows (B * T, d).
+    masks: (B, T), true on the tokens that count, of the host's input, and of its decoder's.
     """
 
-    weights: Tensor
-    compact: tuple[Tensor, Tensor] | None = None  # gates (1 or B, K), experts (1 or B, K)
+    weights: Tensor | None
+    compact: tuple[Tensor, Tensor] | None = None  # gates (1 or B, K) or (B, T, K), experts the same or (1, K)
     moved: dict[torch.device, "InForce"] = field(default_factory=dict)
     tokens: tuple[int, int] | None = None
+    masks: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """(gates, experts) for gated_lora, copied to each other device once."""
+        assert self.weights is not None
         if self.weights.device != device:
             if device not in self.moved:
                 compact = self.compact and (self.compact[0].to(device), self.compact[1].to(device))
@@ -49,24 +54,33 @@ def _compact(weights: Tensor) -> tuple[Tensor, Tensor] | None:
     if weights.requires_grad or weights.device.type == "meta" or not weights.numel():
         return None
     active = weights != 0
-    most = int(active.sum(1).max())
-    if most == weights.shape[1]:
+    most = int(active.sum(-1).max())
+    if most == weights.shape[-1]:
         return None
-    if bool((active == active[:1]).all()):
-        experts = active[0].nonzero().T  # (1, K)
-        return weights[:, experts[0]], experts
-    # Slots beyond a sample's own experts repeat its first one with weight 0.
-    order = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, K)
-    used = active.gather(1, order)
-    experts = torch.where(used, order, order[:, :1])
-    return weights.gather(1, order) * used, experts
+    first = active.flatten(0, -2)[0]
+    if bool((active == first).all()):
+        experts = first.nonzero().T  # (1, K)
+        return weights[..., experts[0]], experts
+    # Slots beyond a row's own experts repeat its first one with weight 0.
+    order = active.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]  # (B, K) or (B, T, K)
+    used = active.gather(-1, order)
+    experts = torch.where(used, order, order[..., :1])
+    return weights.gather(-1, order) * used, experts
+
+
+def _valid(in_force: InForce, path: str, x: Tensor) -> Tensor | None:
+    """The mask, of the two, that fits the input x of the layer at `path`."""
+    own, decoder = in_force.masks
+    for mask in (decoder, own) if "decoder" in path.split(".") else (own,):
+        if mask is not None and mask.shape == x.shape[:-1]:
+            return mask.to(x.device)
+    return None
 
 
 class Routing:
-    """What the gate last did, and what is in force now.
+    """What the gates last did, and what is in force now.
 
-    weights: (B, E) fp32, the gates of the last forward or `compute_gates`; None before the first.
-    names: the experts, in the order of the columns.
+    names: the experts, in the order of the columns of `weights`.
     """
 
     def __init__(self, config: SlideLoRAConfig) -> None:
@@ -74,17 +88,40 @@ class Routing:
         self.names: tuple[str, ...] = tuple(config.experts)
         self.recorded: Tensor | None = None  # (1 or B, E)
         self.batch: int | None = None
-        self.logits: Tensor | None = None  # (B, M), of the learned gate, for the auxiliary loss
+        self.records: dict[str, list[Routed]] = {}  # of the learned gates' last runs, by layer or under GATE
         self.current: InForce | None = None
         self.disabled = False
         self.replaying = False
 
     @property
-    def weights(self) -> Tensor | None:
-        """(B, E), one row where gates were given by name and no forward has told the batch; None before the first."""
+    def weights(self) -> Tensor | dict[str, Tensor] | None:
+        """fp32 gates of the last forward or `compute_gates`; None before the first.
+
+        (B, E), one row where gates were given by name and no forward has told the batch, or (B, T, E) as given; of
+        gate="token" those of each layer by its name, (B, T, E) for an input (B, T, d).
+        """
+        if self.recorded is None and self.records:
+            return {path: dense_weights(runs[-1].logits, self.config) for path, runs in self.records.items()}
         if self.recorded is None or self.batch is None or self.recorded.shape[0] != 1:
             return self.recorded
-        return self.recorded.expand(self.batch, -1)
+        return self.recorded.expand(self.batch, *self.recorded.shape[1:])
+
+    @property
+    def load(self) -> Tensor | dict[str, Tensor] | None:
+        """(M,): the share of valid tokens, or of samples, that chose each modality-specific expert: that have it among
+        the top_k kept, or, with no top_k, as the largest; of gate="token" by layer. None where no learned gate ran."""
+        return self._by_layer(auxiliary.load)
+
+    @property
+    def entropy(self) -> Tensor | dict[str, Tensor] | None:
+        """(): the mean over valid tokens, or samples, of the entropy in nats of the softmax over the modality-specific
+        experts; of gate="token" by layer. None where no learned gate ran."""
+        return self._by_layer(auxiliary.entropy)
+
+    def _by_layer(self, measure: Callable[[list[Routed], SlideLoRAConfig], Tensor]) -> Any:
+        with torch.no_grad():
+            found = {path: measure(runs, self.config) for path, runs in self.records.items()}
+        return found[GATE] if GATE in found else found or None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
         """A copied model starts with nothing in force: the graph behind the last gates is not copied."""
@@ -110,12 +147,38 @@ class Routing:
             )
         if self.disabled:
             return None
+        if self.current is None and self.config.gate == "token":
+            return InForce(None)  # a part of the model is called by itself
         if self.current is None:
             raise RuntimeError(
                 f"no gate is in force for experts {list(self.names)}; expected `with slidelora.gates(model, ...):` "
                 "around the call, or gate='sequence' and a call of the injected model itself"
             )
         return self.current
+
+    def gates_for(
+        self, in_force: InForce, path: str, gate: TokenGate | None, x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(gates, experts) for gated_lora of the layer at `path` with its own gate, None for none, and its input x.
+
+        Raises ValueError where gates given by token are for other tokens than x has.
+        """
+        given = in_force.weights
+        if given is not None:
+            if given.ndim == 3 and given.shape[:-1] != x.shape[:-1]:
+                raise ValueError(
+                    f"gates have shape {tuple(given.shape)}, expected {(*x.shape[:-1], given.shape[-1])} for the input "
+                    f"of {path}, {tuple(x.shape)}: gates by token fit layers that see those tokens; choose these with "
+                    "target_modules"
+                )
+            return in_force.on(x.device)
+        assert gate is not None
+        weights, experts, logits = gate(x)
+        if not self.replaying:
+            # A forward of the injected model itself gathers the several runs of a layer.
+            runs = [] if self.current is None else self.records.get(path, [])
+            self.records[path] = [*runs, Routed(logits, _valid(in_force, path, x))]
+        return weights, experts
 
     @contextmanager
     def put(self, current: InForce | None, disabled: bool, replaying: bool = False) -> Iterator[None]:
@@ -133,127 +196,12 @@ class Routing:
         return nullcontext(), self.put(self.current, self.disabled, replaying=True)
 
 
-class GateHook:
-    """The hooks of an injected model: before its forward the gate runs, unless one is given; after it nothing is in
-    force."""
-
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
-        self.own: Tensor | None = None  # what this forward put in force itself
-
-    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook."""
-        routing = self.routing
-        if routing.disabled:
-            return
-        inputs = _bind(model, args, kwargs)
-        if routing.current is not None:
-            given, batch = routing.current.weights, _batch(inputs)
-            if batch is not None and given.shape[0] not in (1, batch):
-                raise ValueError(
-                    f"gates have batch {given.shape[0]}, expected {batch}, the input's; for beams or several returned "
-                    "sequences pass repeats= to slidelora.gates"
-                )
-            routing.recorded, routing.batch = given, batch
-            current = routing.current
-            routing.current = InForce(current.weights, current.compact, current.moved, _tokens(inputs))
-            return
-        if routing.config.gate != "sequence":
-            return
-        cache = inputs.get("past_key_values")
-        if _cached(cache):
-            weights = getattr(cache, _KEPT, None)
-            if weights is None:
-                raise RuntimeError(
-                    "past_key_values were filled without this model's gate, expected those of a prefill under it, or "
-                    "`with slidelora.gates(model, ...):` around the call"
-                )
-            if (batch := _batch(inputs)) is not None and batch != weights.shape[0]:
-                raise ValueError(
-                    f"past_key_values were filled with batch {weights.shape[0]}, expected {batch}, the input's"
-                )
-        else:
-            weights = _own_gates(model, routing, *_prompt(model, inputs))
-        self.own = weights
-        routing.current = InForce(weights, tokens=_tokens(inputs))
-
-    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A forward hook, called also after an error."""
-        if self.own is None:
-            return
-        weights, self.own, self.routing.current = self.own, None, None
-        for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
-            if hasattr(cache, "get_seq_length"):
-                setattr(cache, _KEPT, weights)
-
-
-def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name."""
-    if not args:
-        return kwargs
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args)), **kwargs}
-
-
-def _batch(inputs: Mapping[str, Any]) -> int | None:
-    named = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values", "sample")]
-    for value in (*named, *inputs.values()):
-        if isinstance(value, Tensor) and value.ndim > 1:
-            return value.shape[0]
-    return None
-
-
-def _tokens(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")):
-        if isinstance(value, Tensor) and value.ndim > 1:
-            return value.shape[0], value.shape[1]
-    return None
-
-
-def _cached(cache: Any) -> bool:
-    if hasattr(cache, "get_seq_length"):
-        return bool(cache.get_seq_length() > 0)
-    return isinstance(cache, (tuple, list)) and len(cache) > 0
-
-
-def _prompt(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, T, D) and the prompt's mask (B, T): what the attention mask keeps, less the labelled tokens."""
-    input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if embeds is None:
-        if input_ids is None:
-            raise ValueError(
-                f"the call has {sorted(name for name in inputs if inputs[name] is not None)}, expected input_ids or "
-                "inputs_embeds for gate='sequence', or `with slidelora.gates(model, ...):` around it"
-            )
-        embeds = model.get_input_embeddings()(input_ids)  # type: ignore[operator]
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    elif not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask is {shape}, expected {tuple(embeds.shape[:2])} for gate='sequence'")
-    mask = mask.bool()
-    labels = inputs.get("labels")
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    # Labels of another shape, and those of a decoder, say nothing about the tokens that the gate sees.
-    if isinstance(labels, Tensor) and labels.shape == mask.shape and not encoder_decoder:
-        mask = mask & (labels == -100).to(mask.device)
-    return embeds, mask
-
-
-def _own_gates(model: nn.Module, routing: Routing, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
-    gate = getattr(model, GATE, None)
-    if not isinstance(gate, SequenceGate):
-        raise ValueError(f"gate is {routing.config.gate!r}, expected 'sequence' for the model's own gate")
-    weights, routing.logits = gate(inputs_embeds, mask)
-    routing.recorded, routing.batch = weights, None
-    return weights
-
-
 def injected(model: nn.Module) -> nn.Module:
     """The one injected model that `model` is or holds; raises ValueError if there is none, or more than one."""
     if isinstance(getattr(model, STATE, None), Routing):
         return model
+    if any(MERGED in module.__dict__ for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is merged, expected its experts apart: call slidelora.unmerge first")
     found = [module for module in model.modules() if isinstance(module.__dict__.get(STATE), Routing)]
     if len(found) != 1:
         raise ValueError(
@@ -263,7 +211,7 @@ def injected(model: nn.Module) -> nn.Module:
 
 
 def routing(model: nn.Module) -> Routing:
-    """What the gate of an injected model last did: `.weights` (B, E) fp32 and `.names`."""
+    """What the gates of an injected model last did: `.weights`, `.load`, `.entropy`, and `.names`; see `Routing`."""
     state: Routing = getattr(injected(model), STATE)
     return state
 
@@ -272,7 +220,8 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
     """A context in which the gates are those given, and the model's own gate does not run.
 
     value: an expert's name (with the shared experts: half the weight to it, half to them), a list of one name a
-    sample, a mapping from names to weights, or a tensor (B, E), through which gradients flow.
+    sample, a mapping from names to weights, or a tensor (B, E), or (B, T, E) for layers whose input is (B, T, d),
+    through which gradients flow.
     repeats: rows repeated so many times in place, as `generate` does for num_beams or num_return_sequences.
     Raises ValueError for an unknown expert, a wrong width, batch or device. Where no gradient flows to the gates,
     only the experts that act are touched; the others get gradients of exactly zero, which an optimizer with momentum
@@ -290,9 +239,9 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
         raise ValueError(
             f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))}, the model's"
         )
-    if value is not state.recorded and not weights.requires_grad:
-        state.logits = None  # these are not the learned gate's: no auxiliary loss is due
-    if repeats > 1 and weights.shape[0] > 1:  # one row serves any batch
+    if state.config.gate == "token" or (value is not state.recorded and not weights.requires_grad):
+        state.records = {}  # these are not the learned gate's: no auxiliary loss is due
+    if repeats > 1 and (weights.shape[0] > 1 or weights.ndim == 3):  # one row (1, E) serves any batch
         weights = weights.repeat_interleave(repeats, 0)
     state.recorded, state.batch = weights, None
     return state.put(InForce(weights, _compact(weights)), state.disabled)
@@ -304,50 +253,22 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     return state.put(state.current, True)
 
 
-def compute_gates(model: nn.Module, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
-    """Runs an injected model's own gate on inputs_embeds (B, T, D) and mask (B, T), true on the prompt's tokens.
-
-    Returns weights (B, E), recorded for `routing` and `aux_loss`; `gates(model, weights)` puts them in force.
-    Raises ValueError for a model whose gate is "given", or a shape that does not fit.
-    """
-    host = injected(model)
-    return _own_gates(host, routing(host), inputs_embeds, mask)
-
-
 def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) -> Tensor:
-    """The auxiliary loss of the learned gate's last run, a scalar; zero where none ran.
+    """The auxiliary loss of the learned gates' last run, a scalar; zero where none ran.
 
     targets: the modality-specific expert that each of B samples belongs to, by name or as a tensor (B,) of indices
     among the modality-specific experts.
-    It is supervised_coef times the cross-entropy of the gate's softmax against the targets (our reading of a gate
-    that tells the modalities apart; without targets it is left out) plus balance_coef times the load-balancing loss
-    of Switch Transformers (Fedus et al., 2021, equation 4). Raises ValueError for an unknown expert or a wrong batch.
+    It is supervised_coef times the cross-entropy of the gate's softmax against the targets (for gate="sequence"; our
+    reading of a gate that tells the modalities apart; without targets it is left out), plus balance_coef times the
+    load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), plus z_coef times the z-loss of
+    ST-MoE (Zoph et al., 2022, equation 5), each a mean over the valid tokens (those that attention_mask keeps; where
+    a layer's input is not of its shape, all) of a layer, and then over layers. Raises ValueError for an unknown
+    expert, a wrong batch, or targets of gate="token".
     """
     host = injected(model)
     state = routing(host)
-    logits = state.logits
-    if logits is None:
-        return torch.zeros((), device=next(host.parameters()).device)
-    loss = logits.new_zeros(())
-    if targets is not None:
-        supervised = supervised_loss(logits, _target_indices(targets, state.config, logits))
-        loss = loss + state.config.supervised_coef * supervised
-    if state.config.balance_coef:
-        loss = loss + state.config.balance_coef * load_balancing_loss(logits)
-    return loss
-
-
-def _target_indices(targets: Sequence[str] | Tensor, config: SlideLoRAConfig, logits: Tensor) -> Tensor:
-    batch, names = logits.shape[0], list(config.specific)
-    if not isinstance(targets, Tensor):
-        if unknown := sorted({str(name) for name in targets if name not in names}):
-            raise ValueError(f"targets name {unknown}, expected some of {names}")
-        targets = torch.tensor([names.index(name) for name in targets], dtype=torch.long)
-    if targets.shape != (batch,):
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, expected ({batch},), the gate's batch")
-    if targets.dtype != torch.long:
-        raise ValueError(f"targets have dtype {targets.dtype}, expected torch.int64")
-    return targets.to(logits.device)
+    loss = auxiliary_loss(state.records.values(), state.config, targets)
+    return torch.zeros((), device=next(host.parameters()).device) if loss is None else loss
 
 
 def checkpoint_kwargs(model: nn.Module) -> dict[str, bool | Callable[[], Any]]:

@@ -3,6 +3,7 @@
 adapter_model.safetensors    base_model.model.<layer>.lora_A.<expert>.weight (r, d_in), .lora_B.<expert>.weight
 (d_out, r),
                              base_model.model.slidelora_gate.<parameter>
+                             base_model.model.<layer>.gate.weight (E, d_in), .gate.bias (E,), rows as in gate_rows
 adapter_config.json          the fields of SlideLoRAConfig
 """
 
@@ -10,8 +11,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.inject import find_targets, inject, require_plain, sequence_gate, slide_layers
+from slidelora.gates import SequenceGate
+from slidelora.inject import find_targets, inject, input_embeddings, require_plain, slide_layers
 from slidelora.layers import linear_features
 from slidelora.routing import GATE, injected, routing
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
@@ -39,11 +44,11 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / CONFIG
-    replaced = _digest(beside.read_text()) if beside.exists() else ""
+    replaced = _digest(beside.read_bytes()) if beside.exists() else ""
     tensors = _tensors(host)
     metadata = {"format": "pt", "config": config, "replaces": replaced}
-    _replace_file(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata))
-    _replace_file(beside, lambda path: Path(path).write_text(config))
+    replace_file(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+    replace_file(beside, lambda path: Path(path).write_text(config))
 
 
 def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
@@ -54,17 +59,15 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
     """
     require_plain(model)
     directory = Path(save_directory)
-    for name in (WEIGHTS, CONFIG):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} has no {name}, expected {WEIGHTS} and {CONFIG}")
-    try:
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
-            config = _read_config(directory / CONFIG, file.metadata() or {})
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            _check(shapes, _expected(model, config), config, directory / WEIGHTS)
-            tensors = {name: file.get_tensor(name) for name in shapes}
-    except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS} is no whole safetensors file: {error}") from None
+    require_files(directory)
+    with open_weights(directory) as file:
+        config = _read_config(directory / CONFIG, file.metadata() or {})
+        setup = f"for experts {list(config.experts)}, r={config.r}, target_modules={config.target_modules!r}"
+        try:
+            expected = _expected(model, config)
+        except ValueError as error:
+            raise ValueError(f"{directory / CONFIG} does not fit {type(model).__name__}: {error}") from None
+        tensors = read_tensors(file, expected, setup, directory / WEIGHTS)
     inject(model, config)
     with torch.no_grad():
         for name, tensor in _parameters(model).items():
@@ -83,12 +86,15 @@ def _parameters(host: nn.Module) -> dict[str, Tensor]:
         seen.add(id(layer))
         for expert in config.experts:
             A, B, _ = layer.expert(expert)
-            found[f"{_PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)
-            found[f"{_PREFIX}{name}.lora_B.{expert}.weight"] = B.T  # (d_out, r)
+            found[f"{PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)
+            found[f"{PREFIX}{name}.lora_B.{expert}.weight"] = B.T  # (d_out, r)
+        if layer.gate is not None:
+            for parameter, tensor in layer.gate.named_parameters():
+                found[f"{PREFIX}{name}.gate.{parameter}"] = tensor
     gate = getattr(host, GATE, None)
     if gate is not None:
         for name, parameter in gate.named_parameters():
-            found[f"{_PREFIX}{GATE}.{name}"] = parameter
+            found[f"{PREFIX}{GATE}.{name}"] = parameter
     return found
 
 
@@ -106,45 +112,79 @@ def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int,
         seen.add(id(module))
         d_in, d_out = linear_features(module) or (0, 0)
         for expert, rank in zip(config.experts, config.ranks(name)):
-            shapes[f"{_PREFIX}{name}.lora_A.{expert}.weight"] = (rank, d_in)
-            shapes[f"{_PREFIX}{name}.lora_B.{expert}.weight"] = (d_out, rank)
+            shapes[f"{PREFIX}{name}.lora_A.{expert}.weight"] = (rank, d_in)
+            shapes[f"{PREFIX}{name}.lora_B.{expert}.weight"] = (d_out, rank)
+        if config.gate == "token":
+            shapes[f"{PREFIX}{name}.gate.weight"] = (len(config.experts), d_in)
+            shapes[f"{PREFIX}{name}.gate.bias"] = (len(config.experts),)
     if config.gate == "sequence":
-        for name, parameter in sequence_gate(model, config).named_parameters():
-            shapes[f"{_PREFIX}{GATE}.{name}"] = tuple(parameter.shape)
+        _, features = input_embeddings(model)
+        with torch.device("meta"):  # nothing is allocated for a width that the file may only claim
+            gate = SequenceGate(features, config)
+        for name, parameter in gate.named_parameters():
+            shapes[f"{PREFIX}{GATE}.{name}"] = tuple(parameter.shape)
     return shapes
 
 
-def _check(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], config: SlideLoRAConfig, path: Path
-) -> None:
-    setup = f"for experts {list(config.experts)}, r={config.r}, target_modules={config.target_modules!r}"
-    if missing := sorted(set(expected) - set(found)):
+def require_files(directory: Path) -> None:
+    """Raises FileNotFoundError where an adapter's weights or configuration are missing."""
+    for name in (WEIGHTS, CONFIG):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} has no {name}, expected {WEIGHTS} and {CONFIG}")
+
+
+@contextmanager
+def open_weights(directory: Path) -> Iterator[Any]:
+    """An adapter's weights, of which nothing is read yet but the header; raises ValueError where they are damaged."""
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{directory / WEIGHTS} is no whole safetensors file: {error}") from None
+
+
+def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str, path: Path) -> dict[str, Tensor]:
+    """A file's tensors, once their names, shapes and dtypes are those expected; raises ValueError if they are not."""
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    if missing := sorted(set(expected) - set(slices)):
         raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more, expected them {setup}")
-    if unexpected := sorted(set(found) - set(expected)):
+    if unexpected := sorted(set(slices) - set(expected)):
         raise ValueError(f"{path} has {unexpected[0]} and {len(unexpected) - 1} more, not expected {setup}")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{path} has {name} of shape {found[name]}, expected {shape} {setup}")
+        if (found := tuple(slices[name].get_shape())) != shape:
+            raise ValueError(f"{path} has {name} of shape {found}, expected {shape} {setup}")
+        if (dtype := slices[name].get_dtype()) not in _DTYPES:
+            raise ValueError(f"{path} has {name} of dtype {dtype}, expected one of {list(_DTYPES)}")
+    return {name: file.get_tensor(name) for name in expected}
+
+
+def read_object(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object that a file holds; raises ValueError for anything else."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
 
 
 def _read_config(path: Path, metadata: dict[str, str]) -> SlideLoRAConfig:
-    text = path.read_text()
-    if "config" in metadata and metadata.get("replaces") == _digest(text):
-        text = metadata["config"]  # the save was interrupted after the weights
+    content = path.read_bytes()
+    if "config" in metadata and metadata.get("replaces") == _digest(content):
+        content = metadata["config"].encode()  # the save was interrupted after the weights
+    values = read_object(path, content)
     try:
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}, expected an object")
         return SlideLoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no Slide-LoRA configuration: {error}") from None
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def _replace_file(path: Path, write: Callable[[str], object]) -> None:
+def replace_file(path: Path, write: Callable[[str], object]) -> None:
     """Writes beside a file, then puts the result in its place in one step."""
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)

@@ -147,7 +147,7 @@ class _GateCount:
     def look(self, modality: str) -> None:
         routing = slidelora.routing(self._model.language)
         names = list(routing.names)
-        assert routing.weights is not None
+        assert isinstance(routing.weights, torch.Tensor)
         specific = routing.weights[:, [names.index("text"), names.index("image")]]
         self.right += int((specific.argmax(1) == ("text", "image").index(modality)).sum())
         self.count += len(specific)

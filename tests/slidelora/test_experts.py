@@ -290,3 +290,25 @@ def test_a_size_of_an_addition_is_missing(make_model: Make) -> None:
     model = make_model(r={"text": 4, "image": 4, "shared": 2})
     with pytest.raises(ValueError, match=r"expected a value for \['audio'\] too"):
         slidelora.add_expert(model, "audio")
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_token_gate_gains_a_row(make_model: Make, input_ids: torch.Tensor, top_k: int | None) -> None:
+    model = make_model(gate="token", experts=["s", "a", "b", "c"], shared=["s"], top_k=top_k, gate_temperature=0.5)
+    layer = "model.layers.0.self_attn.q_proj"  # its input is that of the base
+    model(input_ids)
+    before, share = slidelora.routing(model).weights[layer], 0.001
+    slidelora.add_expert(model, "d", share=share)
+    slidelora.add_expert(model, "t", shared=True, share=share)
+    assert slidelora.routing(model).load is None
+    model(input_ids)
+    after = slidelora.routing(model).weights[layer]
+    assert after.shape == (3, 9, 6) and (after[..., 4] <= share + 1e-7).all() and after[..., 4].any() == (not top_k)
+    torch.testing.assert_close(after[..., 5], torch.full((3, 9), share))
+    torch.testing.assert_close(after[..., 0], before[..., 0])
+    torch.testing.assert_close(after[..., 1:4], before[..., 1:] * (1 - after[..., 4:5]))
+    groups = {group["name"]: group["params"] for group in slidelora.param_groups(model, 1e-3)}
+    assert len(groups["gate"]) == 2 * 14 and "other" not in groups
+    gate = model.get_submodule(layer).gate
+    model(input_ids).logits.square().mean().backward()
+    assert gate.weight.grad.shape == (6, 32) and gate.bias.grad.shape == (6,)

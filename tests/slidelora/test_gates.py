@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slidelora import SlideLoRAConfig, released_gates
-from slidelora.gates import SequenceGate, given_gates, load_balancing_loss
+from slidelora.gates import SequenceGate, TokenGate, given_gates
 
 CONFIG = SlideLoRAConfig(experts=["image", "text", "shared"])
 
@@ -61,6 +61,7 @@ def test_groups_share_their_weight() -> None:
         (0.5, "0.5, expected a name"),
         (torch.ones(3), r"\(3,\), expected \(batch, 3\)"),
         (torch.ones(2, 4), r"\(2, 4\), expected \(batch, 3\)"),
+        (torch.ones(2, 5, 4), r"\(2, 5, 4\), expected \(batch, 3\) or \(batch, time, 3\)"),
         (torch.ones(2, 3, dtype=torch.long), "torch.int64, expected a floating"),
     ],
 )
@@ -113,7 +114,56 @@ def test_sequence_gate_names_bad_shapes() -> None:
         gate(torch.randn(2, 6, 8), torch.ones(2, 5))
 
 
-def test_load_balancing_loss_is_one_when_even_and_m_when_collapsed() -> None:
-    even = torch.tensor([[9.0, -9.0], [-9.0, 9.0]])
-    torch.testing.assert_close(load_balancing_loss(even), torch.tensor(1.0))
-    torch.testing.assert_close(load_balancing_loss(even[:1].repeat(4, 1)), torch.tensor(2.0))
+def test_token_gate_names_what_it_kept() -> None:
+    config = SlideLoRAConfig(experts=["s", "a", "b", "c"], shared=["s"], top_k=2)
+    gate = TokenGate(6, config)
+    x = torch.randn(2, 5, 6)
+    weights, experts, logits = gate(x)  # rows a, b, c, s
+    assert weights.shape == experts.shape == (2, 5, 3) and logits.shape == (2, 5, 4)
+    assert torch.equal(experts[..., :2] - 1, logits[..., :3].topk(2).indices) and not experts[..., 2].any()
+    torch.testing.assert_close(weights[..., :2].sum(-1), torch.ones(2, 5))
+    torch.testing.assert_close(weights[..., 2], logits[..., 3].sigmoid())
+    dense, nothing, _ = gate(x.flatten(0, 1))
+    assert nothing is None
+    torch.testing.assert_close(dense.view(2, 5, 4).gather(-1, experts), weights)
+    torch.testing.assert_close(dense.sum(), weights.sum())
+
+
+def test_token_gate_starts_small_for_any_width() -> None:
+    for features in (64, 4096):
+        gate = TokenGate(features, CONFIG)
+        logits = gate(torch.randn(8, 200, features))[2]
+        assert 0.05 < logits.std() < 0.2
+
+
+def test_noise_is_normal_and_spares_the_shared() -> None:
+    config = SlideLoRAConfig(experts=["s", "a", "b"], shared=["s"], gate_noise=0.5)
+    gate = TokenGate(6, config)
+    x = torch.randn(1, 1, 6).expand(1, 4000, 6)
+    exact = gate.eval()(x)[2]
+    difference = gate.train()(x)[2] - exact  # rows a, b, s
+    assert not difference[..., 2].any()
+    assert difference[..., :2].std().item() == pytest.approx(0.5, rel=0.05)
+    assert abs(difference[..., :2].mean().item()) < 0.03
+
+
+def test_token_gate_keeps_no_copy_of_its_input_for_backward() -> None:
+    gate = TokenGate(64, CONFIG)
+    x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        weights, _, _ = gate(x)
+    assert sum(tensor.numel() >= x.numel() for tensor in saved) == 1
+    assert all(tensor.data_ptr() == x.data_ptr() for tensor in saved if tensor.numel() >= x.numel())
+    found = torch.autograd.grad(weights.square().sum(), [x, gate.weight])
+    exact = x.detach().float().requires_grad_()
+    logits = exact @ gate.weight.T + gate.bias
+    expected = torch.cat([logits[..., :2].softmax(-1), logits[..., 2:].sigmoid()], -1)
+    slopes = torch.autograd.grad(expected.square().sum(), [exact, gate.weight])
+    assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], slopes[0].bfloat16())
+    torch.testing.assert_close(found[1], slopes[1])

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, dispatch_model
+from peft import PeftModel
 from torch import Tensor, nn
 
 import slidelora
@@ -376,3 +377,84 @@ def test_device_maps(place: str) -> None:
                 assert parameter.device.type == "cpu", key
                 nn.init.normal_(parameter, std=0.2)
     assert torch.equal(at_rest(model, inputs), at_rest(expected, inputs))
+
+
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        output = model(**inputs)
+    names = [name for name in ("logits", "sample", "logits_per_image") if hasattr(output, name)]
+    return output if isinstance(output, Tensor) else getattr(output, names[0]) if names else output[0]
+
+
+# PEFT refuses Mamba's out_proj by its name.
+EXPORT_OPTIONS: dict[str, dict[str, Any]] = {"mamba": {"exclude_modules": ["dt_proj", "out_proj"]}}
+
+
+PIPELINES: dict[str, Callable[[nn.Module], Any]] = {
+    "unet": lambda unet: diffusers.StableDiffusionPipeline(None, None, None, unet, *[None] * 3, None, False),
+    "sd3": lambda transformer: diffusers.StableDiffusion3Pipeline(transformer, *[None] * 8),
+    "flux": lambda transformer: diffusers.FluxPipeline(*[None] * 6, transformer),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.filterwarnings("ignore:no linear layer holds")
+def test_host_merged_exported_and_imported(name: str, tmp_path: Path) -> None:
+    def difference(one: Tensor) -> float:
+        return float((one - mixture).norm() / mixture.norm())
+
+    model, inputs = make_host(name)
+    base = outputs(model, inputs)
+    slidelora.inject(model, r=2, lora_alpha=6, gate="given", **EXPORT_OPTIONS.get(name, {}))
+    for layer in slide_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    gates = {"text": 0.7, "shared": -0.45}
+    with slidelora.gates(model, gates):
+        mixture = outputs(model, inputs)
+    assert difference(base) > 0.05
+    slidelora.merge(model, gates)
+    assert difference(outputs(model, inputs)) < 1e-5
+    with slidelora.gates(slidelora.unmerge(model), gates):
+        assert torch.equal(outputs(model, inputs), mixture)
+
+    slidelora.export_peft(model, tmp_path, gates=gates)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a key that is missing
+        loaded = PeftModel.from_pretrained(make_host(name)[0], tmp_path)
+    assert difference(outputs(loaded.base_model.model, inputs)) < 1e-5
+    if name in PIPELINES:
+        pipeline = PIPELINES[name](make_host(name)[0])
+        pipeline.load_lora_weights(tmp_path)
+        assert difference(outputs(pipeline.unet if name == "unet" else pipeline.transformer, inputs)) < 1e-5
+    other = slidelora.import_peft(make_host(name)[0], {"all": tmp_path}, gate="given")
+    with slidelora.gates(other, "all"):
+        assert difference(outputs(other, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_moe", "gpt2", "mamba", "t5", "clip", "whisper", "unet", "flux", "torch_transformer"]
+)
+@pytest.mark.filterwarnings("ignore:no linear layer holds")
+def test_token_gates_in_a_host(name: str, tmp_path: Path) -> None:
+    model, inputs = make_host(name)
+    base = at_rest(model, inputs)
+    options = {"gate": "token", "top_k": 1, "balance_coef": 0.1, "z_coef": 0.1, **OPTIONS.get(name, {})}
+    slidelora.inject(model, r=2, **options)
+    assert torch.equal(at_rest(model, inputs), base)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], 0.02)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (run(model, inputs).square().mean() + slidelora.aux_loss(model)).backward()
+        optimizer.step()
+    layers = slide_layers(model)
+    learning = [bool(layer.gate.weight.grad.any()) for layer in layers.values()]
+    assert sum(learning) >= 0.9 * len(layers)
+    trained = at_rest(model, inputs)
+    weights = slidelora.routing(model).weights
+    assert set(weights) == set(layers) and all(value.shape[-1] == 3 for value in weights.values())
+    slidelora.save_pretrained(model, tmp_path)
+    other, inputs = make_host(name)
+    slidelora.load_pretrained(other, tmp_path)
+    assert not torch.equal(trained, base) and torch.equal(at_rest(other, inputs), trained)
+    slidelora.remove(model)
+    assert torch.equal(at_rest(model, inputs), base)

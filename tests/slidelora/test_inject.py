@@ -140,6 +140,19 @@ def test_adapters_start_as_pefts(make_base: Make) -> None:
     assert layer.lora_A.abs().max() <= bound and layer.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
+def test_what_is_put_in_is_in_its_hosts_mode(make_base: Make) -> None:
+    for gate in ("sequence", "token"):
+        model = make_base()
+        model.model.layers[0].train()
+        slidelora.inject(model, gate=gate, r=2, lora_dropout=0.5)
+        layers = slide_layers(model)
+        assert not model.training and len(layers) == 14
+        for name, layer in layers.items():
+            modules = set(layer.modules())
+            assert all(module.training == name.startswith("model.layers.0.") for module in modules)
+        assert gate == "token" or not any(module.training for module in model.slidelora_gate.modules())
+
+
 def test_a_module_with_two_names_is_one_layer() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -183,6 +196,16 @@ def test_other_bad_calls_are_named(make_base: Make) -> None:
     slidelora.inject(model.model, r=2)
     with pytest.raises(ValueError, match="model is injected already, expected a plain model"):
         slidelora.inject(model)
+
+
+def test_a_model_in_evaluation_mode_stays_so(make_base: Make, input_ids: torch.Tensor) -> None:
+    model = slidelora.inject(make_base(), r=4, lora_dropout=0.5)
+    for layer in slide_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    with slidelora.gates(model, "text"):
+        assert torch.equal(model(input_ids).logits, model(input_ids).logits)
+    assert not any(module.training for module in model.modules())
+    assert all(module.training for module in slidelora.inject(make_base().train(), r=4).modules())
 
 
 def test_deepcopy_is_independent(make_model: Make, input_ids: torch.Tensor) -> None:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import slidelora
 
@@ -437,3 +444,76 @@ def test_inactive_experts_get_zero_gradients(make_model: Make, input_ids: Tensor
     logits(model, input_ids, "text").sum().backward()
     layer = model.model.layers[0].mlp.up_proj
     assert layer.lora_A.grad[:4].any() and layer.lora_A.grad[8:].any() and not layer.lora_A.grad[4:8].any()
+
+
+# Gates by token
+
+
+def test_given_gates_by_token(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model(gate="given")
+    rows = torch.rand(3, 3)
+    by_sample = logits(model, input_ids, rows)
+    torch.testing.assert_close(logits(model, input_ids, rows[:, None].repeat(1, 9, 1)), by_sample)
+    weights = torch.rand(3, 9, 3)
+    expected = logits(model, input_ids, weights)
+    assert torch.equal(slidelora.routing(model).weights, weights)
+    reference = make_model(gate="given", backend="reference")
+    torch.testing.assert_close(logits(reference, input_ids, weights), expected)
+    changed = weights.clone()
+    changed[:, 6:] = 0.5
+    found = logits(model, input_ids, changed)
+    torch.testing.assert_close(found[:, :6], expected[:, :6])  # a later token's gate reaches no earlier one
+    assert not torch.allclose(found[:, 6:], expected[:, 6:])
+    with slidelora.gates(model, weights[:1], repeats=3):
+        assert torch.equal(model(input_ids).logits, logits(model, input_ids, weights[:1].repeat(3, 1, 1)))
+
+
+def test_given_gates_by_token_touch_only_what_acts(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model(gate="given", experts=["a", "b", "c", "d"], shared=[])
+    chosen = torch.rand(3, 9, 4).topk(2).indices
+    sparse = torch.zeros(3, 9, 4).scatter(-1, chosen, torch.rand(3, 9, 2))
+    alike = torch.rand(3, 9, 4) * torch.tensor([0.0, 1, 0, 1])
+    for weights, slots in ((sparse, 2), (alike, 2), (torch.zeros(3, 9, 4), 0)):
+        with slidelora.gates(model, weights):
+            compact = slidelora.routing(model).current.compact
+            assert compact is not None and compact[0].shape == (3, 9, slots)
+            found = model(input_ids).logits
+        dense = logits(model, input_ids, weights.clone().requires_grad_())
+        torch.testing.assert_close(found, dense)
+    nn.init.constant_(model.model.layers[0].mlp.up_proj.lora_A[:4], float("nan"))
+    assert logits(model, input_ids, alike).isfinite().all()
+
+
+def test_gates_by_token_learn(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model(gate="given").double()
+    weights = torch.rand(3, 9, 3, requires_grad=True)
+    step = 1e-3 * torch.randn(3, 9, 3)
+    (slope,) = torch.autograd.grad(logits(model, input_ids, weights).square().mean(), weights)
+    with torch.no_grad():
+        up, down = (logits(model, input_ids, weights + sign * step).square().mean() for sign in (1, -1))
+    assert float((up - down) / 2) == pytest.approx(float((slope * step).sum()), rel=1e-3)
+
+
+def test_gates_by_token_reach_layers_that_see_all_tokens_in_a_row(input_ids: Tensor) -> None:
+    config = OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
+    )
+    model = slidelora.inject(OPTForCausalLM(config).eval(), gate="given", r=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    weights = torch.rand(3, 9, 3)
+    batch = logits(model, input_ids, weights)
+    for row in range(3):
+        alone = logits(model, input_ids[row : row + 1], weights[row : row + 1])
+        torch.testing.assert_close(batch[row], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gates_of_other_tokens_are_named(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model(gate="given")
+    for weights in (torch.ones(3, 8, 3), torch.ones(1, 9, 3)):
+        with pytest.raises(ValueError, match=r"expected \(3, 9, 3\) for the input of model.layers.0.self_attn.q_proj"):
+            logits(model, input_ids, weights)
+    assert slidelora.routing(model).current is None
+    with pytest.raises(ValueError, match="gates have batch 2, expected 3"):
+        logits(model, input_ids, torch.ones(2, 9, 3))

@@ -128,7 +128,7 @@ def test_files_of_another_kind(make_base: Make, saved: Path, tmp_path: Path) -> 
     (saved / "adapter_config.json").write_text("[1]")
     fails(make_base, saved, ValueError, "a list, expected an object")
     (saved / "adapter_config.json").write_text("{")
-    fails(make_base, saved, ValueError, "no Slide-LoRA configuration")
+    fails(make_base, saved, ValueError, "adapter_config.json is no JSON")
     fails(make_base, tmp_path / "nowhere", FileNotFoundError, "has no adapter_model.safetensors")
 
 
@@ -162,6 +162,13 @@ def test_an_interrupted_save_leaves_a_whole_adapter(
     assert all(torch.equal(parameter, whole.get_parameter(name)) for name, parameter in loaded.named_parameters())
     assert len(list(saved.iterdir())) == 2
     slidelora.save_pretrained(other, saved)
+    slidelora.load_pretrained(make_base(), saved)
+
+
+def test_saving_over_a_damaged_adapter(make_model: Make, make_base: Make, saved: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (saved / name).write_bytes(b"\xff")
+    slidelora.save_pretrained(make_model(), saved)
     slidelora.load_pretrained(make_base(), saved)
 
 

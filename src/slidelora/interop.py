@@ -1,0 +1,233 @@
+"""Plain PEFT LoRA in and out."""
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slidelora.config import SlideLoRAConfig
+from slidelora.gates import GateValue
+from slidelora.inject import find_targets, inject, require_plain, slide_layers
+from slidelora.layers import Expert, linear_features
+from slidelora.merge import constant_gates, fold
+from slidelora.routing import injected, routing
+from slidelora.state import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    open_weights,
+    read_object,
+    read_tensors,
+    replace_file,
+    require_files,
+)
+
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue | None = None) -> None:
+    """Writes an injected model's experts as plain PEFT LoRA, which PEFT, diffusers and servers load without slidelora.
+
+    gates: None writes each expert to a folder of its name; constant gates, as in `slidelora.merge`, write one LoRA to
+    the directory itself whose rank is the sum of the ranks of the experts that act, and whose output is the mixture's.
+    A folder holds adapter_model.safetensors and adapter_config.json for `PeftModel.from_pretrained` and, for a
+    diffusers model, pytorch_lora_weights.safetensors for `load_lora_weights` of its pipeline.
+    An export carries no gate: without gates= a model that has learned one warns. Raises ValueError for gates that
+    differ between samples or weigh every expert 0, and for a layer held under two names, which PEFT adapts once only.
+    """
+    host = injected(model)
+    layers = slide_layers(host)
+    first = {id(layer): name for name, layer in reversed(layers.items())}
+    if twice := [name for name, layer in layers.items() if first[id(layer)] != name]:
+        raise ValueError(
+            f"{twice[0]} and {first[id(layers[twice[0]])]} are one layer, expected one name for each: PEFT would adapt "
+            "it under one of them only"
+        )
+    directory = Path(save_directory)
+    if gates is None:
+        gate = routing(host).config.gate
+        if gate != "given":
+            warnings.warn(
+                f"the {gate} gate is not exported: each expert is a LoRA of its own; pass gates= for the mixture",
+                stacklevel=2,
+            )
+        for expert in routing(host).names:
+            _write_lora(directory / expert, host, {name: layer.expert(expert) for name, layer in layers.items()})
+        return
+    weights = constant_gates(host, gates)
+    if not any(weights.values()):
+        raise ValueError(f"gates are {weights}, expected at least one expert that weighs something")
+    _write_lora(directory, host, {name: Expert(*fold(layer, weights), 1.0) for name, layer in layers.items()})
+
+
+def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    target_modules = exact_targets(loras, _plain_names(host, loras))
+    ranks = {name: lora.A.shape[0] for name, lora in loras.items()}
+    r, rank_pattern = _common(ranks)
+    lora_alpha, alpha_pattern = _common({name: _number(lora.scaling * ranks[name]) for name, lora in loras.items()})
+    sizes = {"r": r, "rank_pattern": rank_pattern, "target_modules": target_modules}
+    config = {
+        "peft_type": "LORA",
+        **sizes,
+        "lora_alpha": lora_alpha,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": routing(host).config.lora_dropout,
+        "bias": "none",
+        "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in slide_layers(host).values()),
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, lora in loras.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.A  # (r, d_in)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.B.T  # (d_out, r)
+    replace_file(directory / WEIGHTS, _writer(tensors, {}))
+    replace_file(directory / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+    if hasattr(host, "load_lora_adapter"):  # a diffusers model: other names, and no configuration file beside
+        prefix = "unet" if type(host).__name__.startswith("UNet") else "transformer"
+        scaled = {}
+        for name, lora in loras.items():
+            scaled[f"{prefix}.{name}.lora_A.weight"] = lora.A
+            scaled[f"{prefix}.{name}.lora_B.weight"] = lora.B.T * lora.scaling
+        alphas = {"lora_alpha": r, "alpha_pattern": rank_pattern}
+        described = json.dumps({f"{prefix}.{name}": value for name, value in (sizes | alphas).items()})
+        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, {"lora_adapter_metadata": described}))
+
+
+def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The names of the modules of an injected model's base."""
+    added = (*(f"{name}." for name in layers), "slidelora_")
+    names = [name for name, _ in host.named_modules()]
+    inside = [name.replace(".base_layer.", ".") for name in names if ".base_layer." in name]
+    return inside + [name for name in names if not name.startswith(added)]
+
+
+def _writer(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Callable[[str], None]:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return lambda path: save_file(whole, path, {"format": "pt", **metadata})
+
+
+_READ = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
+# Fields of a PEFT configuration that do not change the output of a trained adapter.
+_IDLE = (
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern"),
+    *("megatron_core", "qalora_group_size", "eva_config", "loftq_config", "ensure_weight_tying"),
+)
+_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights too
+
+
+def import_peft(model: nn.Module, adapters: Mapping[str, str | Path], **fields: Any) -> nn.Module:
+    """Injects plain PEFT LoRA adapters into a plain base model, one expert each, in place, and returns the same model.
+
+    adapters: a folder with adapter_config.json and adapter_model.safetensors for each expert's name, in the order of
+    a gate's columns. Ranks, scalings and layers are the files': where an adapter has no LoRA on a layer of another's,
+    its expert's B is zero there.
+    fields: the other fields of SlideLoRAConfig, as shared, gate or backend.
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged, does not fit the model or is more
+    than plain LoRA (DoRA, modules_to_save, biases and so on, named), TypeError for a field that the files decide; the
+    model is then as before.
+    """
+    require_plain(model)
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(f"adapters are {adapters!r}, expected a mapping from experts' names to folders")
+    if taken := sorted({"experts", "init", *_READ} & set(fields)):
+        raise TypeError(f"fields have {taken}, which the adapters' files decide; expected others of SlideLoRAConfig's")
+    loras = {expert: _read_lora(model, Path(directory)) for expert, directory in adapters.items()}
+    layers = slide_layers(inject(model, _joint_config(model, loras, fields)))
+    with torch.no_grad():
+        for expert, by_layer in loras.items():
+            for name, lora in by_layer.items():
+                layers[name].expert(expert).A.copy_(lora.A)
+                layers[name].expert(expert).B.copy_(lora.B)
+    return model
+
+
+def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
+    """An adapter's LoRA by layer, on the CPU."""
+    require_files(directory)
+    values = read_object(directory / CONFIG, (directory / CONFIG).read_bytes())
+    try:
+        config = _plain_lora(values)
+        targets = find_targets(model, config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} is no plain LoRA for {type(model).__name__}: {error}") from None
+    # PEFT adapts a module that is held under two names under its first.
+    names = [name for name, module in model.named_modules() if targets.get(name) is module]
+    with open_weights(directory) as file:
+        if values.get("layers_to_transform") is not None:  # some of the targets: the file says which
+            stored = set(file.keys())
+            names = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in stored]
+        if not names:
+            raise ValueError(f"{directory / WEIGHTS} has LoRA for none of {list(targets)}, expected some")
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            (rank,), (d_in, d_out) = config.ranks(name), linear_features(targets[name]) or (0, 0)
+            shapes[f"{PREFIX}{name}.lora_A.weight"] = (rank, d_in)
+            shapes[f"{PREFIX}{name}.lora_B.weight"] = (d_out, rank)
+        setup = f"for r={config.r}, target_modules={config.target_modules!r}"
+        tensors = read_tensors(file, shapes, setup, directory / WEIGHTS)
+    A, B = ([tensors[f"{PREFIX}{name}.lora_{factor}.weight"] for name in names] for factor in "AB")
+    return {name: Expert(A, B.T, config.scalings(name)[0]) for name, A, B in zip(names, A, B)}
+
+
+def _plain_lora(values: Mapping[str, Any]) -> SlideLoRAConfig:
+    """A PEFT configuration as that of one expert; raises ValueError for one that is more than plain LoRA."""
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {values.get('peft_type')!r}, expected 'LORA'")
+    if (bias := values.get("bias", "none")) != "none":
+        raise ValueError(f"bias is {bias!r}, expected 'none'")
+    if (init := values.get("init_lora_weights", True)) not in _INITS:
+        raise ValueError(f"init_lora_weights is {init!r}, which changes the base model; expected one of {_INITS}")
+    for name, value in values.items():
+        if value and name not in (*_READ, *_IDLE, "bias", "init_lora_weights"):
+            raise ValueError(f"{name} is {value!r}, expected a plain LoRA, which has none")
+    read = {name: values[name] for name in _READ if values.get(name) is not None}
+    if not read.get("exclude_modules"):
+        read.pop("exclude_modules", None)
+    defaults = {"r": 8, "lora_alpha": 8}  # PEFT's
+    return SlideLoRAConfig(experts=["expert"], shared=[], gate="given", **(defaults | read))
+
+
+def _joint_config(
+    model: nn.Module, loras: Mapping[str, Mapping[str, Expert]], fields: Mapping[str, Any]
+) -> SlideLoRAConfig:
+    """The configuration under which each expert has the ranks and scalings that were read."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    layers = {name for by_layer in loras.values() for name in by_layer}
+    sizes: dict[str, Any] = {"r": {}, "lora_alpha": {}, "rank_pattern": {}, "alpha_pattern": {}}
+    for expert, by_layer in loras.items():
+        ranks = {name: lora.A.shape[0] for name, lora in by_layer.items()}
+        alphas = {name: _number(lora.scaling * ranks[name]) for name, lora in by_layer.items()}
+        for size, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+            sizes[size][expert], others = _common(values)
+            for name, value in others.items():
+                sizes[pattern].setdefault(name, {})[expert] = value
+    return SlideLoRAConfig(experts=list(loras), target_modules=exact_targets(layers, names), **sizes, **fields)
+
+
+def exact_targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
+    """target_modules that match the layers and no other of the modules: their last names, or else a regex."""
+    wanted = set(layers)
+    last = sorted({name.rpartition(".")[2] for name in wanted})
+    if {name for name in modules if name.rpartition(".")[2] in last} == wanted:
+        return last
+    return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and the layers that have another, as PEFT's patterns name them."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
+
+
+def _number(value: float) -> int | float:
+    value = float(f"{value:.12g}")
+    return int(value) if value.is_integer() else value

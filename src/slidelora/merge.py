@@ -1,0 +1,137 @@
+"""Experts under constant gates folded into the base weights, and taken out again."""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from slidelora.gates import GateValue, given_gates
+from slidelora.inject import Injection, attach, detach, slide_layers, thaw
+from slidelora.layers import SlideLoRALinear
+from slidelora.routing import MERGED, injected, routing
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Merged(NamedTuple):
+    injection: Injection
+    weights: dict[str, Tensor]  # the base weights before, by layer
+
+
+def merge(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
+    """Folds the experts under constant gates into the base weights, in place, and returns the same model.
+
+    gates: as in `slidelora.gates`, the same for every sample; a gate that depends on the input cannot be merged.
+    The module tree is then the base model's own, its state_dict too, and a call costs what the base model's does. The
+    weights from before are kept aside for `unmerge`. Sums are in fp32 (fp64 for an fp64 base) and rounded once.
+    Raises ValueError where no gates are given, for gates that differ between samples, for a base layer that is no
+    plain or Conv1D layer of floating weights (a quantised one), and where a merged weight is not finite; the model is
+    then as before.
+    """
+    host = injected(model)
+    gate_weights = constant_gates(host, gates)
+    layers = slide_layers(host)
+    for name, layer in layers.items():
+        _require_mergeable(name, layer.base_layer)
+    merged = {id(layer): _merged_weight(name, layer, gate_weights) for name, layer in layers.items()}
+    injection = detach(host)
+    before = {}
+    for name, layer in layers.items():
+        before[name] = layer.weight.data
+    for layer in layers.values():
+        layer.weight.data = merged[id(layer)]
+    setattr(host, MERGED, _Merged(injection, before))
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Puts a merged model's base weights back, bit for bit, and its experts and gate on them; returns the same model.
+
+    What was written to the merged weights since is lost. Raises ValueError for a model that is not merged, or whose
+    merged layers were replaced or cast since; the model is then as before.
+    """
+    hosts = [module for module in model.modules() if MERGED in module.__dict__]
+    if len(hosts) != 1:
+        raise ValueError(f"{type(model).__name__} holds {len(hosts)} merged models, expected one: see slidelora.merge")
+    injection, before = cast(_Merged, getattr(hosts[0], MERGED))
+    for name, layer in injection.layers.items():
+        if hosts[0].get_submodule(name) is not layer.base_layer:
+            raise ValueError(f"{name} was replaced since the merge, expected the layer that was merged")
+        if layer.weight.dtype != before[name].dtype:
+            raise ValueError(f"{name} is {layer.weight.dtype} now, expected {before[name].dtype} as before the merge")
+    for name, layer in injection.layers.items():
+        device = layer.weight.device
+        layer.weight.data = before[name].to(device)
+        layer.to(device)
+    delattr(hosts[0], MERGED)
+    attach(hosts[0], injection)
+    return model
+
+
+def merge_and_unload(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
+    """Folds the experts under constant gates into the base weights for good and returns the same, now plain, model.
+
+    What was trainable before the injection is so again. Raises as `merge` does.
+    """
+    host = injected(model)
+    merge(host, gates)
+    injection = cast(_Merged, getattr(host, MERGED)).injection
+    delattr(host, MERGED)
+    thaw(host, injection)
+    return model
+
+
+def constant_gates(host: nn.Module, gates: GateValue | None) -> dict[str, float]:
+    """What the caller gave, one weight for each expert; raises ValueError where it differs between samples."""
+    state = routing(host)
+    if gates is None:
+        raise ValueError(
+            f"no gates are given and the model's gate is {state.config.gate!r}, which may differ between inputs; "
+            f"expected constant gates, as in gates={state.names[0]!r} or a mapping from experts to weights"
+        )
+    rows = given_gates(state.config, gates).detach().flatten(0, -2)  # (B, E)
+    if not len(rows) or not bool((rows == rows[:1]).all()):
+        raise ValueError(
+            f"gates of {len(rows)} samples differ, expected the same for every sample: a merged model has one weight"
+        )
+    return dict(zip(state.names, rows[0].tolist()))
+
+
+def fold(layer: SlideLoRALinear, gates: dict[str, float]) -> tuple[Tensor, Tensor]:
+    """One LoRA that does what a layer's experts do under constant gates: A (R, d_in) and B (R, d_out), scaling 1.
+
+    R is the sum of the ranks of the experts whose gate is not zero; gates and scalings are folded into B.
+    """
+    experts = [(layer.expert(name), weight) for name, weight in gates.items() if weight]
+    dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
+    A = [expert.A.detach().to(dtype) for expert, _ in experts]
+    B = [expert.B.detach().to(dtype) * (weight * expert.scaling) for expert, weight in experts]
+    empty_A = layer.lora_A.new_empty(0, layer.in_features, dtype=dtype)
+    empty_B = layer.lora_B.new_empty(0, layer.out_features, dtype=dtype)
+    return torch.cat([empty_A, *A]), torch.cat([empty_B, *B])
+
+
+def _require_mergeable(name: str, base: nn.Module) -> None:
+    weight = getattr(base, "weight", None)
+    known = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
+    # A quantised weight is a subclass of Parameter, or not floating; one that is offloaded is on the meta device.
+    plain = type(weight) is nn.Parameter and weight.dtype in _DTYPES and weight.device.type != "meta"
+    if not known or not plain:
+        what = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(
+            f"{name} is a {type(base).__name__} with a {what} for its weight, expected a Linear or Conv1D with a "
+            "floating weight: a quantised or offloaded layer cannot be merged; use it under slidelora.gates, or "
+            "slidelora.export_peft with gates="
+        )
+
+
+def _merged_weight(name: str, layer: SlideLoRALinear, gates: dict[str, float]) -> Tensor:
+    A, B = fold(layer, gates)
+    weight = layer.weight.detach()
+    delta = B.T @ A  # (d_out, d_in)
+    if type(layer.base_layer).__name__ == "Conv1D":
+        delta = delta.T
+    merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+    if not bool(merged.isfinite().all()):
+        raise ValueError(f"{name} has a merged weight that is not finite in {weight.dtype}, expected finite ones")
+    return merged

@@ -1,0 +1,149 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import slidelora
+from slidelora.auxiliary import Routed, entropy, load, load_balancing_loss, z_loss
+from slidelora.inject import slide_layers
+
+Make = Callable[..., LlamaForCausalLM]
+
+
+def test_load_balancing_loss_is_one_when_even_and_m_when_collapsed() -> None:
+    even = torch.tensor([[9.0, -9.0], [-9.0, 9.0]])
+    torch.testing.assert_close(load_balancing_loss(even), torch.tensor(1.0))
+    torch.testing.assert_close(load_balancing_loss(even[:1].repeat(4, 1)), torch.tensor(2.0))
+    even = torch.tensor([[9.0, 9.0, -9.0, -9.0], [-9.0, -9.0, 9.0, 9.0]])
+    torch.testing.assert_close(load_balancing_loss(even, top_k=2), torch.tensor(1.0))
+    torch.testing.assert_close(load_balancing_loss(even[:1].repeat(4, 1), top_k=2), torch.tensor(2.0))
+
+
+def test_load_balancing_loss_pulls_towards_the_idle() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 0.0, 1.0]], requires_grad=True)
+    load_balancing_loss(logits).backward()
+    assert (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
+
+
+def test_z_loss_is_the_squared_logarithm_of_the_sum() -> None:
+    logits = torch.tensor([[0.0, 0.0], [3.0, 3.0], [math.nan, 0.0]])
+    expected = (math.log(2) ** 2 + (3 + math.log(2)) ** 2) / 2
+    assert float(z_loss(logits, torch.tensor([True, True, False]))) == pytest.approx(expected)
+
+
+def test_load_and_entropy_of_known_logits() -> None:
+    config = slidelora.SlideLoRAConfig(experts=["a", "s", "b", "c"], shared=["s"], gate="token", gate_temperature=2.0)
+    logits = torch.tensor([[[0.0, 0, 0, 7], [9, 0, 0, 7]], [[9.0, 3, 0, 7], [0, 9, 5, 7]]])  # rows a, b, c, s
+    valid = torch.tensor([[False, True], [True, True]])
+    runs = [Routed(logits, valid), Routed(logits[:1])]
+    assert load(runs, config).tolist() == pytest.approx([4 / 5, 1 / 5, 0])
+    two = slidelora.SlideLoRAConfig(**{**config.to_dict(), "top_k": 2})
+    assert load([Routed(logits[1])], two).tolist() == [0.5, 1, 0.5]
+    uniform = Routed(torch.zeros(2, 4))
+    assert float(entropy([uniform], config)) == pytest.approx(math.log(3))
+    probabilities = torch.tensor([9.0, 3, 0]).div(2).softmax(0)
+    expected = -(probabilities * probabilities.log()).sum()
+    torch.testing.assert_close(entropy([Routed(logits[1, :1]), Routed(logits[1, :1])], config), expected)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_the_loss_of_the_token_gates_by_definition(make_model: Make, input_ids: Tensor, top_k: int | None) -> None:
+    fields = {"experts": ["a", "s", "b", "c"], "shared": ["s"], "gate": "token", "gate_temperature": 0.8}
+    model = make_model(**fields, top_k=top_k, balance_coef=0.3, z_coef=0.2)
+    mask = torch.ones_like(input_ids)
+    mask[0, :5] = mask[2, 7:] = 0
+    seen: dict[str, Tensor] = {}
+    for name, layer in slide_layers(model).items():
+        layer.gate.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
+    model(input_ids, attention_mask=mask)
+    losses, gates = [], [layer.gate.weight for layer in slide_layers(model).values()]
+    for name, layer in slide_layers(model).items():
+        rows = (
+            seen[name][mask.bool()].double() @ layer.gate.weight.double().T + layer.gate.bias.double()
+        )  # (valid tokens, E)
+        probabilities = (rows[:, :3] / 0.8).softmax(-1)
+        share = torch.zeros(3, dtype=torch.float64)
+        for token in probabilities:
+            for expert in token.argsort(descending=True)[: top_k or 1]:
+                share[expert] += 1 / (len(rows) * (top_k or 1))
+        balance = 3 * (share * probabilities.mean(0)).sum()
+        losses.append(0.3 * balance + 0.2 * rows[:, :3].exp().sum(-1).log().square().mean())
+        chosen = share * (top_k or 1)
+        torch.testing.assert_close(slidelora.routing(model).load[name].double(), chosen, rtol=1e-5, atol=1e-6)
+    expected = torch.stack(losses).mean()
+    found = slidelora.aux_loss(model)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    slopes = torch.autograd.grad(expected, gates), torch.autograd.grad(found, gates)
+    # The direct computation holds the layers' inputs fixed, so the last layer's gate alone has no other way to learn.
+    torch.testing.assert_close(slopes[1][-1], slopes[0][-1], rtol=1e-4, atol=1e-6)
+    assert slopes[1][0].any()
+    with pytest.raises(ValueError, match=r"targets are .*expected None: gate='token'"):
+        slidelora.aux_loss(model, ["a", "b", "a"])
+
+
+def test_layers_with_no_valid_token_do_not_count() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.one(inputs_embeds) + self.two(inputs_embeds[:0]).sum()
+
+    model = slidelora.inject(Two(), experts=["a", "b"], gate="token", r=2, z_coef=1.0, balance_coef=1.0)
+    x, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
+    model(x, mask)
+    both = slidelora.aux_loss(model)
+    del slidelora.routing(model).records["two"]
+    torch.testing.assert_close(both, slidelora.aux_loss(model))
+    assert both > 1
+    model(x, torch.zeros(2, 3))
+    loss = slidelora.aux_loss(model)
+    loss.backward()
+    assert float(loss.detach()) == 0 and model.one.gate.weight.grad.isfinite().all()
+
+
+def test_the_terms_of_the_sequence_gate(make_model: Make, input_ids: Tensor) -> None:
+    fields = {"experts": ["a", "b", "c"], "shared": [], "top_k": 2, "gate_temperature": 0.5}
+    model = make_model(**fields, supervised_coef=0.3, balance_coef=0.2, z_coef=0.1)
+    model(input_ids)
+    state = slidelora.routing(model)
+    logits = state.records["slidelora_gate"][0].logits.double()
+    probabilities = (logits / 0.5).softmax(-1)
+    kept = probabilities >= probabilities.sort(-1).values[:, 1:2]
+    weights = probabilities * kept / (probabilities * kept).sum(-1, keepdim=True)
+    torch.testing.assert_close(state.weights.double(), weights)
+    torch.testing.assert_close(state.load.double(), kept.double().mean(0))
+    targets = torch.tensor([2, 0, 1])
+    expected = 0.3 * -probabilities[torch.arange(3), targets].log().mean()
+    expected = expected + 0.2 * 3 * (kept.double().mean(0) / 2 * probabilities.mean(0)).sum()
+    expected = expected + 0.1 * logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(slidelora.aux_loss(model, targets).double(), expected)
+
+
+def test_balancing_wakes_an_idle_expert() -> None:
+    torch.manual_seed(0)
+    model = slidelora.inject(
+        nn.Sequential(nn.Linear(8, 8)),
+        experts=["a", "b", "c"],
+        gate="token",
+        top_k=1,
+        r=2,
+        target_modules=["0"],
+        balance_coef=1.0,
+    )
+    x = torch.randn(4, 32, 8) + 1
+    with torch.no_grad():
+        model[0].gate.weight[0] += 1
+    optimizer = torch.optim.Adam([model[0].gate.weight], 0.05)
+    model(x)
+    assert slidelora.routing(model).load["0"].max() > 0.9
+    for _ in range(100):
+        slidelora.aux_loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model(x)
+    assert slidelora.routing(model).load["0"].min() > 0.2
