@@ -1,0 +1,70 @@
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from textharmony.journal import Journal
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    rows = [{"id": "a\nb", "text": "Größe 漢字 \u2028 \x85"}, {"id": "b", "text": None}]
+    with Journal(tmp_path / "new" / "rows.jsonl") as journal:
+        assert journal.rows == []
+        for row in rows:
+            journal.append(row)
+    with Journal(tmp_path / "new" / "rows.jsonl") as journal:
+        assert journal.rows == rows
+
+
+def test_half_a_surrogate_pair_is_written_and_comes_back(tmp_path: Path) -> None:
+    with Journal(tmp_path / "rows.jsonl") as journal:
+        journal.append({"text": "cut \ud83d"})
+    with Journal(tmp_path / "rows.jsonl") as journal:
+        assert journal.rows == [{"text": "cut \ud83d"}]
+
+
+@pytest.mark.parametrize("cut", [b'{"id": "c', b"{", '{"text": "é'.encode()[:-1]])
+def test_a_cut_last_line_is_dropped_and_the_next_row_stands_alone(tmp_path: Path, cut: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "a"}\n{"id": "b"}\n' + cut)
+    with Journal(path) as journal:
+        assert journal.rows == [{"id": "a"}, {"id": "b"}]
+        journal.append({"id": "c"})
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", ""])
+def test_a_whole_line_that_is_no_object_is_named_and_left(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"id": "a"}}\n{line}\n{{"id": "b"}}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2"):
+        Journal(path)
+    assert path.read_bytes() == before
+
+
+def test_rows_of_many_threads_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with Journal(path) as journal:
+        threads = [
+            threading.Thread(target=lambda i=i: [journal.append({"i": i, "text": "x" * 9000}) for _ in range(20)])
+            for i in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    with Journal(path) as journal:
+        assert sorted(row["i"] for row in journal.rows) == sorted(list(range(8)) * 20)
+
+
+def test_a_file_is_written_by_one_journal_at_a_time(tmp_path: Path) -> None:
+    """flock tells open files apart, whoever opened them: a second opening here is what another process would do."""
+    path = tmp_path / "rows.jsonl"
+    with Journal(path) as journal:
+        with pytest.raises(ValueError, match="being written by another run"):
+            Journal(path)
+        journal.append({"id": "a"})
+    with Journal(path) as journal:
+        assert journal.rows == [{"id": "a"}]
