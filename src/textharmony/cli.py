@@ -1,4 +1,5 @@
-"""The command line: `textharmony read | answer | locate | draw | edit | train | evaluate | demo`."""
+"""The command line: `textharmony read | answer | locate | draw | edit | train | evaluate | demo |
+captions build`."""
 
 from __future__ import annotations
 
@@ -90,10 +91,65 @@ def demo(words: tyro.conf.Positional[tuple[str, ...]] = (), out: Out = Path("dem
     print(f"look at {out}")
 
 
+def build_captions(
+    pictures: tyro.conf.Positional[Path],
+    out: Out = Path("captions"),
+    endpoint: str | None = None,
+    model: str | None = None,
+    local: Path | None = None,
+    prompt: Path | None = None,
+    attempts: int = 3,
+    workers: int = 8,
+    requests_per_minute: float | None = None,
+    timeout: float = 120.0,
+    max_retries: int = 5,
+    max_failures: int = 20,
+    temperature: float | None = 0.2,
+    max_tokens: int = 512,
+) -> None:
+    """Captions that dwell on the text in the PICTURES of a folder, or goes on where OUT/captions.jsonl ends.
+
+    A multimodal model writes them, told what OCR reads: MODEL behind an OpenAI-compatible ENDPOINT such as
+    http://localhost:8000/v1 (its key in the environment, TEXTHARMONY_API_KEY), or a LOCAL folder of transformers.
+    """
+    from textharmony.captions import Prompt, build
+    from textharmony.chat import Chat, Endpoint, LocalChat
+    from textharmony.evaluation import read_text
+
+    words = Prompt() if prompt is None else Prompt.load(prompt)
+    chat: Chat
+    if local is not None and endpoint is None and model is None:
+        chat = LocalChat(local, temperature=temperature, max_tokens=max_tokens)
+    elif local is None and endpoint is not None and model is not None:
+        chat = Endpoint(
+            endpoint,
+            model,
+            timeout=timeout,
+            max_retries=max_retries,
+            requests_per_minute=requests_per_minute,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        )
+    else:
+        raise ValueError("captions build needs --endpoint and --model, or --local, and not both")
+    report = build(pictures, out, chat, read_text, words, attempts=attempts, workers=workers, max_failures=max_failures)
+    print(f"{report.captioned} captions of {report.pictures} pictures in {out / 'captions.jsonl'}")
+    print(f"{report.flagged} lack words that OCR saw (flagged), {report.without_text} pictures have no text")
+    if report.failed:
+        raise ValueError(
+            f"{len(report.failed)} pictures failed, listed in {out / 'report.json'}: run again to try them"
+        )
+
+
 def main() -> None:
     """The console script; an error in what was given is one line on stderr and exit status 1."""
     commands: list[Callable[..., None]] = [read, answer, locate, draw, edit, train, evaluate, demo]
+    app, captions = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+    for command in commands:
+        app.command(command)
+    captions.command(name="build")(build_captions)
+    app.command(captions, name="captions", help="Captions for one's own pictures.")
     try:
-        tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands}, prog="textharmony")
+        app.cli(prog="textharmony")
     except (ValueError, OSError, ImportError) as error:
         sys.exit("textharmony: " + " ".join(str(error).split()))

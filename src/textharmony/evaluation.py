@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,6 +28,7 @@ from textharmony.tokens import Task
 _SEED = 2024  # of the evaluation samples; training seeds lie elsewhere
 _FOLD = str.maketrans("OI", "01")
 _CHUNK = 50
+_READING = threading.Lock()  # the engine keeps what it was last asked for
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ def recognise(picture: Image.Image) -> str:
     padded = np.pad(np.asarray(scaled)[:, :, ::-1], ((8, 8), (24, 24), (0, 0)), mode="edge")
     result = _engine()(padded, use_det=False, use_cls=False, use_rec=True)
     return result.txts[0].replace(" ", "") if result.txts else ""
+
+
+def read_text(picture: Image.Image) -> list[str]:
+    """The lines of text in a picture, as PP-OCR finds and reads them (rapidocr), in its order."""
+    with _READING:
+        result = _engine()(np.asarray(picture.convert("RGB"))[:, :, ::-1], use_det=True, use_cls=True, use_rec=True)
+    return list(result.txts or ())
 
 
 def same_text(a: str, b: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 class Journal:
     """A JSONL file that rows are appended to, by any number of threads of one process.
 
-    rows: what the file held when it was opened. A last line without its end, as a killed run leaves it, is dropped from
+    rows: what the file holds, in its order. A last line without its end, as a killed run leaves it, is dropped from
     the file. A line that is no JSON object raises ValueError with its number; a file that another process holds open as
     a Journal raises ValueError too, where the system can tell (flock).
     """
@@ -54,6 +54,7 @@ class Journal:
             while line:
                 line = line[os.write(self._file, line) :]
             os.fsync(self._file)
+            self.rows.append(dict(row))
 
     def close(self) -> None:
         """Closes the file and lets others have it."""
