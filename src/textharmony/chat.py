@@ -6,11 +6,13 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -83,10 +85,11 @@ class _Response:
 class Endpoint:
     """A model behind /chat/completions, as OpenAI defines it and vLLM, llama.cpp, Ollama and others serve it.
 
-    url: the base, such as http://localhost:8000/v1; the API key is that of the environment, TEXTHARMONY_API_KEY, if any.
+    url: the base, such as http://localhost:8000/v1; the API key is that of the environment, TEXTHARMONY_API_KEY.
     timeout: seconds for one whole request, however its answer drips. Connections that fail, answers not understood, and
     the statuses that openai-python retries (408, 409, 429, 500 and above; openai/_base_client.py) are tried again
-    max_retries times, after backoff * 2^n seconds with jitter or, for all threads, when Retry-After says.
+    max_retries times, after backoff * 2^n seconds with jitter or, for all threads, when Retry-After says; one
+    Idempotency-Key goes with all of them.
     requests_per_minute: over all threads; None: no limit. Redirects are not followed and no proxy is used.
     """
 
@@ -130,12 +133,13 @@ class Endpoint:
 
     def __call__(self, picture: Image.Image, turns: Sequence[Turn], log: Log, stop: threading.Event) -> str:
         body = json.dumps(self._settings | {"messages": _messages(turns, {"image_url": {"url": _data_uri(picture)}})})
+        key = str(uuid.uuid4())
         for attempt in range(1, self._max_retries + 2):
             self._pace.wait(stop)
             started = time.monotonic()
             response, answer, problem = None, "", ""
             try:
-                response = self._post(body.encode())
+                response = self._post(body.encode(), key)
                 answer = _content(response)
             except ValueError as error:
                 problem = self._presentable(str(error))
@@ -164,11 +168,11 @@ class Endpoint:
         else:
             raise ChatRefused(f"{self._host} answers {response.status} and asks to wait {response.retry_after:.0f} s")
 
-    def _post(self, body: bytes) -> _Response:
+    def _post(self, body: bytes, idempotency_key: str) -> _Response:
         """One request. Shutting the socket down ends every read, so an answer that drips cannot outlast the timeout."""
         connect = HTTPSConnection if self._secure else HTTPConnection
         connection = connect(self._host, self._port, timeout=self._timeout)
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        headers = {"Content-Type": "application/json", "Connection": "close", "Idempotency-Key": idempotency_key}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         expired = threading.Event()
@@ -253,8 +257,11 @@ def _seconds(retry_after: str | None) -> float | None:
     if retry_after is None:
         return None
     try:
-        if retry_after.strip().isdecimal():
-            return float(retry_after)
+        seconds = float(retry_after)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    except ValueError:
+        pass
+    try:
         date = parsedate_to_datetime(retry_after)
     except (ValueError, TypeError, OverflowError):
         return None

@@ -1,10 +1,11 @@
 """A model small enough for tests: the tiny configuration with fewer layers and channels, and random weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from chat_server import ChatServer, serve
 from transformers import PreTrainedTokenizerFast
 
 from textharmony.config import TINY, LayoutConfig, ModelConfig
@@ -63,3 +64,9 @@ def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Calla
 def model(make_model: Callable[..., TextHarmony]) -> TextHarmony:
     """Shared by all tests, which leave it as it is."""
     return make_model()
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    with serve() as server:
+        yield server
