@@ -31,6 +31,7 @@ class ChatServer(ThreadingHTTPServer):
     """plan: from the words of a request and how many requests came before it for the same words, what to do."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
