@@ -78,9 +78,18 @@ def recognise(picture: Image.Image) -> str:
 
 
 def read_text(picture: Image.Image) -> list[str]:
-    """The lines of text in a picture, as PP-OCR finds and reads them (rapidocr), in its order."""
+    """The lines of text in a picture, as PP-OCR finds and reads them (rapidocr), in its order.
+
+    A strip gets margins of its ground, since detection scales the shorter side up, to whatever length of the other.
+    """
+    pixels = np.asarray(picture.convert("RGB"))
+    height, width = pixels.shape[:2]
+    canvas = np.empty((max(height, width // 4), max(width, height // 4), 3), np.uint8)
+    canvas[:] = _ground_color(pixels).astype(np.uint8)
+    top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
+    canvas[top : top + height, left : left + width] = pixels
     with _READING:
-        result = _engine()(np.asarray(picture.convert("RGB"))[:, :, ::-1], use_det=True, use_cls=True, use_rec=True)
+        result = _engine()(canvas[:, :, ::-1], use_det=True, use_cls=True, use_rec=True)
     return list(result.txts or ())
 
 

@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_llava
 from chat_server import MISBEHAVIOURS, Behaviour, ChatServer, answer, completion, echo_key, status
 from PIL import Image
 
-from textharmony.chat import KEY_VARIABLE, ChatRefused, Endpoint, RequestFailed, _seconds
+from textharmony.chat import KEY_VARIABLE, ChatRefused, Endpoint, LocalChat, RequestFailed, _seconds
 
 KEY = "sk-very/secret+key=="
 TURNS = [("system", "be brief"), ("user", 'read ["A1"]')]
@@ -231,3 +233,36 @@ def test_an_answer_of_many_megabytes_is_not_kept(server: ChatServer, ask: Ask) -
     server.plan = first(status(200, completion("x" * (9 << 20))))
     text, log = ask()
     assert text == 'A sign that says "A1"' and "more than" in str(log[0][3])
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    tiny_llava.write(folder)
+    return folder
+
+
+def test_a_local_model_sees_the_picture_and_the_turns(llava: Path) -> None:
+    chat, log = LocalChat(llava, temperature=None, max_tokens=40), []
+    assert chat.name == "llava"
+    for color, caption in tiny_llava.SIGNS.items():
+        said = chat(tiny_llava.sign(color), tiny_llava.TURNS, lambda *row: log.append(row), threading.Event())
+        assert said == caption
+    assert [(row[0], row[1], row[3]) for row in log] == [(1, None, None)] * 2 and all(row[2] > 0 for row in log)
+
+
+def test_a_local_answer_that_is_cut_is_no_answer(llava: Path) -> None:
+    chat, log = LocalChat(llava, temperature=None, max_tokens=5), []
+    with pytest.raises(RequestFailed, match="max_tokens"):
+        chat(tiny_llava.sign("red"), tiny_llava.TURNS, lambda *row: log.append(row), threading.Event())
+    assert "max_tokens" in str(log[0][3])
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(RequestFailed, match="stopped"):
+        chat(tiny_llava.sign("red"), tiny_llava.TURNS, lambda *row: log.append(row), stop)
+    assert len(log) == 1
+
+
+def test_a_local_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        LocalChat(tmp_path / "nowhere")

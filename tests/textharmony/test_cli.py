@@ -1,10 +1,13 @@
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import tiny_llava
+from chat_server import ChatServer, answer, status
+from PIL import Image, ImageDraw, ImageFont
 
 import textharmony.training
 from textharmony.cli import main
@@ -86,6 +89,66 @@ def test_train_runs_the_preset(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     assert calls == [(TINY, TINY_TRAINING, tmp_path)]
 
 
+@pytest.fixture
+def signs(tmp_path: Path) -> Path:
+    """Two pictures with text, and one without."""
+    pytest.importorskip("rapidocr")
+    folder = tmp_path / "signs"
+    folder.mkdir()
+    for name, words in (("open", "OPEN 24 HOURS"), ("sale", "SALE"), ("plain", "")):
+        picture = Image.new("RGB", (400, 120), "white")
+        ImageDraw.Draw(picture).text((20, 30), words, fill="black", font=ImageFont.load_default(48))
+        picture.save(folder / f"{name}.png")
+    return folder
+
+
+def test_captions_build_asks_an_endpoint_about_what_ocr_reads(
+    run: Run, server: ChatServer, signs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, prompt = tmp_path / "captions", tmp_path / "prompt.json"
+    prompt.write_text('{"ask": "See {words}", "revise": "Lacks {missing}"}')
+    server.plan = lambda words, before: answer("SALE") if "SALE" in words else answer("Open 24/7")
+    arguments = ["captions", "build", signs, "-o", out, "--endpoint", server.url, "--model", "m", "--prompt", prompt]
+    run(*arguments, "--attempts", 2, "--requests-per-minute", 6000, "--temperature", "None")
+    assert capsys.readouterr().out.splitlines() == [
+        f"2 captions of 3 pictures in {out / 'captions.jsonl'}",
+        "1 lack words that OCR saw (flagged), 1 pictures have no text",
+    ]
+    rows = {row["id"]: row for row in map(json.loads, (out / "captions.jsonl").read_text().splitlines())}
+    assert rows["sale.png"]["words"] == ["SALE"] and not rows["sale.png"]["flagged"]
+    assert rows["open.png"]["words"] == ["OPEN", "24", "HOURS"] and rows["open.png"]["missing"] == ["HOURS"]
+    asked = sorted(request.body["messages"][-1]["content"][-1]["text"] for request in server.requests)
+    assert asked == ['Lacks ["HOURS"]', 'See ["OPEN", "24", "HOURS"]', 'See ["SALE"]']
+    assert all("temperature" not in request.body for request in server.requests)
+
+
+def test_captions_build_fails_where_pictures_do(run: Run, server: ChatServer, signs: Path, tmp_path: Path) -> None:
+    server.plan = lambda words, before: status(400)
+    with pytest.raises(SystemExit, match=r"textharmony: 2 pictures failed, listed in .*report\.json") as error:
+        run("captions", "build", signs, "-o", tmp_path / "out", "--endpoint", server.url, "--model", "m")
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+
+
+def test_captions_build_with_a_local_model(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("rapidocr")
+    tiny_llava.write(tmp_path / "llava")
+    signs = tmp_path / "signs"
+    signs.mkdir()
+    picture = Image.new("RGB", (400, 200), "red")
+    ImageDraw.Draw(picture).text((170, 70), "HI", fill="white", font=ImageFont.load_default(48))
+    picture.save(signs / "hi.png")
+    (tmp_path / "prompt.json").write_text(json.dumps({"system": "s", "ask": "{words}"}))
+    arguments = ["captions", "build", signs, "-o", tmp_path / "out", "--local", tmp_path / "llava", "--attempts", 1]
+    run(*arguments, "--prompt", tmp_path / "prompt.json", "--temperature", 0, "--max-tokens", 500)
+    (row,) = map(json.loads, (tmp_path / "out" / "captions.jsonl").read_text().splitlines())
+    assert (row["model"], row["words"], row["info"], row["flagged"]) == (
+        "llava",
+        ["HI"],
+        tiny_llava.SIGNS["red"],
+        False,
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -100,6 +163,13 @@ def test_train_runs_the_preset(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "0"], "0"),
         (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "-3"], "-3"),
         (["train", "--preset", "huge"], "'huge'"),
+        (["captions", "build", "."], "--endpoint and --model, or --local"),
+        (["captions", "build", ".", "--endpoint", "http://a/v1"], "--endpoint and --model, or --local"),
+        (["captions", "build", ".", "--endpoint", "http://a/v1", "--model", "m", "--local", "."], "not both"),
+        (["captions", "build", "nowhere", "--endpoint", "http://a/v1", "--model", "m", "-o", "OUT"], "nowhere"),
+        (["captions", "build", ".", "--endpoint", "a", "--model", "m", "-o", "OUT"], "endpoint is 'a'"),
+        (["captions", "build", ".", "--local", "nowhere", "-o", "OUT"], "nowhere"),
+        (["captions", "build", ".", "--endpoint", "http://a/v1", "--model", "m", "--prompt", "NOTE"], "note.txt"),
         (["read", "PICTURE", "--model", "BROKEN"], "model.safetensors"),
         (["read", "PICTURE", "--model", "OTHER"], "model.safetensors"),
     ],
@@ -144,4 +214,6 @@ def test_help_lists_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> 
         run("--help")
     assert error.value.code == 0
     said = capsys.readouterr().out
-    assert all(verb in said for verb in ("read", "answer", "locate", "draw", "edit", "train", "evaluate", "demo"))
+    assert all(
+        verb in said for verb in ("read", "answer", "locate", "draw", "edit", "train", "evaluate", "demo", "captions")
+    )

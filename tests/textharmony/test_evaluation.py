@@ -1,11 +1,12 @@
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from textharmony import evaluation
 from textharmony.data.synthetic import COLORS, SyntheticWords, is_held_out
@@ -14,6 +15,7 @@ from textharmony.evaluation import (
     ink_mask,
     intersection_over_union,
     named_colors,
+    read_text,
     recognise,
     same_text,
     table,
@@ -94,6 +96,28 @@ def test_the_judge_reads_real_renders() -> None:
 def test_the_judge_reads_nothing_in_nothing() -> None:
     pytest.importorskip("rapidocr")
     assert recognise(Image.new("RGB", (128, 32), "white")) == ""
+
+
+def test_read_text_finds_the_lines_and_leaves_the_judge_as_it_was() -> None:
+    pytest.importorskip("rapidocr")
+    picture = Image.new("RGB", (600, 300), "navy")
+    for place, words in (((40, 40), "OPEN 24 HOURS"), ((200, 180), "SALE")):
+        ImageDraw.Draw(picture).text(place, words, fill="yellow", font=ImageFont.load_default(48))
+    word = picture.crop((180, 170, 420, 250))
+    before = recognise(word)
+    assert read_text(picture) == ["OPEN 24 HOURS", "SALE"]
+    assert read_text(picture.crop((0, 40, 600, 100))) == ["OPEN 24 HOURS"]
+    assert read_text(Image.new("RGB", (300, 200), "white")) == []
+    assert recognise(word) == before == "SALE"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 2048), (2048, 3)])
+def test_read_text_takes_its_time_with_no_strip(size: tuple[int, int]) -> None:
+    """20 x 2048 took 36 s and 5 GB before it got margins."""
+    pytest.importorskip("rapidocr")
+    started = time.monotonic()
+    assert read_text(Image.new("L", size, 90)) == []
+    assert time.monotonic() - started < 10
 
 
 def test_rows() -> None:
