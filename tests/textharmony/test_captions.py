@@ -150,6 +150,8 @@ def test_words_missing_at_last_are_flagged_and_the_best_caption_kept(
     (row,) = rows(tmp_path / "out" / "captions.jsonl")
     assert (row["info"], row["missing"], row["flagged"], row["asked"]) == ("a SALE", ["W0"], True, 4)
     assert [request.words for request in server.requests] == [("W0", "SALE"), ("W0", "SALE"), ("W0",), ("SALE",)]
+    roles = ["system", "user", "assistant", "user"]
+    assert [message["role"] for message in server.requests[-1].body["messages"]] == roles, "of the last caption alone"
     run(attempts=4)
     assert len(server.requests) == 4, "a flagged caption is done"
 

@@ -1,5 +1,8 @@
 import base64
 import io
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -266,3 +269,41 @@ def test_a_local_answer_that_is_cut_is_no_answer(llava: Path) -> None:
 def test_a_local_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         LocalChat(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def over_tls(server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of the same server, spoken to over TLS with a certificate that this process alone trusts."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *names]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    return f"https://localhost:{server.server_port}/v1"
+
+
+@pytest.mark.parametrize("name", ["drip", "drip_headers", "hang", "hang_up"])
+def test_over_tls_a_misbehaving_endpoint_is_asked_again(
+    server: ChatServer, picture: Image.Image, over_tls: str, name: str
+) -> None:
+    server.plan = first(MISBEHAVIOURS[name])
+    log: Log = []
+    endpoint = Endpoint(over_tls, "m", timeout=0.6, backoff=0.01)
+    text = endpoint(picture, TURNS, lambda *row: log.append(row), threading.Event())
+    assert text == 'A sign that says "A1"' and len(server.requests) == 2
+    assert [row[1] for row in log] == [None, 200] and log[0][2] < 2
+    assert ("no whole answer" in str(log[0][3])) == (name != "hang_up")
+
+
+def test_a_certificate_that_is_not_trusted_gets_no_request(
+    server: ChatServer, picture: Image.Image, over_tls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(RequestFailed, match="CERTIFICATE_VERIFY_FAILED"):
+        Endpoint(over_tls, "m", max_retries=0)(picture, TURNS, lambda *row: None, threading.Event())
+    assert not server.requests
