@@ -147,7 +147,7 @@ def build(
             if row is None:
                 without_text.append({"id": name})
             else:
-                place = Path(os.path.relpath(found[name], out)).as_posix()
+                place = Path(os.path.relpath(found[name].resolve(), out.resolve())).as_posix()
                 captions.append(
                     {"id": name, "task": "TextToImage-TextCaps", "image": None, "target_image": place} | row
                 )
