@@ -198,7 +198,7 @@ class Routing:
 
 def injected(model: nn.Module) -> nn.Module:
     """The one injected model that `model` is or holds; raises ValueError if there is none, or more than one."""
-    if isinstance(getattr(model, STATE, None), Routing):
+    if isinstance(model.__dict__.get(STATE), Routing):  # a wrapper may forward attributes
         return model
     if any(MERGED in module.__dict__ for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is merged, expected its experts apart: call slidelora.unmerge first")

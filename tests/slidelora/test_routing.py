@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import slidelora
+from slidelora.routing import injected
 
 Make = Callable[..., LlamaForCausalLM]
 
@@ -517,3 +518,21 @@ def test_gates_of_other_tokens_are_named(make_model: Make, input_ids: Tensor) ->
     assert slidelora.routing(model).current is None
     with pytest.raises(ValueError, match="gates have batch 2, expected 3"):
         logits(model, input_ids, torch.ones(2, 9, 3))
+
+
+def test_a_wrapper_that_forwards_attributes_is_not_taken_for_the_model(make_model: Make) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.inner = model
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    model = make_model()
+    wrapper = Wrapper(model)
+    assert wrapper.slidelora_state is slidelora.routing(model)
+    assert injected(wrapper) is model

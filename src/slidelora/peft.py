@@ -1,0 +1,233 @@
+"""Slide-LoRA as a method of PEFT, and so of what is built on PEFT: transformers' and diffusers' adapters, the Trainer.
+
+`import slidelora.peft` registers it. From then on peft.get_peft_model, PeftModel.from_pretrained, model.add_adapter and
+model.load_adapter take a SlideLoRAPeftConfig, or a directory that holds one, as they take a LoraConfig.
+
+A checkpoint holds the model's parameters as they are in memory, the experts of a layer stacked, since transformers
+loads by name. slidelora.save_pretrained of the same model writes the layout of slidelora.load_pretrained.
+"""
+
+import copy
+from dataclasses import dataclass, fields, make_dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import peft
+from torch import Tensor, nn
+
+from slidelora.config import SlideLoRAConfig
+from slidelora.gates import GateValue, SequenceGate
+from slidelora.inject import inject, remove, slide_layers
+from slidelora.layers import SlideLoRALinear
+from slidelora.merge import merge_and_unload
+from slidelora.routing import GATE, Routing, routing
+
+try:  # what a method needs is no public interface of PEFT
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.integrations import skip_init_on_device
+
+    BaseTuner._get_adapter_state_dict, BaseTuner._remove_adapter_name_from_key  # noqa: B018
+    BaseTuner._remap_adapter_state_dict_for_load  # noqa: B018
+except (ImportError, AttributeError) as error:
+    raise ImportError(f"peft is {peft.__version__}, expected peft>=0.21 (tested: 0.21.2): {error}") from error
+
+
+class SlideLoRAType(str, Enum):
+    """The name under which PEFT knows the method; PEFT's own PeftType is closed to others."""
+
+    SLIDELORA = "SLIDELORA"
+
+
+_Fields: Any = make_dataclass(
+    "_Fields", [(one.name, one.type, copy.copy(one)) for one in fields(SlideLoRAConfig)], bases=(PeftConfig,)
+)
+
+
+@dataclass
+class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
+    """The fields of slidelora.SlideLoRAConfig, checked and completed as there, beside those of a peft.PeftConfig.
+
+    Once a model has it, what is saved follows the model: slidelora.freeze and slidelora.add_expert change it.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SlideLoRAType.SLIDELORA
+        self._adopt(self.slidelora_config())
+
+    def slidelora_config(self) -> SlideLoRAConfig:
+        """The same without PEFT's fields; raises as SlideLoRAConfig does."""
+        return SlideLoRAConfig(**{one.name: getattr(self, one.name) for one in fields(SlideLoRAConfig)})
+
+    def _adopt(self, config: SlideLoRAConfig) -> None:
+        for one in fields(config):
+            setattr(self, one.name, getattr(config, one.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        state: Routing | None = self.__dict__.get("routing")
+        if state is not None:
+            self._adopt(state.config)
+        return {**super().to_dict(), **self.slidelora_config().to_dict()}
+
+
+class _Adapted(BaseTunerLayer):
+    """What PEFT, transformers and diffusers ask of a module that holds parameters of the one adapter there is."""
+
+    routing: Routing
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Lets the experts and gates learn, less the frozen ones, or keeps them from it."""
+        self._require_own(adapter_names)
+        for name, parameter in self.named_parameters():
+            if not name.startswith(("base_layer.", "frozen_")):
+                parameter.requires_grad_(requires_grad and parameter.numel() > 0)
+
+    def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
+        """The one adapter is always active; this sets whether it learns."""
+        self.set_requires_grad(adapter_names, not inference_mode)
+
+    def _require_own(self, adapter_names: Any) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if names != self.active_adapters:
+            raise ValueError(f"adapters are {names}, expected {self.active_adapters}, the model's one Slide-LoRA")
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Puts the experts in force, or out of it as `slidelora.disabled` does; what learns stays what it is."""
+        self.routing.disabled = not enabled
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the model is its base model now."""
+        return self.routing.disabled
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Refused: a layer cannot leave the mixture by itself."""
+        raise ValueError(f"adapter {adapter_name!r} cannot be deleted from a layer, see slidelora.remove for the model")
+
+    def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        """Refused: a layer alone knows no gate."""
+        raise ValueError("a mixture is merged under constant gates, as in slidelora.merge(model, gates='text')")
+
+
+class PeftSlideLoRALinear(SlideLoRALinear, _Adapted):
+    """A SlideLoRALinear that PEFT knows as a layer of its own."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also reached by loaders that put a new parameter in another's place: frozen experts stay frozen."""
+        super().register_parameter(name, param)
+        if param is not None and (name.startswith("frozen_") or not param.numel()):
+            param.requires_grad_(False)
+
+
+class PeftSequenceGate(SequenceGate, _Adapted):
+    """The model's learned gate, which PEFT knows as one more layer."""
+
+    weight = bias = None
+
+
+class SlideLoRATuner(BaseTuner):
+    """What stands between a PeftModel and a model injected by slidelora; made by PEFT."""
+
+    prefix = "slidelora_adapter_"  # in no parameter's name, since no name has the adapter's in it
+    tuner_layer_cls = _Adapted
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    @skip_init_on_device  # low_cpu_mem_usage: experts are small and their loaded values are checked against these
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Injects as slidelora.inject does; raises ValueError for a model that has an adapter already."""
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        try:
+            if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+                others = [name for name in self.peft_config if name != adapter_name]
+                raise ValueError(f"the model has adapters {others}, expected none beside a Slide-LoRA")
+            if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+                raise ValueError(
+                    f"task_type is {config.task_type!r}, under which PEFT trains and saves a new head too; expected "
+                    "another or None: a Slide-LoRA holds experts and gates alone"
+                )
+            inject(model, config.slidelora_config())
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        config.routing = routing(model)
+        layers = slide_layers(model)
+        for layer in layers.values():
+            layer.__class__ = PeftSlideLoRALinear
+        gate = getattr(model, GATE, None)
+        if gate is not None:
+            gate.__class__ = PeftSequenceGate
+        for module in model.modules():
+            if isinstance(module, _Adapted):
+                module.routing, module._active_adapter = config.routing, [adapter_name]
+        self.targeted_module_names = list(layers)
+        self.set_adapter([adapter_name], inference_mode=config.inference_mode)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("slidelora.inject replaces all layers at once, expected a call of inject_adapter")
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Raises ValueError, before anything is loaded, where names or shapes are not the model's."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        in_model = model.state_dict()
+        expected = cls._get_adapter_state_dict(model, config, adapter_name, in_model, [])
+        if missing := sorted(set(expected) - set(remapped)):
+            raise ValueError(f"the adapter lacks {missing[0]} and {len(missing) - 1} more, expected them")
+        if unexpected := sorted(set(remapped) - set(in_model)):
+            raise ValueError(f"the adapter has {unexpected[0]} and {len(unexpected) - 1} more, not expected")
+        for name, tensor in remapped.items():
+            if tensor.shape != in_model[name].shape:
+                raise ValueError(
+                    f"the adapter has {name} of shape {tuple(tensor.shape)}, expected {tuple(in_model[name].shape)}"
+                )
+        return {name: tensor.to(in_model[name]) for name, tensor in remapped.items()}  # device and dtype
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        gates: GateValue | None = None,
+    ) -> nn.Module:
+        """Folds the experts under constant gates into the base weights and returns the plain model.
+
+        gates: as in slidelora.merge_and_unload, which always checks as safe_merge asks and raises where they are None.
+        """
+        return self._unloaded(merge_and_unload(self.model, gates))
+
+    def unload(self) -> nn.Module:
+        """Takes the adapter off and returns the plain model, bit for bit as it was."""
+        return self._unloaded(remove(self.model))
+
+    @staticmethod
+    def _unloaded(model: nn.Module) -> nn.Module:
+        del model.peft_config
+        return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Refused: a PeftModel is nothing without its adapter."""
+        raise ValueError(f"adapter {adapter_name!r} is the model's only one, expected unload() to take it off")
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRAPeftConfig
+PEFT_TYPE_TO_TUNER_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRATuner
+PEFT_TYPE_TO_PREFIX_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRATuner.prefix

@@ -1,0 +1,371 @@
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import slidelora
+from slidelora.peft import SlideLoRAPeftConfig
+
+Make = Callable[..., LlamaForCausalLM]
+# What differs in memory: gates, ranks, groups, frozen experts, and dtypes on a half base.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "sequence": {},
+    "token": {"gate": "token", "top_k": 1},
+    "given": {"gate": "given", "target_modules": ["q_proj", "up_proj"]},
+    "ranks": {
+        "experts": {"text": 2, "shared": 1},
+        "r": {"text0": 2, "text1": 4, "shared": 3},
+        "lora_alpha": {"text": 4, "shared": 8},
+        "rank_pattern": {"v_proj": 1},
+    },
+    "frozen": {"frozen": ["image", "shared"]},
+    "all frozen": {"frozen": ["text", "image", "shared"]},
+    "half": {},
+    "half adapter": {"adapter_dtype": "bfloat16"},
+}
+
+
+def randomise(model: nn.Module) -> Any:
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".frozen_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    slidelora.freeze(model, slidelora.routing(model).config.frozen)  # pads again what a smaller rank leaves unused
+    return model
+
+
+@pytest.fixture
+def make_peft(make_base: Make) -> Callable[..., PeftModel]:
+    """A PeftModel with random experts and gate."""
+    return lambda **options: randomise(get_peft_model(make_base(), SlideLoRAPeftConfig(**{"r": 4, **options}))).eval()
+
+
+def logits(model: nn.Module, input_ids: Tensor, gates: Any = None) -> Tensor:
+    """Under the model's own gate, or those given."""
+    with torch.no_grad():
+        if slidelora.routing(model).config.gate != "given":
+            return model(input_ids=input_ids).logits
+        with slidelora.gates(model, gates or ["text", "image", "text"]):
+            return model(input_ids=input_ids).logits
+
+
+def trained(model: nn.Module) -> set[str]:
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_config_is_that_of_slidelora(tmp_path: Path) -> None:
+    config = SlideLoRAPeftConfig(
+        experts={"text": 2, "shared": 1}, adapter_dtype=torch.float32, r={"text": 2, "shared": 4}
+    )
+    own = slidelora.SlideLoRAConfig(
+        experts={"text": 2, "shared": 1}, adapter_dtype="float32", r={"text": 2, "shared": 4}
+    )
+    assert config.slidelora_config() == own
+    assert {field.name for field in fields(own)} < {field.name for field in fields(config)}
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is SlideLoRAPeftConfig and loaded.slidelora_config() == own
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SLIDELORA"
+    with pytest.raises(ValueError, match="r is -1, expected an integer of at least 1"):
+        SlideLoRAPeftConfig(r=-1)
+    with pytest.raises(TypeError, match="modules_to_save"):
+        SlideLoRAPeftConfig(modules_to_save=["lm_head"])
+
+
+def test_get_peft_model_is_inject(make_base: Make, input_ids: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+    base, other = make_base(), make_base()
+    before, expected = snapshot(base), base(input_ids).logits
+    torch.manual_seed(4)
+    model = get_peft_model(base, SlideLoRAPeftConfig(r=4, task_type="CAUSAL_LM"))
+    torch.manual_seed(4)
+    own = slidelora.inject(other, r=4)
+    assert torch.equal(model(input_ids).logits, expected)
+    assert same(model.get_base_model(), own.state_dict()) and trained(model) == trained(own)
+    model.print_trainable_parameters()
+    printed = capsys.readouterr().out
+    slidelora.print_trainable_parameters(own)
+    assert capsys.readouterr().out == printed
+    taken_off = model.unload()
+    assert same(taken_off, before) and not hasattr(taken_off, "peft_config")
+    assert all(parameter.requires_grad for parameter in taken_off.parameters())
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_save_and_load(make_base: Make, input_ids: Tensor, tmp_path: Path, mixture: str) -> None:
+    dtype = torch.bfloat16 if "half" in mixture else torch.float32
+    model = randomise(
+        get_peft_model(make_base().to(dtype), SlideLoRAPeftConfig(**{"r": 4, **MIXTURES[mixture]}))
+    ).eval()
+    expected = logits(model, input_ids, "text0" if mixture == "ranks" else None)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    learned = {name for name, tensor in stored.items() if "frozen_" not in name and tensor.numel()}
+    assert learned == {f"base_model.model.{name}" for name in trained(model)}
+    for trainable, low in ((False, False), (True, False), (False, True)):
+        base = make_base().to(dtype)
+        loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=trainable, low_cpu_mem_usage=low).eval()
+        assert torch.equal(logits(loaded, input_ids), expected)
+        assert same(loaded, snapshot(model))
+        assert trained(loaded) == (trained(model) if trainable else set())
+    again = make_base().to(dtype)
+    again.load_adapter(tmp_path, is_trainable=True)
+    assert same(again, snapshot(model.get_base_model())) and trained(again) == trained(model)
+    assert torch.equal(logits(again.eval(), input_ids), expected)
+
+
+def test_names_and_dtypes_are_the_model_s(make_base: Make, tmp_path: Path) -> None:
+    model = get_peft_model(make_base(), SlideLoRAPeftConfig(r=4), "q_proj")  # a name that modules have too
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "q_proj" / "adapter_model.safetensors"
+    stored = load_file(path)
+    assert set(stored) == {f"base_model.model.{name}" for name in trained(model)}
+    save_file({name: tensor.double() for name, tensor in stored.items()}, path)
+    loaded = PeftModel.from_pretrained(make_base(), path.parent, low_cpu_mem_usage=True)
+    assert same(loaded, model.state_dict()) and {parameter.dtype for parameter in loaded.parameters()} == {
+        torch.float32
+    }
+
+
+def test_what_freeze_and_add_expert_made_of_it_is_saved(
+    make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path
+) -> None:
+    model = make_peft()
+    slidelora.freeze(model, ["text"])
+    slidelora.add_expert(model, "layout", r=6)
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(loaded(input_ids).logits, expected) and trained(loaded) == trained(model)
+    assert slidelora.routing(loaded).config == slidelora.routing(model).config
+    config = SlideLoRAPeftConfig(r=2)
+    first, second = get_peft_model(make_base(), config), get_peft_model(make_base(), config)
+    slidelora.freeze(first, ["text"])
+    assert first.peft_config["default"].to_dict()["frozen"] == ["text"]
+    assert second.peft_config["default"].to_dict()["frozen"] == [] == config.to_dict()["frozen"]
+
+
+def test_one_layout_for_peft_and_transformers(
+    make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path
+) -> None:
+    make_base().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.add_adapter(SlideLoRAPeftConfig(r=4))
+    randomise(model).eval()
+    expected = model(input_ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").glob("*.safetensors")) == ["adapter_model.safetensors"]
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * 14 + 4
+    wrapped = PeftModel.from_pretrained(make_base(), tmp_path / "adapter")
+    assert torch.equal(wrapped(input_ids).logits, expected)
+    named = LlamaForCausalLM.from_pretrained(tmp_path / "adapter")  # its configuration names the base
+    assert torch.equal(named(input_ids).logits, expected) and not trained(named)
+    slidelora.save_pretrained(wrapped, tmp_path / "own")
+    assert torch.equal(slidelora.load_pretrained(make_base(), tmp_path / "own")(input_ids).logits, expected)
+
+
+def test_disabled_is_the_base_model(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    base, model = make_base()(input_ids).logits, make_peft(frozen=["text"])
+    expected, trains = model(input_ids).logits, trained(model)
+    assert model.get_model_status().enabled is True
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids).logits, base)
+        assert model.get_model_status().enabled is False
+    assert torch.equal(model(input_ids).logits, expected) and trained(model) == trains
+    plain = make_base()
+    plain.add_adapter(SlideLoRAPeftConfig(r=4, frozen=["text"]))
+    randomise(plain)
+    plain.disable_adapters()
+    assert torch.equal(plain(input_ids).logits, base)
+    plain.enable_adapters()
+    assert torch.equal(plain(input_ids).logits, expected) and trained(plain) == trains
+    assert plain.active_adapters() == ["default"]
+    model.set_adapter("default", inference_mode=True)
+    assert trained(model) == set()
+    model.set_requires_grad("default")
+    assert trained(model) == trains
+
+
+def test_generate(make_base: Make, make_peft: Any, make_model: Make, input_ids: Tensor) -> None:
+    model, own = make_peft(task_type="CAUSAL_LM"), make_model()
+    mask = torch.ones_like(input_ids)
+    for options in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        options = {"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, **options}
+        found = model.generate(**options)
+        assert torch.equal(found, own.generate(**options))
+        assert not torch.equal(found, make_base().generate(**options))
+        with slidelora.gates(model, "text"):
+            assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
+
+
+def test_a_unet_of_diffusers(tmp_path: Path) -> None:
+    def make() -> UNet2DConditionModel:
+        torch.manual_seed(1)
+        blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+        sizes = {"block_out_channels": [32], "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 8}
+        return UNet2DConditionModel(sample_size=8, **sizes, **blocks).eval()
+
+    def denoise(unet: UNet2DConditionModel) -> Tensor:
+        with torch.no_grad():
+            return unet(latents, 7, encoder_hidden_states=context).sample
+
+    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    config = SlideLoRAPeftConfig(r=2, gate="given", target_modules=["to_q", "to_v"])
+    unet = make()
+    base = denoise(unet)
+    unet.add_adapter(config)
+    randomise(unet)
+    with slidelora.gates(unet, ["text", "image"]):
+        expected = denoise(unet)
+        unet.disable_adapters()
+        assert torch.equal(denoise(unet), base) and not torch.equal(expected, base)
+        unet.enable_adapters()
+        assert torch.equal(denoise(unet), expected)
+    unet.save_lora_adapter(tmp_path)
+    stored = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert set(stored) == trained(unet)
+    again = make()
+    again.add_adapter(config)
+    result = peft.set_peft_model_state_dict(again, stored)
+    assert not result.unexpected_keys
+    with slidelora.gates(again, ["text", "image"]):
+        assert torch.equal(denoise(again), expected)
+
+
+def test_merge_and_unload(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    model = make_peft()
+    with pytest.raises(ValueError, match="expected constant gates"):
+        model.merge_and_unload()
+    with pytest.raises(ValueError, match=r"slidelora.merge\(model, gates"):
+        model.merge_adapter()
+    with slidelora.gates(model, "text"):
+        expected = model(input_ids).logits
+    merged = model.merge_and_unload(gates="text")
+    torch.testing.assert_close(merged(input_ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert merged.state_dict().keys() == make_base().state_dict().keys() and not hasattr(merged, "peft_config")
+
+
+@pytest.mark.parametrize("way", ["add", "load", "inject", "lora", "onto lora"])
+def test_a_second_adapter_is_refused(make_base: Make, make_peft: Any, tmp_path: Path, way: str) -> None:
+    config = SlideLoRAPeftConfig(r=4)
+    model = make_peft() if way in ("add", "load") else make_base()
+    if way == "inject":
+        model.add_adapter(config)
+    elif way in ("lora", "onto lora"):
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "lora")
+    elif way == "load":
+        model.save_pretrained(tmp_path)
+    before, trains, adapters = snapshot(model), trained(model), set(model.peft_config)
+    with pytest.raises(ValueError, match=r"the model has adapters \['(default|lora)'\], expected none beside"):
+        if way == "load":
+            model.load_adapter(tmp_path, "other")
+        elif way == "onto lora":
+            get_peft_model(model, config)
+        elif way == "add":
+            model.add_adapter("other", config)
+        else:
+            model.add_adapter(config, "other")
+    assert same(model, before) and trained(model) == trains and set(model.peft_config) == adapters
+
+
+def test_what_cannot_be_is_named(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    base = make_base()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="matches no module"):
+        get_peft_model(base, SlideLoRAPeftConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="task_type is 'SEQ_CLS', under which PEFT trains"):
+        get_peft_model(base, SlideLoRAPeftConfig(task_type="SEQ_CLS"))
+    assert same(base, before) and not hasattr(base, "peft_config")
+    model = make_peft()
+    expected = model(input_ids).logits
+    with pytest.raises(ValueError, match=r"'default' is the model's only one, expected unload\(\)"):
+        model.delete_adapter("default")
+    plain = make_base()
+    plain.add_adapter(SlideLoRAPeftConfig(r=4))
+    with pytest.raises(ValueError, match=r"see slidelora.remove"):
+        plain.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"adapters are \['other'\], expected \['default'\]"):
+        model.base_model.set_adapter("other")
+    assert torch.equal(model(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored, key: stored.pop(key), r"lacks base_model\.model\..*lora_A and 0 more"),
+        (lambda stored, key: stored.update(other=torch.ones(1)), "has other and 0 more"),
+        (lambda stored, key: stored.update({key: torch.ones(3, 4)}), r"shape \(3, 4\), expected \(12, 32\)"),
+    ],
+)
+def test_files_that_do_not_fit_load_nothing(make_peft: Any, tmp_path: Path, change: Any, message: str) -> None:
+    model = make_peft()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    stored = {name: tensor + 1 for name, tensor in stored.items()}
+    change(stored, "base_model.model.model.layers.1.self_attn.q_proj.lora_A")
+    save_file(stored, tmp_path / "adapter_model.safetensors")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(tmp_path, "default")
+    assert same(model, before)
+
+
+def test_copies_pickles_and_the_base_s_weights(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    model = make_peft(frozen=["text"])
+    expected = model(input_ids).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(input_ids).logits, expected)
+        with other.disable_adapter():
+            assert not torch.equal(other(input_ids).logits, expected)
+            assert torch.equal(model(input_ids).logits, expected)
+        slidelora.freeze(other, [])
+        assert other.peft_config["default"].to_dict()["frozen"] == []
+        assert model.peft_config["default"].to_dict()["frozen"] == ["text"]
+    found, base = peft.utils.save_and_load.get_base_model_state_dict(model), make_base().state_dict()
+    assert found.keys() == base.keys() and all(torch.equal(found[name], base[name]) for name in base)
+
+
+def test_activation_checkpointing_is_exact(make_peft: Any, input_ids: Tensor) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = make_peft(task_type="CAUSAL_LM").train()
+        if checkpointing:
+            model.activation_checkpointing_enable(slidelora.checkpoint_kwargs(model))
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items()) and grads[0]
+
+
+def test_another_peft_is_named() -> None:
+    code = (
+        "from peft.tuners.tuners_utils import BaseTuner\n"
+        "del BaseTuner._remap_adapter_state_dict_for_load\n"
+        "import slidelora.peft"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    *_, message = failed.stderr.strip().splitlines()
+    assert message.startswith(f"ImportError: peft is {peft.__version__}, expected peft>=0.21 (tested: ")
+    assert "_remap_adapter_state_dict_for_load" in message
