@@ -1,4 +1,4 @@
-"""The command line: `textharmony read | answer | locate | draw | edit | train | evaluate | demo`."""
+"""The command line: `textharmony read | answer | locate | draw | edit | train | evaluate | demo | data check`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -90,9 +90,36 @@ def demo(words: tyro.conf.Positional[tuple[str, ...]] = (), out: Out = Path("dem
     print(f"look at {out}")
 
 
+def data(
+    action: tyro.conf.Positional[Literal["check"]],
+    folder: tyro.conf.Positional[Path],
+    out: Out = Path("data.png"),
+    name: str | None = None,
+    split: str | None = None,
+    view: str | None = None,
+    limit: int = 1000,
+    max_share: float = 0.01,
+) -> None:
+    """Says whether a folder is a data set that is understood, and what is wrong with it; writes a sheet of samples.
+
+    LIMIT is how many records are looked at, 0 for all. Fails where more than MAX_SHARE of them are corrupt.
+    """
+    from textharmony.data.check import check, sheet
+
+    reports = check(folder, name, split, view, limit)
+    print("\n".join(line for report in reports for line in report.lines()))
+    picture = sheet(reports)
+    if picture is not None:
+        picture.save(out)
+        print(f"look at {out}")
+    failed = [report.name for report in reports if not report.passed(max_share)]
+    if failed:
+        raise ValueError(f"{folder} is no sound {' and no sound '.join(failed)}: {max_share:.2%} may be corrupt")
+
+
 def main() -> None:
     """The console script; an error in what was given is one line on stderr and exit status 1."""
-    commands: list[Callable[..., None]] = [read, answer, locate, draw, edit, train, evaluate, demo]
+    commands: list[Callable[..., None]] = [read, answer, locate, draw, edit, train, evaluate, demo, data]
     try:
         tyro.extras.subcommand_cli_from_dict({command.__name__: command for command in commands}, prog="textharmony")
     except (ValueError, OSError, ImportError) as error:

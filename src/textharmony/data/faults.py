@@ -27,9 +27,7 @@ class TooManyFaults(ValueError):
     def __init__(self, faults: list[Fault], seen: int, allowed: float) -> None:
         listed = "; ".join(map(str, faults[:_LISTED]))
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        super().__init__(
-            f"{len(faults)} of {seen} records are corrupt, at most {allowed:.2%} may be: {listed}{more}"
-        )
+        super().__init__(f"{len(faults)} of {seen} records are corrupt, at most {allowed:.2%} may be: {listed}{more}")
         self.faults = list(faults)
 
 

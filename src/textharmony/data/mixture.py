@@ -45,7 +45,7 @@ class Mixture:
 
     def _choices(self, block: int) -> np.ndarray:
         """(_BLOCK,) int: which source each record of a block comes from."""
-        drawn = np.random.default_rng((self.seed, block)).random(_BLOCK)
+        drawn = np.random.default_rng((0, self.seed, block)).random(_BLOCK)
         return np.searchsorted(self._edges, drawn, side="right").clip(max=len(self._sources) - 1)
 
     def _counts(self, start: int) -> np.ndarray:
@@ -67,8 +67,7 @@ class Mixture:
             raise ValueError(f"{self.names[number]} has no records")
         epoch, skip = divmod(skip, len(source))
         while True:
-            # The third number keeps an epoch's order apart from a block's choices.
-            order = np.random.default_rng((self.seed, number, epoch)).permutation(len(source))
+            order = np.random.default_rng((1, self.seed, number, epoch)).permutation(len(source))
             for index in order[skip:]:
                 yield source[int(index)]
             epoch, skip = epoch + 1, 0

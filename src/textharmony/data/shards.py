@@ -14,7 +14,8 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     documentation, "The WebDataset Format"). Raises ValueError where the file is no tar or is cut off; samples before
     that have been given.
     """
-    key, parts = "", {}
+    key = ""
+    parts: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:

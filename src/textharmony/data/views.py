@@ -39,9 +39,7 @@ def draw(scene: Record) -> Iterator[Record]:
     """One record that asks for the whole picture, of the scene's caption; a scene without one gives none."""
     caption = scene.extra.get("caption")
     if caption:
-        yield replace(
-            scene, task=Task.GENERATION, prompt=caption, images=(), target=scene.images[0], texts=scene.words
-        )
+        yield replace(scene, task=Task.GENERATION, prompt=caption, images=(), target=scene.images[0], texts=scene.words)
 
 
 def _one(scene: Record, i: int) -> Record:

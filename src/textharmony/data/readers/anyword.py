@@ -53,7 +53,7 @@ def _record(images: Path, source: str, part: str, item: dict[str, Any]) -> Recor
 
 def _parts(folder: Path) -> list[Path]:
     """One annotation file of every part below the folder, the newer version where there are two."""
-    found = {}
+    found: dict[Path, Path] = {}
     for name in reversed(_TRAIN):
         for pattern in (name, f"*/{name}", f"*/*/{name}"):
             found |= {path.parent: path for path in folder.glob(pattern)}

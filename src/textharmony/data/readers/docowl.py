@@ -1,4 +1,4 @@
-"""The data sets that mPLUG-DocOwl 1.5 published as chat lines: DocStruct4M, DocLocal4K, and tables by DocDownstream-1.0.
+"""The data sets that mPLUG-DocOwl 1.5 published as chat lines: DocStruct4M, DocLocal4K, and two of DocDownstream-1.0.
 
 TabFact and WikiTableQuestions are tables as text in their authors' own layouts; models that see pictures read them as
 DocDownstream-1.0 renders them, and so do we.
@@ -14,7 +14,7 @@ from typing import Any
 
 from textharmony.data.readers.reader import Entry, Reader, existing, parse_object, read_jsonl, text
 from textharmony.data.record import Record
-from textharmony.pictures import check_box
+from textharmony.pictures import Box, check_box
 from textharmony.tokens import Task
 
 _CHAT = (
@@ -29,8 +29,10 @@ def _record(folder: Path, source: str, id: str, line: str) -> Record:
     item = parse_object(line)
     question, answer = _turns(item["messages"])
     kind = str(item.get("task_name", ""))
-    boxes, texts, words = (), (answer,), ()
     task = Task.COMPREHENSION
+    boxes: tuple[Box, ...] = ()
+    texts: tuple[str, ...] = (answer,)
+    words: tuple[str, ...] = ()
     if "t2bbox" in kind:
         boxes, texts, task = (_box(answer),), (), Task.PERCEPTION
         words = tuple(_unwrap(question, required=False))
@@ -60,7 +62,7 @@ def _turns(messages: Any) -> tuple[str, str]:
     return text(question.replace("<|image|>", "").strip()), answer.strip()
 
 
-def _box(said: str) -> Any:
+def _box(said: str) -> Box:
     """The one box in a text, its unit of 0..999 as ours (DocOwl1.5/evaluation/benchmarks_eval.py divides by 999)."""
     found = _BOX.findall(said)
     if len(found) != 1:

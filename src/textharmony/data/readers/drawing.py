@@ -131,8 +131,8 @@ def _detailed_record(folder: Path, i: int, line: str) -> Record:
 
 DETAILED_TEXT_CAPS = Reader(
     "detailedtextcaps",
-    "layout unknown: the data set's files have not been seen. Ours is captions.jsonl, one line each: image (a path from "
-    "the folder), caption, and where there are any id, words, flagged",
+    "layout unknown: the data set's files have not been seen. Ours is captions.jsonl, one line each: image (a path "
+    "from the folder), caption, and where there are any id, words, flagged",
     ("train",),
     lambda folder: (folder / _CAPTIONS).is_file(),
     _detailed,

@@ -11,6 +11,8 @@ from textharmony.data.readers.reader import Entry, Reader, existing, first_exist
 from textharmony.data.record import Record
 from textharmony.tokens import Task
 
+_SPLITS = ("val", "train", "test")
+
 
 def _data(path: Path) -> list[dict[str, Any]]:
     content = read_json(path)
@@ -51,7 +53,7 @@ TEXTVQA = Reader(
     "textvqa",
     "textvqa.org/dataset; google-research/big_vision, big_vision/datasets/textvqa/textvqa.py: "
     "TextVQA_0.5.1_{train,val,test}.json, train_images/<image_id>.jpg (train and val), test_images/<image_id>.jpg",
-    ("val", "train", "test"),
+    _SPLITS,
     lambda folder: any(folder.glob("TextVQA_0.5.1_*.json")),
     _textvqa,
 )
@@ -80,12 +82,10 @@ DOCVQA = Reader(
     "docvqa",
     "rrc.cvc.uab.es/?ch=17 (task 1); google-research/big_vision, big_vision/datasets/docvqa/docvqa.py: "
     "{train,val}_v1.0_withQT.json (older: _v1.0.json), test_v1.0.json, <split>/documents/*.png",
-    ("val", "train", "test"),
+    _SPLITS,
     lambda folder: any((folder / f"{split}_v1.0{end}.json").is_file() for split in _SPLITS for end in ("", "_withQT")),
     _docvqa,
 )
-
-_SPLITS = ("val", "train", "test")
 
 
 def _infovqa(folder: Path, split: str) -> Iterator[Entry]:
@@ -113,7 +113,7 @@ INFOVQA = Reader(
     "rrc.cvc.uab.es/?ch=17 (task 3); google-research/big_vision, big_vision/datasets/infovqa/infovqa.py: "
     "infographicsVQA_{train_v1.0,val_v1.0_withQT,test_v1.0}.json (as unpacked: infographicsvqa_qas/), "
     "images/<image_local_name> (as unpacked: infographicsvqa_images/)",
-    ("val", "train", "test"),
+    _SPLITS,
     lambda folder: any(folder.glob("infographicsVQA_*.json")) or any(folder.glob("*qas/infographicsVQA_*.json")),
     _infovqa,
 )
