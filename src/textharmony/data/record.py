@@ -126,7 +126,7 @@ def thousandths(polygon: Iterable[tuple[float, float]], size: tuple[int, int]) -
 
 
 def _clip(share: float) -> float:
-    return round(min(max(share, 0.0), 1.0) * 999, 1)
+    return round(min(max(share, 0.0), 1.0) * 999, 2)
 
 
 def bounding_box(polygon: Polygon) -> Box:

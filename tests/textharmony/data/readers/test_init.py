@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from textharmony.data.faults import Faults, TooManyFaults
+from textharmony.data.readers import READERS, detect, read_dataset
+
+
+def test_names_and_splits() -> None:
+    asked_for = {
+        "mario-laion", "docstruct4m", "anyword-3m", "textvqa", "docvqa", "infovqa", "chartqa", "tabfact", "wtq",
+        "ocrbench", "coco-text", "icdar2015", "textseg", "anytext-benchmark", "mario-eval", "detailedtextcaps",
+    }  # fmt: skip
+    assert asked_for <= set(READERS)
+    assert all(reader.name == name and reader.splits and reader.layout for name, reader in READERS.items())
+
+
+def test_what_is_asked_for_in_vain_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data set is 'imagenet', expected one of mario-laion"):
+        read_dataset("imagenet", tmp_path)
+    with pytest.raises(ValueError, match="split of textvqa is 'dev', expected one of val, train, test"):
+        read_dataset("textvqa", tmp_path, "dev")
+    with pytest.raises(ValueError, match="view of textvqa is 'edit', expected None"):
+        read_dataset("textvqa", tmp_path, view="edit")
+    with pytest.raises(ValueError, match="view of icdar2015 is 'draw', expected read or locate or edit"):
+        read_dataset("icdar2015", tmp_path, view="draw")
+    with pytest.raises(FileNotFoundError, match="absent is not a folder"):
+        read_dataset("textvqa", tmp_path / "absent")
+
+
+def test_annotations_that_are_no_json_name_their_file(tmp_path: Path) -> None:
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text('{"data": [')
+    with pytest.raises(ValueError, match=r"TextVQA_0\.5\.1_val\.json is not JSON"):
+        list(read_dataset("textvqa", tmp_path))
+
+
+def test_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
+    assert detect(tmp_path) == []
+
+
+def test_past_the_threshold_the_reading_stops(tmp_path: Path, dump) -> None:
+    dump(tmp_path / "records.jsonl", [{"task": "generation"}] * 30)
+    with pytest.raises(TooManyFaults, match=r"21 of 21 records are corrupt, at most 1\.00%"):
+        list(read_dataset("folder", tmp_path))
+    faults = Faults(max_share=1)
+    assert list(read_dataset("folder", tmp_path, faults=faults)) == []
+    assert len(faults.listed) == 30
