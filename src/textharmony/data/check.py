@@ -17,7 +17,7 @@ from textharmony.pictures import Box
 from textharmony.sheets import contact_sheet
 from textharmony.tokens import Task
 
-_CELLS, _COLUMNS, _SIDE, _LETTERS = 24, 4, 150, 44
+_CELLS, _COLUMNS, _SIDE, _LETTERS = 24, 4, 300, 44
 _LISTED = 20
 
 
@@ -91,7 +91,7 @@ def sheet(reports: Sequence[Report]) -> Image.Image | None:
     """One contact sheet of all reports' samples, or None where there are none."""
     cells = [cell for report in reports for cell in report.cells]
     titles = ", ".join(f"{report.name} {report.split}" for report in reports)
-    return contact_sheet(cells, _COLUMNS, titles) if cells else None
+    return contact_sheet(cells, _COLUMNS, titles, zoom=1) if cells else None
 
 
 def _cell(record: Record) -> tuple[Image.Image, str]:

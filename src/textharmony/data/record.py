@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 from textharmony.pictures import Box
 from textharmony.tokens import Task
@@ -72,23 +74,23 @@ class Record:
 
 def open_image(source: ImageSource, mode: str = "RGB") -> Image.Image:
     """Decodes a picture wholly. Raises ValueError for what Pillow does not read, FileNotFoundError for no file."""
-    try:
-        with _opened(source) as picture:
-            return picture.convert(mode)
-    except FileNotFoundError:
-        raise
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{describe(source)} is not a picture that Pillow reads: {error}") from error
+    with _reading(source), _opened(source) as picture:
+        return picture.convert(mode)
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height, from the header alone. Raises as open_image does."""
+    with _reading(source), _opened(source) as picture:
+        return picture.size
+
+
+@contextmanager
+def _reading(source: ImageSource) -> Iterator[None]:
     try:
-        with _opened(source) as picture:
-            return picture.size
+        yield
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything at corrupt files, struct.error among it
         raise ValueError(f"{describe(source)} is not a picture that Pillow reads: {error}") from error
 
 
@@ -120,8 +122,14 @@ def _corners(box: Box) -> Polygon:
 
 
 def thousandths(polygon: Iterable[tuple[float, float]], size: tuple[int, int]) -> Polygon:
-    """Points in pixels of a picture of size (width, height) as thousandths, 0..999, clipped to the picture."""
+    """Points in pixels of a picture of size (width, height) as thousandths, 0..999, clipped to the picture.
+
+    Raises ValueError for a point that is not finite.
+    """
     width, height = size
+    polygon = tuple(polygon)
+    if not all(math.isfinite(v) for point in polygon for v in point):
+        raise ValueError(f"polygon {polygon!r} has a point that is no number")
     return tuple((_clip(x / width), _clip(y / height)) for x, y in polygon)
 
 

@@ -17,7 +17,8 @@ from textharmony.tokens import Task
 def load_samples(records: Iterable[Record], faults: Faults, size: tuple[int, int] | None = None) -> Iterator[Sample]:
     """Samples of the records; one whose pictures do not decode is skipped and listed in faults.
 
-    Count reading and decoding apart: give other faults here than to read_dataset. Raises TooManyFaults.
+    Count reading and decoding apart: give other faults here than to read_dataset. faults.seen is how many records were
+    taken, so a run over a Mixture resumes at mixture.iterate(faults.seen). Raises TooManyFaults.
     """
     for record in records:
         sample = None

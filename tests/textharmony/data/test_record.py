@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from textharmony.data.record import Record, bounding_box, draw_mask, image_size, thousandths
+from textharmony.data.record import Record, bounding_box, draw_mask, image_size, open_image, thousandths
 from textharmony.tokens import Task
 
 
@@ -41,6 +41,24 @@ def test_a_cut_off_picture_has_a_size_but_does_not_load() -> None:
         Record("1", Task.PERCEPTION, "s", "?", images=(content,)).load()
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it then refuses
+@pytest.mark.parametrize("form", ["png", "jpeg", "gif", "webp", "tiff", "bmp"])
+def test_mutilated_pictures_raise_nothing_but_value_errors(form: str) -> None:
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(buffer, form)
+    refused = 0
+    for _ in range(200):
+        content = bytearray(buffer.getvalue())
+        for place in rng.integers(0, min(len(content), 300), 8):
+            content[place] = rng.integers(256)
+        try:
+            open_image(bytes(content[: rng.integers(1, len(content) + 1)]))
+        except ValueError:
+            refused += 1
+    assert refused > 50
+
+
 def test_mask_of_an_edit_is_drawn_from_boxes() -> None:
     record = Record("1", Task.EDITING, "s", "?", images=(png((100, 50)),), boxes=((0, 0, 499.5, 999),))
     mask = np.asarray(record.load_mask())
@@ -68,6 +86,8 @@ def test_only_edits_have_masks() -> None:
 
 def test_thousandths_clip_to_the_picture() -> None:
     assert thousandths([(-5, 0), (100, 25), (200, 50)], (100, 50)) == ((0, 0), (999, 499.5), (999, 999))
+    with pytest.raises(ValueError, match="no number"):
+        thousandths([(0, 0), (float("nan"), 1)], (100, 50))
 
 
 def test_bounding_box_needs_an_area() -> None:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from textharmony.config import ModelConfig
 from textharmony.data.collate import Collator
 from textharmony.data.faults import Faults, TooManyFaults
+from textharmony.data.mixture import Mixture
 from textharmony.data.record import Record
 from textharmony.data.samples import load_samples, to_sample
 from textharmony.tokens import Task
@@ -69,13 +71,26 @@ def test_corrupt_pictures_are_skipped_and_stop_the_run_past_the_threshold(tmp_pa
         list(load_samples([bad] * 5, Faults(max_share=0.1, grace=3)))
 
 
+def test_a_run_over_a_mixture_resumes_whatever_was_skipped() -> None:
+    whole = [Record(str(i), Task.GENERATION, "s", f"{i}", target=b"x" if i % 3 == 0 else WIDE) for i in range(20)]
+    mixture = Mixture({"s": whole}, {"s": 1}, 0)
+    straight = [s.prompt for s in islice(load_samples(mixture.iterate(), Faults(max_share=0.5)), 30)]
+    faults = Faults(max_share=0.5)
+    begun = [s.prompt for s in islice(load_samples(mixture.iterate(), faults), 11)]
+    resumed = load_samples(mixture.iterate(faults.seen), Faults(max_share=0.5))
+    assert faults.listed and begun + [s.prompt for s in islice(resumed, 19)] == straight
+
+
 def test_the_collator_takes_records_of_all_tasks(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     records = [
         Record("1", Task.COMPREHENSION, "s", "what is it", images=(WIDE,), texts=("a",)),
         Record("2", Task.PERCEPTION, "s", 'where is "A"', images=(TALL,), boxes=((9, 9, 99, 99),)),
+        Record("3", Task.GENERATION, "s", '"A" in red', target=WIDE, texts=("A",)),
+        Record("4", Task.EDITING, "s", "fill", images=(TALL,), target=TALL, boxes=((99, 99, 500, 500),), texts=("A",)),
     ]
     batch = Collator(replace(config, layout=None), tokenizer)(
         [to_sample(record, config.image_size) for record in records]
     )
-    assert batch["pixel_values"].shape == (2, 3, *config.image_size)
-    assert batch["targets"].tolist() == [0, 0]
+    assert batch["pixel_values"].shape == (3, 3, *config.image_size)
+    assert batch["targets"].tolist() == [0, 0, 1, 1]
+    assert batch["image_rows"].tolist() == [2, 3]

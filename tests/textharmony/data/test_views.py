@@ -13,9 +13,9 @@ SCENE = Record(
     "s",
     "",
     images=(PICTURE,),
-    boxes=((0, 0, 9, 9), (10, 10, 19, 19), (20, 20, 29, 29)),
+    boxes=((0, 0, 9, 9), (10, 10, 19, 19), (200, 200, 600, 600)),
     words=("the", "cat", "the"),
-    polygons=(((0, 0), (9, 0), (9, 9)), ((10, 10), (19, 10), (19, 19)), ((20, 20), (29, 20), (29, 29))),
+    polygons=(((0, 0), (9, 0), (9, 9)), ((10, 10), (19, 10), (19, 19)), ((200, 200), (600, 200), (600, 600))),
     extra={"caption": "a page"},
 )
 
@@ -37,7 +37,7 @@ def test_edit_masks_one_word_after_the_other() -> None:
     assert [record.id for record in records] == ["7#0", "7#1", "7#2"]
     assert [record.texts for record in records] == [("the",), ("cat",), ("the",)]
     assert all(record.target is PICTURE and record.task is Task.EDITING for record in records)
-    assert records[2].load_mask().getbbox() == (2, 2, 4, 4)
+    assert records[2].load_mask().getbbox() == (20, 20, 61, 61)
 
 
 def test_draw_needs_a_caption() -> None:

@@ -46,7 +46,9 @@ READERS: dict[str, Reader] = {
 def detect(folder: Path) -> list[str]:
     """Names of the data sets that a folder looks like; some folders, as DocDownstream-1.0, hold several."""
     _check_folder(folder)
-    return [name for name, reader in READERS.items() if reader.recognises(folder)]
+    found = [name for name, reader in READERS.items() if reader.recognises(folder)]
+    # A tar file beside a data set is what it was unpacked from.
+    return [name for name in found if name != SHARDS.name] or found
 
 
 def read_dataset(

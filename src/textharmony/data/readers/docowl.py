@@ -25,7 +25,7 @@ _BOX = re.compile(r"<bbox>\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*</bbox>
 _OCR = re.compile(r"<ocr>(.*)</ocr>", re.DOTALL)
 
 
-def _record(folder: Path, source: str, id: str, line: str) -> Record:
+def _record(folder: Path, source: str, id: str, line: bytes) -> Record:
     item = parse_object(line)
     question, answer = _turns(item["messages"])
     kind = str(item.get("task_name", ""))
@@ -79,7 +79,7 @@ def _lines(folder: Path, source: str, names: list[str], keep: str = "") -> Itera
     """Lines of the files; keep: a dataset_name, the only one that is wanted, looked for before a line is parsed."""
     for name in names:
         for i, (where, line) in enumerate(read_jsonl(folder / name)):
-            if not keep or f'"{keep}"' in line:
+            if not keep or f'"{keep}"'.encode() in line:
                 yield where, partial(_record, folder, source, f"{Path(name).stem}-{i}", line)
 
 

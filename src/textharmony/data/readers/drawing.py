@@ -114,7 +114,7 @@ def _detailed(folder: Path, split: str) -> Iterator[Entry]:
         yield where, partial(_detailed_record, folder, i, line)
 
 
-def _detailed_record(folder: Path, i: int, line: str) -> Record:
+def _detailed_record(folder: Path, i: int, line: bytes) -> Record:
     item: dict[str, Any] = parse_object(line)
     if item.get("flagged"):
         raise ValueError(f"the caption is flagged: {item['flagged']}")

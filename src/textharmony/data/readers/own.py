@@ -50,7 +50,7 @@ def _folder_entries(folder: Path, split: str) -> Iterator[Entry]:
         yield where, partial(_folder_record, folder, str(i), line)
 
 
-def _folder_record(folder: Path, id: str, line: str) -> Record:
+def _folder_record(folder: Path, id: str, line: bytes) -> Record:
     return _make(parse_object(line), id, lambda name: existing(folder / name))
 
 

@@ -56,15 +56,15 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, bytes]]:
     """The lines of a JSONL file, not parsed yet, each with where it stands; the file is streamed."""
     with existing(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{number}", line.decode("utf-8", "surrogateescape")
+                yield f"{path}:{number}", line
 
 
-def parse_object(line: str) -> dict[str, Any]:
+def parse_object(line: bytes) -> dict[str, Any]:
     """One line of JSONL. Raises ValueError where it is no JSON object."""
     item = json.loads(line)
     if not isinstance(item, dict):
@@ -73,9 +73,10 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def text(value: object) -> str:
-    """The value, if it is text that is not blank. Raises ValueError."""
+    """The value, if it is text that is not blank, and that UTF-8 can hold. Raises ValueError."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"text was expected, got {value!r}")
+    value.encode()
     return value
 
 

@@ -38,6 +38,23 @@ def test_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
     assert detect(tmp_path) == []
 
 
+def test_a_tar_beside_a_data_set_is_what_it_was_unpacked_from(tmp_path: Path, dump) -> None:
+    (tmp_path / "imgs.tar.gz").write_bytes(b"")
+    assert detect(tmp_path) == ["shards"]
+    dump(tmp_path / "struct_aware_parse.jsonl", [])
+    assert detect(tmp_path) == ["docstruct4m"]
+
+
+def test_text_that_utf8_cannot_hold_and_endless_brackets_are_faults(tmp_path: Path, paint) -> None:
+    paint(tmp_path / "a.png")
+    head = b'{"task": "generation", "target": "a.png", "prompt": "'
+    lines = [head + b'\\ud800"}', head + b'\xff"}', b"[" * 200000, head + b'fine"}']
+    (tmp_path / "records.jsonl").write_bytes(b"\n".join(lines))
+    faults = Faults()
+    assert [record.prompt for record in read_dataset("folder", tmp_path, faults=faults)] == ["fine"]
+    assert len(faults.listed) == 3
+
+
 def test_past_the_threshold_the_reading_stops(tmp_path: Path, dump) -> None:
     dump(tmp_path / "records.jsonl", [{"task": "generation"}] * 30)
     with pytest.raises(TooManyFaults, match=r"21 of 21 records are corrupt, at most 1\.00%"):
