@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RecursionError)
+UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RecursionError, OverflowError)
 _LISTED = 20
 
 

@@ -33,9 +33,9 @@ def dump() -> Dump:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".jsonl":
             assert isinstance(content, list)
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content), encoding="utf-8")
+            path.write_text("".join(json.dumps(line) + "\n" for line in content), encoding="utf-8")
         else:
-            path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            path.write_text(json.dumps(content), encoding="utf-8")
         return path
 
     return dump

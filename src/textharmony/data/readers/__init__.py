@@ -11,7 +11,7 @@ from textharmony.data.readers.docowl import DOCLOCAL4K, DOCSTRUCT4M, TABFACT, WT
 from textharmony.data.readers.drawing import DETAILED_TEXT_CAPS, MARIO_EVAL, MARIO_LAION
 from textharmony.data.readers.ocrbench import OCRBENCH
 from textharmony.data.readers.own import FOLDER, SHARDS
-from textharmony.data.readers.reader import Reader
+from textharmony.data.readers.reader import Entry, Reader
 from textharmony.data.readers.scenes import COCO_TEXT, ICDAR2015, TEXTSEG
 from textharmony.data.readers.vqa import CHARTQA, DOCVQA, INFOVQA, TEXTVQA
 from textharmony.data.record import Record
@@ -74,11 +74,21 @@ def read_dataset(
 
 
 def _records(reader: Reader, folder: Path, split: str, view: str | None, faults: Faults) -> Iterator[Record]:
-    for where, make in reader.entries(folder, split):
+    for where, make in _entries(reader, folder, split):
         records: list[Record] = []
         with faults.skipping(where):
             records = [make()] if view is None else list(VIEWS[view](make()))
         yield from records
+
+
+def _entries(reader: Reader, folder: Path, split: str) -> Iterator[Entry]:
+    """The reader's entries. Raises ValueError where the annotations as a whole are not laid out as they should be."""
+    try:
+        yield from reader.entries(folder, split)
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder} is not laid out as {reader.name} ({reader.layout}): {type(error).__name__} {error}"
+        ) from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,34 @@ def test_past_the_threshold_the_reading_stops(tmp_path: Path, dump) -> None:
     faults = Faults(max_share=1)
     assert list(read_dataset("folder", tmp_path, faults=faults)) == []
     assert len(faults.listed) == 30
+
+
+DOCS = Path(__file__).parents[4] / "docs" / "data.md"
+
+
+def test_the_docs_table_tells_of_every_reader() -> None:
+    rows = [line.split("|")[1:4] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    told = {}
+    for names, splits, views in rows:
+        for name in names.replace("`", "").split(","):
+            told[name.strip()] = (splits.strip(), views.strip())
+    assert set(told) == set(READERS)
+    for name, reader in READERS.items():
+        assert told[name][1] == ", ".join(reader.views)
+        assert name == "mario-eval" or told[name][0] == ", ".join(reader.splits)
+
+
+def test_the_docs_code_runs(
+    tmp_path: Path, paint, dump, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint(tmp_path / "TextVQA" / "train_images" / "a.jpg")
+    question = {"question": "q?", "image_id": "a", "question_id": 1, "answers": ["x"]}
+    dump(tmp_path / "TextVQA" / "TextVQA_0.5.1_train.json", {"data": [question]})
+    paint(tmp_path / "AnyWord-3M" / "laion" / "imgs" / "a.jpg", (512, 512))
+    mark = {"polygon": [[9, 9], [99, 9], [99, 99]], "text": "A", "language": "Latin", "valid": True}
+    items = [{"img_name": "a.jpg", "caption": "a", "annotations": [mark]}]
+    dump(tmp_path / "AnyWord-3M" / "laion" / "data_v1.1.json", {"data_root": "", "data_list": items})
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    exec(compile(code, str(DOCS), "exec"), {})
+    assert capsys.readouterr().out == "1\n"
