@@ -10,8 +10,8 @@ from pathlib import Path
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of one tar file, compressed or not, streamed: (key, content by extension).
 
-    The key is the path up to the first dot of the file's name, the extension what follows, in lower case (webdataset's
-    documentation, "The WebDataset Format"). Raises ValueError where the file is no tar or is cut off; samples before
+    The key is the path up to the first dot of the file's name, the extension what follows, here in lower case; files
+    without one are passed over (the convention as pytorch.org/data states it, torchdata.datapipes.iter.WebDataset). Raises ValueError where the file is no tar or is cut off; samples before
     that have been given.
     """
     key = ""
@@ -23,6 +23,8 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     continue
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
+                if not extension:
+                    continue
                 stem = f"{folder}/{stem}" if folder else stem
                 if stem != key and parts:
                     yield key, parts

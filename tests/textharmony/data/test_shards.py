@@ -23,7 +23,6 @@ def test_files_that_share_a_key_are_one_sample(tmp_path: Path, name: str, mode: 
         ("x/1", {"jpg": b"a", "seg.png": b"b"}),
         ("x/2", {"jpg": b"c"}),
         ("y/2", {"jpg": b"d"}),
-        ("plain", {"": b"e"}),
     ]
 
 

@@ -11,7 +11,7 @@ from textharmony.data.readers.reader import Entry, Reader, existing, first_exist
 from textharmony.data.record import Record
 from textharmony.tokens import Task
 
-# The benchmark's ten types by its five parts (Liu et al. 2023, table 1).
+# The ten types that the repository's scripts score, by the five components of its README; the assignment is ours.
 PARTS = {
     "Regular Text Recognition": "recognition",
     "Irregular Text Recognition": "recognition",

@@ -101,7 +101,7 @@ def _shard_record(key: str, parts: dict[str, bytes]) -> Record:
 
 SHARDS = Reader(
     "shards",
-    "webdataset's tar files (webdataset.github.io, 'The WebDataset Format'): key.jpg with key.txt or the caption of "
+    "webdataset's tar files (data.shards): key.jpg with key.txt or the caption of "
     "key.json, as img2dataset writes them, are pictures to be drawn; a key.json with task is a record as in "
     "records.jsonl, its pictures named by their extensions, such as 'jpg' or 'target.png'",
     ("all",),
