@@ -11,8 +11,8 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of one tar file, compressed or not, streamed: (key, content by extension).
 
     The key is the path up to the first dot of the file's name, the extension what follows, here in lower case; files
-    without one are passed over (the convention as pytorch.org/data states it, torchdata.datapipes.iter.WebDataset). Raises ValueError where the file is no tar or is cut off; samples before
-    that have been given.
+    without one are passed over (the convention as pytorch.org/data states it, torchdata.datapipes.iter.WebDataset).
+    Raises ValueError where the file is no tar or is cut off; samples before that have been given.
     """
     key = ""
     parts: dict[str, bytes] = {}
