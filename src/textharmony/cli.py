@@ -1,5 +1,5 @@
 """The command line: `textharmony read | answer | locate | draw | edit | train | evaluate | demo |
-captions build`."""
+data check | captions build`."""
 
 from __future__ import annotations
 
@@ -141,6 +141,32 @@ def build_captions(
         )
 
 
+def check_data(
+    folder: tyro.conf.Positional[Path],
+    out: Out = Path("data.png"),
+    name: str | None = None,
+    split: str | None = None,
+    view: str | None = None,
+    limit: int = 1000,
+    max_share: float = 0.01,
+) -> None:
+    """Says whether a folder is a data set that is understood, and what is wrong with it; writes a sheet of samples.
+
+    LIMIT is how many records are looked at, 0 for all. Fails where more than MAX_SHARE of them are corrupt.
+    """
+    from textharmony.data.check import check, sheet
+
+    reports = check(folder, name, split, view, limit)
+    print("\n".join(line for report in reports for line in report.lines()))
+    picture = sheet(reports)
+    if picture is not None:
+        picture.save(out)
+        print(f"look at {out}")
+    failed = [report.name for report in reports if not report.passed(max_share)]
+    if failed:
+        raise ValueError(f"{folder} is no sound {' and no sound '.join(failed)}: {max_share:.2%} may be corrupt")
+
+
 def main() -> None:
     """The console script; an error in what was given is one line on stderr and exit status 1."""
     commands: list[Callable[..., None]] = [read, answer, locate, draw, edit, train, evaluate, demo]
@@ -149,6 +175,9 @@ def main() -> None:
         app.command(command)
     captions.command(name="build")(build_captions)
     app.command(captions, name="captions", help="Captions for one's own pictures.")
+    data = tyro.extras.SubcommandApp()
+    data.command(name="check")(check_data)
+    app.command(data, name="data", help="Data sets on disk.")
     try:
         app.cli(prog="textharmony")
     except (ValueError, OSError, ImportError) as error:

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-_ZOOM, _GAP, _CAPTION = 2, 8, 18
+_GAP, _CAPTION = 8, 18
 
 
-def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int, title: str = "") -> Image.Image:
-    """One picture of all cells (picture, caption), row by row, each twice its size."""
-    width = max(picture.width for picture, _ in cells) * _ZOOM
-    height = max(picture.height for picture, _ in cells) * _ZOOM
+def contact_sheet(
+    cells: Sequence[tuple[Image.Image, str]], columns: int, title: str = "", zoom: int = 2
+) -> Image.Image:
+    """One picture of all cells (picture, caption), row by row, each zoom times its size."""
+    width = max(picture.width for picture, _ in cells) * zoom
+    height = max(picture.height for picture, _ in cells) * zoom
     rows = -(-len(cells) // columns)
     top = 28 if title else 0
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, top + rows * (height + _CAPTION + _GAP) + _GAP), "white")
@@ -22,6 +24,6 @@ def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int, title:
     for i, (picture, caption) in enumerate(cells):
         x = _GAP + (i % columns) * (width + _GAP)
         y = top + _GAP + (i // columns) * (height + _CAPTION + _GAP)
-        sheet.paste(picture.resize((picture.width * _ZOOM, picture.height * _ZOOM)), (x, y))
-        pen.text((x, y + picture.height * _ZOOM + 1), caption, fill="black", font=font)
+        sheet.paste(picture.resize((picture.width * zoom, picture.height * zoom)), (x, y))
+        pen.text((x, y + picture.height * zoom + 1), caption, fill="black", font=font)
     return sheet

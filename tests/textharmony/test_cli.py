@@ -215,5 +215,33 @@ def test_help_lists_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> 
     assert error.value.code == 0
     said = capsys.readouterr().out
     assert all(
-        verb in said for verb in ("read", "answer", "locate", "draw", "edit", "train", "evaluate", "demo", "captions")
+        verb in said
+        for verb in ("read", "answer", "locate", "draw", "edit", "train", "evaluate", "demo", "captions", "data")
     )
+
+
+def test_data_check_says_what_a_folder_is_and_writes_a_sheet(
+    run: Run, tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n' * 3
+    (tmp_path / "records.jsonl").write_text(lines)
+    run("data", "check", tmp_path, "-o", tmp_path / "sheet.png")
+    said = capsys.readouterr().out
+    assert "folder, split all" in said and "3 good (comprehension 3), 0 corrupt" in said
+    assert Image.open(tmp_path / "sheet.png").width > 300
+
+
+def test_data_check_fails_past_the_share_that_may_be_corrupt(
+    run: Run, tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n'
+    (tmp_path / "records.jsonl").write_text(good * 3 + "nonsense\n")
+    run("data", "check", tmp_path, "-o", tmp_path / "sheet.png", "--max-share", 0.25)
+    with pytest.raises(SystemExit, match=r"no sound folder: 24\.00% may be corrupt"):
+        run("data", "check", tmp_path, "-o", tmp_path / "sheet.png", "--max-share", 0.24)
+    assert "records.jsonl:4" in capsys.readouterr().out
+
+
+def test_data_check_of_a_folder_that_is_no_data_set(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="in no layout that is known"):
+        run("data", "check", tmp_path)

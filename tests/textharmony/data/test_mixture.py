@@ -1,0 +1,73 @@
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+
+from textharmony.data.mixture import Mixture
+from textharmony.data.record import Record
+from textharmony.tokens import Task
+
+
+def records(source: str, count: int) -> list[Record]:
+    return [Record(str(i), Task.GENERATION, source, "x") for i in range(count)]
+
+
+def names(mixture: Mixture, count: int, start: int = 0) -> list[str]:
+    return [f"{r.source}{r.id}" for r in islice(mixture.iterate(start), count)]
+
+
+SOURCES = {"a": records("a", 7), "b": records("b", 300), "c": records("c", 5)}
+WEIGHTS = {"a": 3.0, "b": 1.0, "c": 0.0}
+
+
+def test_weights_are_shares_whatever_the_sizes() -> None:
+    count = Counter(name[0] for name in names(Mixture(SOURCES, WEIGHTS, 0), 8000))
+    assert set(count) == {"a", "b"}
+    assert abs(count["a"] / 8000 - 0.75) < 0.02
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_another() -> None:
+    first = names(Mixture(SOURCES, WEIGHTS, 5), 500)
+    assert first == names(Mixture(SOURCES, WEIGHTS, 5), 500)
+    assert first != names(Mixture(SOURCES, WEIGHTS, 6), 500)
+
+
+@pytest.mark.parametrize("start", [1, 250, 4095, 4096, 4097, 9000])
+def test_a_run_resumes_by_number(start: int) -> None:
+    whole = names(Mixture(SOURCES, WEIGHTS, 1), start + 50)
+    assert names(Mixture(SOURCES, WEIGHTS, 1), 50, start) == whole[start:]
+
+
+def test_an_epoch_holds_each_record_once_in_a_new_order() -> None:
+    drawn = names(Mixture({"a": records("a", 40)}, {"a": 1}, 2), 120)
+    epochs = [drawn[i : i + 40] for i in (0, 40, 80)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 40 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_streams_start_anew_and_resume_too() -> None:
+    calls = []
+
+    def stream() -> Iterator[Record]:
+        calls.append(1)
+        return iter(records("s", 3))
+
+    mixture = Mixture({"s": stream, "a": records("a", 4)}, {"s": 1, "a": 1}, 3)
+    whole = names(mixture, 60)
+    only = [name for name in whole if name[0] == "s"]
+    assert only == [f"s{i % 3}" for i in range(len(only))]
+    assert len(calls) > 3
+    assert names(mixture, 20, 40) == whole[40:]
+
+
+def test_an_empty_source_is_an_error_and_not_a_loop_without_end() -> None:
+    for empty in ([], lambda: iter([])):
+        with pytest.raises(ValueError, match="a has no records"):
+            names(Mixture({"a": empty}, {"a": 1}, 0), 1)
+
+
+@pytest.mark.parametrize("weights", [{"a": 1}, {"a": -1, "b": 2}, {"a": 0, "b": 0}, {"a": float("nan"), "b": 1}])
+def test_weights_that_are_none(weights: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        Mixture({"a": records("a", 1), "b": records("b", 1)}, weights, 0)
