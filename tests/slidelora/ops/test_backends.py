@@ -60,7 +60,7 @@ def run(
 
 
 @backends
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     batch=st.sampled_from([1, 2, 3]),
     tokens=st.sampled_from([1, 2, 15, 17]),
@@ -108,12 +108,11 @@ def test_empty_input(backend: str, shape: tuple[int, int]) -> None:
 
 @backends
 def test_gradcheck(backend: str) -> None:
-    *tensors, _ = case(2, 3, 4, 5, 3, 2, torch.float64, 0)
+    *tensors, _ = case(2, 2, 3, 3, 2, 2, torch.float64, 0)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    assert torch.autograd.gradcheck(lambda *t: gated_lora(*t, 2, 0.5, backend=backend), leaves)
-    for gates in (leaves[4][:1], torch.randn(2, 3, 3, dtype=torch.float64)):
-        others = [*leaves[:4], gates.detach().requires_grad_()]
-        assert torch.autograd.gradcheck(lambda *t: gated_lora(*t, 2, 0.5, backend=backend), others)
+    for gates in (leaves[4], leaves[4][:1], torch.randn(2, 2, 2, dtype=torch.float64)):
+        inputs = [*leaves[:4], gates.detach().requires_grad_()]
+        assert torch.autograd.gradcheck(lambda *t: gated_lora(*t, 2, 0.5, backend=backend), inputs)
 
 
 @backends
