@@ -1,0 +1,65 @@
+"""Prompts and labels to the letter: what the language model sees of each task, and what it is asked to say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from textharmony.config import ModelConfig
+from textharmony.data.collate import Collator
+from textharmony.data.sample import Sample
+from textharmony.tokens import Task
+
+PICTURE = np.zeros((32, 128, 3), np.uint8)
+IMAGE = "<|beginofimage|>" + "<|image|>" * 32
+GOLDEN = {
+    Task.PERCEPTION: (
+        Sample(Task.PERCEPTION, 'where is "CAFE"', "CAFE", "test", PICTURE, "(100,200)(300,400)"),
+        f'<s>Based on the image, please answer the question. {IMAGE}where is "CAFE" The answer is: ',
+        "(100,200)(300,400)</s>",
+    ),
+    Task.COMPREHENSION: (
+        Sample(Task.COMPREHENSION, "how many characters are there", "CAFE", "test", PICTURE, "4"),
+        f"<s>Based on the image, please answer the question. {IMAGE}how many characters are there The answer is: ",
+        "4</s>",
+    ),
+    Task.GENERATION: (
+        Sample(Task.GENERATION, '"CAFE" in red on white', "CAFE", "test", target=PICTURE),
+        '<s>Generate an image according to the caption. "CAFE" in red on white',
+        "<|beginofimage|>",
+    ),
+    Task.EDITING: (
+        Sample(
+            Task.EDITING,
+            'Fill the masked part in this image with "CAFE"',
+            "CAFE",
+            "test",
+            PICTURE,
+            target=PICTURE,
+            region=(8, 8, 40, 24),
+        ),
+        f'<s>{IMAGE}Fill the masked part in this image with "CAFE"',
+        "<|beginofimage|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_prompt_and_labels(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, task: Task) -> None:
+    sample, prompt, answer = GOLDEN[task]
+    batch = Collator(replace(config, layout=None), tokenizer)([sample])
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    asked = labels != -100
+    assert tokenizer.decode(ids) == prompt + answer
+    assert tokenizer.decode(ids[asked]) == answer and tokenizer.decode(ids[~asked]) == prompt
+    assert bool((labels[asked] == ids[asked]).all())
+    assert batch["targets"].tolist() == [int(task.modality == "image")]
+
+
+def test_padding_has_no_label(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    samples = [GOLDEN[Task.PERCEPTION][0], GOLDEN[Task.COMPREHENSION][0]]
+    batch = Collator(replace(config, layout=None), tokenizer)(samples)
+    padded = batch["attention_mask"] == 0
+    assert padded.any() and (batch["input_ids"][padded] == tokenizer.pad_token_id).all()
+    assert (batch["labels"][padded] == -100).all()
