@@ -13,6 +13,7 @@ from textharmony.data.record import Record
 _VIEWS = ("draw", "edit", "read", "locate")
 _SIZE = (512, 512)  # polygons are drawn at this size, to which pictures are stretched (t3_dataset.py, __getitem__)
 _TRAIN = ("data_v1.1.json", "data.json")
+_GROUPS = ("wukong_word", "ocr_data")
 _BENCHMARK = ("laion_word", "wukong_word")
 
 
@@ -52,10 +53,13 @@ def _record(images: Path, source: str, part: str, item: dict[str, Any]) -> Recor
 
 
 def _parts(folder: Path) -> list[Path]:
-    """One annotation file of every part below the folder, the newer version where there are two."""
+    """One annotation file of every part, the newer version where there are two.
+
+    Folders below folders are looked into under their known names alone: other data sets have millions of them.
+    """
     found: dict[Path, Path] = {}
     for name in reversed(_TRAIN):
-        for pattern in (name, f"*/{name}", f"*/*/{name}"):
+        for pattern in (name, f"*/{name}", *(f"{group}/*/{name}" for group in _GROUPS)):
             found |= {path.parent: path for path in folder.glob(pattern)}
     return [found[parent] for parent in sorted(found)]
 

@@ -148,6 +148,6 @@ CHARTQA = Reader(
     "vis-nlp/ChartQA; google-research/big_vision, big_vision/datasets/chartqa/chartqa.py: "
     "'ChartQA Dataset'/<split>/<split>_{human,augmented}.json with imgname, query, label; <split>/png/<imgname>",
     ("test", "val", "train"),
-    lambda folder: any(_chartqa_root(folder).glob("*/*_human.json")),
+    lambda folder: any((_chartqa_root(folder) / split / f"{split}_human.json").is_file() for split in _SPLITS),
     _chartqa,
 )
