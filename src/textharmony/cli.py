@@ -149,15 +149,20 @@ def check_data(
     view: str | None = None,
     limit: int = 1000,
     max_share: float = 0.01,
+    faults: Path | None = None,
 ) -> None:
     """Says whether a folder is a data set that is understood, and what is wrong with it; writes a sheet of samples.
 
-    LIMIT is how many records are looked at, 0 for all. Fails where more than MAX_SHARE of them are corrupt.
+    LIMIT is how many records are looked at, 0 for all. Fails where more than MAX_SHARE of them are corrupt. FAULTS: a
+    file for all that is wrong, one a line.
     """
     from textharmony.data.check import check, sheet
 
     reports = check(folder, name, split, view, limit)
     print("\n".join(line for report in reports for line in report.lines()))
+    if faults is not None:
+        listed = "".join(f"{fault}\n" for report in reports for fault in report.faults)
+        faults.write_text(listed, encoding="utf-8", errors="backslashreplace")
     picture = sheet(reports)
     if picture is not None:
         picture.save(out)

@@ -242,6 +242,15 @@ def test_data_check_fails_past_the_share_that_may_be_corrupt(
     assert "records.jsonl:4" in capsys.readouterr().out
 
 
+def test_data_check_writes_all_that_is_wrong(run: Run, tmp_path: Path, picture: Path) -> None:
+    good = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n'
+    (tmp_path / "records.jsonl").write_text(good + "nonsense\n" * 30)
+    listed = tmp_path / "faults.txt"
+    run("data", "check", tmp_path, "-o", tmp_path / "sheet.png", "--max-share", 1, "--faults", listed)
+    lines = listed.read_text().splitlines()
+    assert len(lines) == 30 and "records.jsonl:31: " in lines[-1]
+
+
 def test_data_check_of_a_folder_that_is_no_data_set(run: Run, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="in no layout that is known"):
         run("data", "check", tmp_path)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from textharmony.data.record import Record
 
-# A sequence is shuffled anew each epoch and sought in; a function is called for an iterator each epoch.
+# A sequence is shuffled anew each epoch and sought in; a function is called for an iterator each epoch, which is
+# shuffled within a buffer.
 Source = Sequence[Record] | Callable[[], Iterator[Record]]
 _BLOCK = 4096
 
@@ -16,17 +18,20 @@ _BLOCK = 4096
 class Mixture:
     """An endless stream of records, a pure function of its sources, weights, seed and where it starts.
 
-    sources and weights: by name; a weight is the source's share of the records, not of its own size. Raises ValueError
-    for weights that are no shares.
+    sources and weights: by name; a weight is the source's share of the records, not of its own size; buffer: records
+    that are held to shuffle what a function yields, 1 to take them as they come (records of shards hold their pictures'
+    bytes). Raises ValueError for weights that are no shares.
     """
 
-    def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], seed: int, buffer: int = 1) -> None:
+        if buffer < 1:
+            raise ValueError(f"buffer is {buffer}, expected at least 1")
         if set(sources) != set(weights) or not sources:
             raise ValueError(f"weights are for {sorted(weights)}, expected them for {sorted(sources)}")
         shares = np.asarray([weights[name] for name in sources], np.float64)
         if not np.isfinite(shares).all() or shares.min() < 0 or shares.sum() <= 0:
             raise ValueError(f"weights is {dict(weights)!r}, expected none below 0 and one above")
-        self.seed, self.names = seed, list(sources)
+        self.seed, self.names, self.buffer = seed, list(sources), buffer
         self._sources = list(sources.values())
         self._edges = np.cumsum(shares / shares.sum())
 
@@ -59,7 +64,7 @@ class Mixture:
     def _stream(self, number: int, skip: int) -> Iterator[Record]:
         source = self._sources[number]
         if callable(source):
-            return self._restarted(source, self.names[number], skip)
+            return self._restarted(source, number, skip)
         return self._shuffled(source, number, skip)
 
     def _shuffled(self, source: Sequence[Record], number: int, skip: int) -> Iterator[Record]:
@@ -72,14 +77,29 @@ class Mixture:
                 yield source[int(index)]
             epoch, skip = epoch + 1, 0
 
-    def _restarted(self, source: Callable[[], Iterator[Record]], name: str, skip: int) -> Iterator[Record]:
-        while True:
+    def _restarted(self, source: Callable[[], Iterator[Record]], number: int, skip: int) -> Iterator[Record]:
+        for epoch in itertools.count():
             empty = True
-            for record in source():
+            rng = np.random.default_rng((2, self.seed, number, epoch))
+            for record in _shuffled_within(source(), self.buffer, rng):
                 empty = False
                 if skip:
                     skip -= 1
                 else:
                     yield record
             if empty:
-                raise ValueError(f"{name} has no records")
+                raise ValueError(f"{self.names[number]} has no records")
+
+
+def _shuffled_within(records: Iterator[Record], buffer: int, rng: np.random.Generator) -> Iterator[Record]:
+    """Each record in turn takes the place of one of those held, which is given; those held last come in any order."""
+    held: list[Record] = []
+    for record in records:
+        if len(held) < buffer:
+            held.append(record)
+            continue
+        place = int(rng.integers(buffer))
+        given, held[place] = held[place], record
+        yield given
+    for index in rng.permutation(len(held)):
+        yield held[index]

@@ -43,7 +43,7 @@ def to_sample(record: Record, size: tuple[int, int] | None = None) -> Sample:
     if record.task is Task.EDITING:
         region = _region(record, image, size)
     if record.task.modality == "text":
-        answer = record.texts[0] if record.texts else _format_boxes(record, image, size)
+        answer = next(filter(str.strip, record.texts), None) or _format_boxes(record, image, size)
     return Sample(
         record.task,
         record.prompt,

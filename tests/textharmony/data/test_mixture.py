@@ -71,3 +71,24 @@ def test_an_empty_source_is_an_error_and_not_a_loop_without_end() -> None:
 def test_weights_that_are_none(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="weights"):
         Mixture({"a": records("a", 1), "b": records("b", 1)}, weights, 0)
+
+
+def test_a_stream_is_shuffled_within_a_buffer_anew_each_epoch() -> None:
+    drawn = names(Mixture({"s": lambda: iter(records("s", 40))}, {"s": 1}, 2, buffer=10), 120)
+    epochs = [drawn[i : i + 40] for i in (0, 40, 80)]
+    assert all(len(set(epoch)) == 40 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    ahead = [int(name[1:]) - place for place, name in enumerate(epochs[0])]
+    assert max(ahead) <= 10  # no further than the buffer, and the record that takes a place in it
+    assert sum(shift != 0 for shift in ahead) > 30
+
+
+@pytest.mark.parametrize("start", [1, 39, 40, 41, 95])
+def test_a_shuffled_stream_resumes_by_number(start: int) -> None:
+    mixture = Mixture({"s": lambda: iter(records("s", 40)), "a": records("a", 7)}, {"s": 2, "a": 1}, 4, buffer=10)
+    assert names(mixture, 50, start) == names(mixture, start + 50)[start:]
+
+
+def test_a_buffer_of_none() -> None:
+    with pytest.raises(ValueError, match="buffer is 0, expected at least 1"):
+        Mixture(SOURCES, WEIGHTS, 0, buffer=0)

@@ -94,3 +94,9 @@ def test_the_collator_takes_records_of_all_tasks(config: ModelConfig, tokenizer:
     assert batch["pixel_values"].shape == (3, 3, *config.image_size)
     assert batch["targets"].tolist() == [0, 0, 1, 1]
     assert batch["image_rows"].tolist() == [2, 3]
+
+
+def test_the_first_answer_that_says_something_is_trained_on(tmp_path: Path, paint) -> None:
+    picture = paint(tmp_path / "a.png")
+    record = Record("1", Task.COMPREHENSION, "textvqa", "q?", images=(picture,), texts=(" ", "x", "y"))
+    assert to_sample(record).answer == "x"

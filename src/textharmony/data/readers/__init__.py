@@ -10,7 +10,7 @@ from textharmony.data.readers.anyword import ANYTEXT_BENCHMARK, ANYWORD
 from textharmony.data.readers.docowl import DOCLOCAL4K, DOCSTRUCT4M, TABFACT, WTQ
 from textharmony.data.readers.drawing import DETAILED_TEXT_CAPS, MARIO_EVAL, MARIO_LAION
 from textharmony.data.readers.ocrbench import OCRBENCH
-from textharmony.data.readers.own import FOLDER, SHARDS
+from textharmony.data.readers.own import CAPTIONED, FOLDER, SHARDS
 from textharmony.data.readers.reader import Entry, Reader
 from textharmony.data.readers.scenes import COCO_TEXT, ICDAR2015, TEXTSEG
 from textharmony.data.readers.vqa import CHARTQA, DOCVQA, INFOVQA, TEXTVQA
@@ -38,6 +38,7 @@ READERS: dict[str, Reader] = {
         MARIO_EVAL,
         DETAILED_TEXT_CAPS,
         FOLDER,
+        CAPTIONED,
         SHARDS,
     )
 }

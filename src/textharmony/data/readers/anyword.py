@@ -13,14 +13,16 @@ from textharmony.data.record import Record
 _VIEWS = ("draw", "edit", "read", "locate")
 _SIZE = (512, 512)  # polygons are drawn at this size, to which pictures are stretched (t3_dataset.py, __getitem__)
 _TRAIN = ("data_v1.1.json", "data.json")
+_GROUPS = ("wukong_word", "ocr_data")
 _BENCHMARK = ("laion_word", "wukong_word")
 
 
-def _entries(path: Path, source: str) -> Iterator[Entry]:
+def _entries(path: Path, source: str, longest: int | None = None) -> Iterator[Entry]:
+    """longest: lines a picture and characters a line that are kept, None for all."""
     content = read_json(path)
     images = _images(path.parent, str(content.get("data_root", "")))
     for i, item in enumerate(content["data_list"]):
-        yield f"{path}[{i}]", partial(_record, images, source, path.parent.name, item)
+        yield f"{path}[{i}]", partial(_record, images, source, path.parent.name, longest, item)
 
 
 def _images(folder: Path, root: str) -> Path:
@@ -30,16 +32,19 @@ def _images(folder: Path, root: str) -> Path:
     return next((folder / name for name in (Path(root).name, "imgs") if name and (folder / name).is_dir()), folder)
 
 
-def _record(images: Path, source: str, part: str, item: dict[str, Any]) -> Record:
+def _record(images: Path, source: str, part: str, longest: int | None, item: dict[str, Any]) -> Record:
     name = text(item["img_name"])
-    lines, ignored, languages = [], 0, []
+    lines: list[tuple[str, list[tuple[float, float]]]] = []
+    ignored, languages = 0, []
     for mark in item.get("annotations", []):
         if not mark["polygon"]:
             continue
         if mark.get("valid") is False:
             ignored += 1
             continue
-        lines.append((text(mark["text"]), pairs(v for point in mark["polygon"] for v in point)))
+        if len(lines) == longest:
+            break
+        lines.append((text(mark["text"])[:longest], pairs(v for point in mark["polygon"] for v in point)))
         languages.append(mark.get("language", ""))
     # AnyText's "*" stands for a line of text in its own prompts, and is taken out of captions; the captions seldom hold
     # the words, which AnyText adds as we do, with one of ten phrases drawn at random (t3_dataset.py, get_caption_pos).
@@ -52,10 +57,13 @@ def _record(images: Path, source: str, part: str, item: dict[str, Any]) -> Recor
 
 
 def _parts(folder: Path) -> list[Path]:
-    """One annotation file of every part below the folder, the newer version where there are two."""
+    """One annotation file of every part, the newer version where there are two.
+
+    Folders below folders are looked into under their known names alone: other data sets have millions of them.
+    """
     found: dict[Path, Path] = {}
     for name in reversed(_TRAIN):
-        for pattern in (name, f"*/{name}", f"*/*/{name}"):
+        for pattern in (name, f"*/{name}", *(f"{group}/*/{name}" for group in _GROUPS)):
             found |= {path.parent: path for path in folder.glob(pattern)}
     return [found[parent] for parent in sorted(found)]
 
@@ -86,18 +94,22 @@ ANYWORD = Reader(
 )
 
 
+_LONGEST = 20  # max_lines and max_chars of the evaluation
+
+
 def _root(folder: Path) -> Path:
     return folder / "benchmark" if (folder / "benchmark").is_dir() else folder
 
 
 def _benchmark(folder: Path, split: str) -> Iterator[Entry]:
-    return _entries(_root(folder) / split / "test1k.json", "anytext-benchmark")
+    return _entries(_root(folder) / split / "test1k.json", "anytext-benchmark", _LONGEST)
 
 
 ANYTEXT_BENCHMARK = Reader(
     "anytext-benchmark",
     "tyxsspa/AnyText, eval/anytext_singleGPU.py: {laion_word, wukong_word}/test1k.json, as AnyWord-3M's files (below "
-    "benchmark/, as it is unpacked); where its pictures lie is not said there: we look in imgs/ beside the file",
+    "benchmark/, as it is unpacked); where its pictures lie is not said there: we look in imgs/ beside the file. As "
+    "there, the first 20 lines of a picture and the first 20 characters of a line",
     _BENCHMARK,
     lambda folder: any((_root(folder) / part / "test1k.json").is_file() for part in _BENCHMARK),
     _benchmark,

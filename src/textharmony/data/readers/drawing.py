@@ -59,7 +59,7 @@ MARIO_LAION = Reader(
     "mario-laion",
     "microsoft/unilm, textdiffuser/README.md: 28330/283305839/{caption.txt, charseg.npy, info.json, ocr.txt}, and "
     "image.jpg, which users download and resize to 512 x 512; mario-laion-test-index.txt. A line of ocr.txt is "
-    "word x1,y1,...,x4,y4 confidence, as the code of those who read it says; its own README does not",
+    "word x1,y1,...,x4,y4 confidence, in pixels of that size, as in textdiffuser/data/laion-ocr-example",
     ("train", "test"),
     lambda folder: any(folder.glob("[0-9]*/[0-9]*/ocr.txt")),
     _mario_laion,
@@ -100,7 +100,8 @@ def _mario_eval_record(folder: Path, i: int, prompt: str) -> Record:
 MARIO_EVAL = Reader(
     "mario-eval",
     "microsoft/unilm, textdiffuser/README.md and eval/MARIOEval_generate.py: <subset>/<subset>.txt, a prompt a line "
-    "with its keywords in quotes, and for three subsets the truths images/<line, from 0>.jpg. Splits: a subset, or all",
+    "with its keywords in quotes, and for three subsets the truths images/<line, from 0>.jpg. Splits: a subset or all. "
+    "eval/ocr_eval.py takes as keywords the words between any two single quotes, apostrophes too; ours are not these",
     ("all", *SUBSETS),
     lambda folder: any((folder / subset / f"{subset}.txt").is_file() for subset in SUBSETS),
     _mario_eval,

@@ -1,10 +1,12 @@
-"""One's own data: a folder with records.jsonl, or tar shards."""
+"""One's own data: a folder with records.jsonl, captioned pictures, or tar shards."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from textharmony.tokens import Task
 
 _RECORDS = "records.jsonl"
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
+_LOOKED_AT = 50
 
 
 def _make(item: Mapping[str, Any], id: str, picture: Callable[[str], ImageSource]) -> Record:
@@ -61,6 +64,41 @@ FOLDER = Reader(
     ("all",),
     lambda folder: (folder / _RECORDS).is_file(),
     _folder_entries,
+)
+
+
+def _captioned_entries(folder: Path, split: str) -> Iterator[Entry]:
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for path in (Path(place, name) for name in sorted(names)):
+            if _is_picture(path):
+                yield str(path), partial(_captioned_record, folder, path)
+
+
+def _captioned_record(folder: Path, path: Path) -> Record:
+    caption = text(existing(path.with_suffix(".txt")).read_text(encoding="utf-8").strip())
+    id = path.relative_to(folder).with_suffix("").as_posix()
+    return Record(id, Task.GENERATION, "own", caption, target=path)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower().removeprefix(".") in _PICTURES
+
+
+def _recognises_captioned(folder: Path) -> bool:
+    """By the first pictures of the folder and of one folder in it: there may be millions."""
+    inside = (path for path in folder.iterdir() if path.is_dir())
+    files = (path for place in (folder, *islice(inside, 1)) for path in place.iterdir())
+    return any(path.with_suffix(".txt").is_file() for path in islice(filter(_is_picture, files), _LOOKED_AT))
+
+
+CAPTIONED = Reader(
+    "captioned",
+    "NAME.jpg (or png, webp, bmp), here or in folders, and NAME.txt, its caption, as img2dataset leaves them "
+    "with output_format files (huggingface.co/datasets/opendiffusionai/cc12m-4mp-realistic, crawl.sh, says so)",
+    ("all",),
+    _recognises_captioned,
+    _captioned_entries,
 )
 
 

@@ -23,11 +23,16 @@ def _data(path: Path) -> list[dict[str, Any]]:
 
 
 def _answers(item: dict[str, Any]) -> tuple[str, ...]:
-    """What was answered; none in the test splits, which are published without."""
+    """What was answered; none in the test splits, which are published without.
+
+    An annotator who wrote nothing stays among the others: TextVQA's accuracy counts all ten.
+    """
     answers = item.get("answers", [])
     if not isinstance(answers, list):
         raise ValueError(f"answers is {answers!r}, expected a list")
-    return tuple(map(text, answers))
+    if not all(isinstance(answer, str) for answer in answers) or (answers and not "".join(answers).strip()):
+        raise ValueError(f"answers is {answers!r}, expected texts, one of them not blank")
+    return tuple(answers)
 
 
 def _textvqa(folder: Path, split: str) -> Iterator[Entry]:
@@ -60,9 +65,13 @@ TEXTVQA = Reader(
 
 
 def _docvqa(folder: Path, split: str) -> Iterator[Entry]:
-    path = first_existing(folder, (f"{split}_v1.0_withQT.json", f"{split}_v1.0.json"))
+    path = first_existing(folder, _docvqa_files(split))
     for i, item in enumerate(_data(path)):
         yield f"{path}[{i}]", partial(_docvqa_record, folder, split, item)
+
+
+def _docvqa_files(split: str) -> list[str]:
+    return [f"{place}{split}_v1.0{end}.json" for place in ("", "spdocvqa_qas/") for end in ("_withQT", "")]
 
 
 def _docvqa_record(folder: Path, split: str, item: dict[str, Any]) -> Record:
@@ -72,28 +81,42 @@ def _docvqa_record(folder: Path, split: str, item: dict[str, Any]) -> Record:
         Task.COMPREHENSION,
         "docvqa",
         text(item["question"]),
-        images=(first_existing(folder, (f"{split}/{image}", image)),),
+        images=(first_existing(folder, _docvqa_images(split, image)),),
         texts=_answers(item),
         extra={key: item[key] for key in ("question_types", "docId") if key in item},
     )
 
 
+def _docvqa_images(split: str, image: str) -> tuple[str, ...]:
+    """Where an image may lie; the annotations call it documents/NAME, the archives hold NAME."""
+    return f"{split}/{image}", image, f"spdocvqa_images/{image}", f"spdocvqa_images/{Path(image).name}"
+
+
 DOCVQA = Reader(
     "docvqa",
     "rrc.cvc.uab.es/?ch=17 (task 1); google-research/big_vision, big_vision/datasets/docvqa/docvqa.py: "
-    "{train,val}_v1.0_withQT.json (older: _v1.0.json), test_v1.0.json, <split>/documents/*.png",
+    "{train,val}_v1.0_withQT.json (older: _v1.0.json), test_v1.0.json, <split>/documents/*.png; as unpacked today: "
+    "spdocvqa_qas/ and spdocvqa_images/*.png",
     _SPLITS,
-    lambda folder: any((folder / f"{split}_v1.0{end}.json").is_file() for split in _SPLITS for end in ("", "_withQT")),
+    lambda folder: any((folder / name).is_file() for split in _SPLITS for name in _docvqa_files(split)),
     _docvqa,
 )
 
 
+_INFOVQA = ("infographicsVQA", "infographicVQA")
+
+
 def _infovqa(folder: Path, split: str) -> Iterator[Entry]:
-    names = [f"infographicsVQA_{split}_v1.0{end}.json" for end in ("_withQT", "")]
-    path = first_existing(folder, [inside + name for inside in ("", "infographicsvqa_qas/", "qas/") for name in names])
+    path = first_existing(folder, _infovqa_files(split))
     images = first_existing(folder, ("images", "infographicsvqa_images"))
     for i, item in enumerate(_data(path)):
         yield f"{path}[{i}]", partial(_infovqa_record, images, item)
+
+
+def _infovqa_files(split: str) -> list[str]:
+    """The annotations' names by now and before, "infographicVQA"."""
+    names = [f"{name}_{split}_v1.0{end}.json" for name in _INFOVQA for end in ("_withQT", "")]
+    return [inside + name for inside in ("", "infographicsvqa_qas/", "qas/") for name in names]
 
 
 def _infovqa_record(images: Path, item: dict[str, Any]) -> Record:
@@ -111,10 +134,11 @@ def _infovqa_record(images: Path, item: dict[str, Any]) -> Record:
 INFOVQA = Reader(
     "infovqa",
     "rrc.cvc.uab.es/?ch=17 (task 3); google-research/big_vision, big_vision/datasets/infovqa/infovqa.py: "
-    "infographicsVQA_{train_v1.0,val_v1.0_withQT,test_v1.0}.json (as unpacked: infographicsvqa_qas/), "
+    "infographicsVQA_{train_v1.0,val_v1.0_withQT,test_v1.0}.json (as unpacked: infographicsvqa_qas/; older: "
+    "infographicVQA_), "
     "images/<image_local_name> (as unpacked: infographicsvqa_images/)",
     _SPLITS,
-    lambda folder: any(folder.glob("infographicsVQA_*.json")) or any(folder.glob("*qas/infographicsVQA_*.json")),
+    lambda folder: any((folder / name).is_file() for split in _SPLITS for name in _infovqa_files(split)),
     _infovqa,
 )
 
@@ -148,6 +172,6 @@ CHARTQA = Reader(
     "vis-nlp/ChartQA; google-research/big_vision, big_vision/datasets/chartqa/chartqa.py: "
     "'ChartQA Dataset'/<split>/<split>_{human,augmented}.json with imgname, query, label; <split>/png/<imgname>",
     ("test", "val", "train"),
-    lambda folder: any(_chartqa_root(folder).glob("*/*_human.json")),
+    lambda folder: any((_chartqa_root(folder) / split / f"{split}_human.json").is_file() for split in _SPLITS),
     _chartqa,
 )

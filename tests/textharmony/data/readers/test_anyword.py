@@ -82,3 +82,16 @@ def test_anytext_benchmark(tmp_path: Path, paint, dump, below: str) -> None:
     assert [r.texts for r in read_dataset("anytext-benchmark", tmp_path)] == [("One", "Two")]
     assert [r.texts for r in read_dataset("anytext-benchmark", tmp_path, "wukong_word")] == [("口",)]
     assert [r.task for r in read_dataset("anytext-benchmark", tmp_path, view="edit")] == [Task.EDITING] * 2
+
+
+def test_the_benchmark_is_cut_as_its_evaluation_cuts_it(tmp_path: Path, paint, dump) -> None:
+    """Twenty lines of twenty characters (eval/anytext_singleGPU.py: max_lines, max_chars); the training set is not."""
+    lines = [mark(f"{i:02} is a line of 26 letters") for i in range(22)]
+    for path, name in ((tmp_path / "test" / "laion_word", "test1k.json"), (tmp_path / "train" / "laion", "data.json")):
+        paint(path / "imgs" / "a.jpg", (512, 512))
+        dump(path / name, content(["a.jpg"], lines))
+    (tested,) = read_dataset("anytext-benchmark", tmp_path / "test")
+    assert tested.texts == tuple(f"{i:02} is a line of 26 l" for i in range(20))
+    assert len(tested.boxes) == 20 and tested.prompt.endswith('"19 is a line of 26 l"')
+    (trained,) = read_dataset("anyword-3m", tmp_path / "train")
+    assert trained.texts == tuple(line["text"] for line in lines)

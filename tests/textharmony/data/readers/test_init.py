@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -94,3 +95,25 @@ def test_the_docs_code_runs(
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     exec(compile(code, str(DOCS), "exec"), {})
     assert capsys.readouterr().out == "1\n"
+
+
+def test_detecting_does_not_walk_through_a_large_data_set(
+    tmp_path: Path, paint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MARIO-LAION has millions of folders in its tens of thousands of parts."""
+    for part in range(20):
+        for item in range(20):
+            (tmp_path / f"{part:05}" / f"{part:05}{item:04}").mkdir(parents=True)
+    (tmp_path / "00000" / "000000000" / "ocr.txt").write_text("")
+    listed: list[str] = []
+    scandir = os.scandir
+
+    def counting(path: str | os.PathLike[str] = ".") -> object:
+        listed.append(os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    list(os.scandir(tmp_path))
+    assert detect(tmp_path) == ["mario-laion"]
+    parts = [path for path in listed if Path(path).parent == tmp_path]
+    assert len(listed) > 1 and len(parts) <= 3, f"{len(parts)} of 20 parts were listed"

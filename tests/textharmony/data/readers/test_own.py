@@ -103,3 +103,27 @@ def test_corrupt_samples_and_a_cut_off_shard_are_skipped(tmp_path: Path) -> None
     assert len(records) == 3  # one of a, one of b, one of d
     places = [fault.where.replace(f"{tmp_path}/", "") for fault in faults.listed]
     assert places == ["a.tar:1", "a.tar:2", "a.tar:3", "b.tar", "c.tar"]
+
+
+def test_captioned_pictures_as_img2dataset_leaves_them(tmp_path: Path, paint) -> None:
+    captions = {"00000/000000001.jpg": "a sign", "00000/000000002.jpg": " ", "00001/000010000.png": "b"}
+    for name, caption in captions.items():
+        paint(tmp_path / name).with_suffix(".txt").write_text(caption + "\n")
+    paint(tmp_path / "00001" / "000010001.jpg")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert detect(tmp_path) == ["captioned"]
+    faults = Faults()
+    records = list(read_dataset("captioned", tmp_path, faults=faults))
+    assert [(r.id, r.task, r.prompt) for r in records] == [
+        ("00000/000000001", Task.GENERATION, "a sign"),
+        ("00001/000010000", Task.GENERATION, "b"),
+    ]
+    assert records[0].load_target().size == (200, 100)
+    assert [Path(fault.where).name for fault in faults.listed] == ["000000002.jpg", "000010001.jpg"]
+    assert "000010001.txt does not exist" in faults.listed[1].reason
+
+
+def test_pictures_alone_are_not_captioned(tmp_path: Path, paint) -> None:
+    paint(tmp_path / "a.jpg")
+    (tmp_path / "b.txt").write_text("no picture's")
+    assert detect(tmp_path) == []

@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
 from textharmony.tokens import Task
@@ -55,6 +57,45 @@ def test_docvqa(tmp_path: Path, paint, dump) -> None:
     assert record.extra["question_types"] == ["form"]
     assert record.load().size == (200, 100)
     assert [r.texts for r in read_dataset("docvqa", tmp_path, "test")] == [()]
+
+
+@pytest.mark.parametrize("below", ["", "documents"])
+def test_docvqa_as_unpacked(tmp_path: Path, paint, dump, below: str) -> None:
+    """spdocvqa_qas.zip and spdocvqa_images.tar.gz, side by side."""
+    paint(tmp_path / "spdocvqa_images" / below / "xnbl0037_1.png")
+    question = {
+        "questionId": 337,
+        "question": "what is the date mentioned in this letter?",
+        "question_types": ["handwritten", "form"],
+        "image": "documents/xnbl0037_1.png",
+        "docId": 279,
+        "ucsf_document_id": "xnbl0037",
+        "ucsf_document_page_no": "1",
+        "answers": ["1/8/93"],
+        "data_split": "train",
+    }
+    dump(tmp_path / "spdocvqa_qas" / "train_v1.0_withQT.json", {"dataset_name": "SP-DocVQA", "data": [question]})
+    assert detect(tmp_path) == ["docvqa"]
+    (record,) = read_dataset("docvqa", tmp_path, "train")
+    assert (record.id, record.texts, record.load().size) == ("337", ("1/8/93",), (200, 100))
+
+
+def test_infovqa_by_its_older_names(tmp_path: Path, paint, dump) -> None:
+    paint(tmp_path / "images" / "1.jpeg")
+    item = {"questionId": 1, "question": "q?", "image_local_name": "1.jpeg", "answers": ["a"]}
+    dump(tmp_path / "infographicVQA_train_v1.0.json", {"data": [item]})
+    assert detect(tmp_path) == ["infovqa"]
+    assert [record.texts for record in read_dataset("infovqa", tmp_path, "train")] == [("a",)]
+
+
+def test_an_annotator_who_wrote_nothing_is_kept_and_ten_of_them_are_a_fault(tmp_path: Path, paint, dump) -> None:
+    paint(tmp_path / "train_images" / "a.jpg")
+    item = {"question": "q?", "image_id": "a", "question_id": 1}
+    answers = (["x", ""], ["", " "], ["x", 7])
+    dump(tmp_path / "TextVQA_0.5.1_val.json", {"data": [item | {"answers": given} for given in answers]})
+    faults = Faults()
+    assert [record.texts for record in read_dataset("textvqa", tmp_path, faults=faults)] == [("x", "")]
+    assert [fault.where.rsplit("[")[-1] for fault in faults.listed] == ["1]", "2]"]
 
 
 def test_infovqa_as_unpacked(tmp_path: Path, paint, dump) -> None:
