@@ -8,6 +8,7 @@ loads by name. slidelora.save_pretrained of the same model writes the layout of 
 """
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, make_dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from slidelora.gates import GateValue, SequenceGate
 from slidelora.inject import inject, remove, slide_layers
 from slidelora.layers import SlideLoRALinear
 from slidelora.merge import merge_and_unload
-from slidelora.routing import GATE, Routing, routing
+from slidelora.routing import GATE, Routing, injected, routing
 
 try:  # what a method needs is no public interface of PEFT
     from peft import PeftConfig
@@ -103,6 +104,19 @@ class _Adapted(BaseTunerLayer):
         """Whether the model is its base model now."""
         return self.routing.disabled
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Refused but for 1, as in `scale_layer`."""
+        self._require_own(adapter)
+        self.scale_layer(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Refused but for 1: how much an expert counts is its gate's to say."""
+        if scale != 1:
+            raise ValueError(
+                f"scale is {scale}, expected 1: a mixture is weighed by its gates, as in "
+                "slidelora.gates(model, {'text': 0.5})"
+            )
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.active_adapters)
 
@@ -153,7 +167,7 @@ class SlideLoRATuner(BaseTuner):
             if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 others = [name for name in self.peft_config if name != adapter_name]
                 raise ValueError(f"the model has adapters {others}, expected none beside a Slide-LoRA")
-            if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
                 raise ValueError(
                     f"task_type is {config.task_type!r}, under which PEFT trains and saves a new head too; expected "
                     "another or None: a Slide-LoRA holds experts and gates alone"
@@ -175,8 +189,32 @@ class SlideLoRATuner(BaseTuner):
         self.targeted_module_names = list(layers)
         self.set_adapter([adapter_name], inference_mode=config.inference_mode)
 
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> AbstractContextManager[None]:
+        """Raises ValueError for adapter_names, which PEFT would drop in silence."""
+        if adapter_names is not None:
+            raise ValueError(
+                f"adapter_names is {adapter_names}, expected None: a batch's samples choose their experts by gates, as "
+                "in slidelora.gates(model, ['text', 'image'])"
+            )
+        return nullcontext()
+
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("slidelora.inject replaces all layers at once, expected a call of inject_adapter")
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Raises ValueError for a model whose experts are merged or removed, and of which nothing would be saved."""
+        injected(model)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -221,20 +221,23 @@ def test_generate(make_base: Make, make_peft: Any, make_model: Make, input_ids: 
             assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
 
 
+def make_unet() -> UNet2DConditionModel:
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    sizes = {"block_out_channels": [32], "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 8}
+    return UNet2DConditionModel(sample_size=8, **sizes, **blocks).eval()
+
+
+def denoise(unet: UNet2DConditionModel, **options: Any) -> Tensor:
+    inputs = torch.Generator().manual_seed(5)
+    latents, context = torch.randn(2, 4, 8, 8, generator=inputs), torch.randn(2, 5, 16, generator=inputs)
+    with torch.no_grad():
+        return unet(latents, 7, encoder_hidden_states=context, **options).sample
+
+
 def test_a_unet_of_diffusers(tmp_path: Path) -> None:
-    def make() -> UNet2DConditionModel:
-        torch.manual_seed(1)
-        blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
-        sizes = {"block_out_channels": [32], "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 8}
-        return UNet2DConditionModel(sample_size=8, **sizes, **blocks).eval()
-
-    def denoise(unet: UNet2DConditionModel) -> Tensor:
-        with torch.no_grad():
-            return unet(latents, 7, encoder_hidden_states=context).sample
-
-    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     config = SlideLoRAPeftConfig(r=2, gate="given", target_modules=["to_q", "to_v"])
-    unet = make()
+    unet = make_unet()
     base = denoise(unet)
     unet.add_adapter(config)
     randomise(unet)
@@ -247,12 +250,29 @@ def test_a_unet_of_diffusers(tmp_path: Path) -> None:
     unet.save_lora_adapter(tmp_path)
     stored = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert set(stored) == trained(unet)
-    again = make()
+    again = make_unet()
     again.add_adapter(config)
     result = peft.set_peft_model_state_dict(again, stored)
     assert not result.unexpected_keys
     with slidelora.gates(again, ["text", "image"]):
         assert torch.equal(denoise(again), expected)
+
+
+def test_a_unet_s_scale_is_its_gates() -> None:
+    unet = make_unet()
+    unet.add_adapter(SlideLoRAPeftConfig(r=2, gate="given", target_modules=["to_q", "to_v"]))
+    randomise(unet)
+    with slidelora.gates(unet, ["text", "image"]):
+        expected = denoise(unet)
+        unet.set_adapters("default")
+        assert torch.equal(denoise(unet), expected)
+        assert torch.equal(denoise(unet, cross_attention_kwargs={"scale": 1.0}), expected)
+        with pytest.raises(ValueError, match=r"scale is 0\.5, expected 1: .*slidelora\.gates"):
+            unet.set_adapters("default", 0.5)
+        for scale in (0.5, 0.0):
+            with pytest.raises(ValueError, match=rf"scale is {scale}, expected 1"):
+                denoise(unet, cross_attention_kwargs={"scale": scale})
+        assert torch.equal(denoise(unet), expected)
 
 
 def test_merge_and_unload(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
@@ -291,13 +311,32 @@ def test_a_second_adapter_is_refused(make_base: Make, make_peft: Any, tmp_path: 
     assert same(model, before) and trained(model) == trains and set(model.peft_config) == adapters
 
 
+@pytest.mark.parametrize("off", [lambda model: slidelora.merge(model, gates="text"), slidelora.remove])
+def test_an_adapter_that_is_not_there_is_not_saved(make_peft: Any, tmp_path: Path, off: Any) -> None:
+    model = make_peft()
+    off(model)
+    with pytest.raises(ValueError, match=r"slidelora\.unmerge|holds 0 injected models"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_samples_choose_by_gates_not_by_adapter_names(make_peft: Any, input_ids: Tensor) -> None:
+    model = make_peft(task_type="CAUSAL_LM")
+    expected = model(input_ids=input_ids).logits
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"adapter_names is \['__base__', .* expected None.*slidelora\.gates"):
+            call(input_ids=input_ids, adapter_names=["__base__", "default", "default"])
+    assert torch.equal(model(input_ids=input_ids).logits, expected)
+
+
 def test_what_cannot_be_is_named(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
     base = make_base()
     before = snapshot(base)
     with pytest.raises(ValueError, match="matches no module"):
         get_peft_model(base, SlideLoRAPeftConfig(target_modules=["query"]))
-    with pytest.raises(ValueError, match="task_type is 'SEQ_CLS', under which PEFT trains"):
-        get_peft_model(base, SlideLoRAPeftConfig(task_type="SEQ_CLS"))
+    for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        with pytest.raises(ValueError, match=f"task_type is '{task}', under which PEFT trains"):
+            get_peft_model(base, SlideLoRAPeftConfig(task_type=task))
     assert same(base, before) and not hasattr(base, "peft_config")
     model = make_peft()
     expected = model(input_ids).logits
