@@ -1,7 +1,7 @@
 """What an injected model does around its forward: its gate runs on the prompt, and is kept with the KV cache."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from slidelora.auxiliary import Routed
 from slidelora.gates import SequenceGate
 from slidelora.routing import GATE, InForce, Routing, injected, routing
 
-_KEPT = "slidelora_weights"  # where a KV cache keeps the weights of its prefill
+_KEPT = "slidelora_weights"  # where a KV cache, or what an encoder put out, keeps the weights of its prompt
 
 
 class GateHook:
@@ -62,6 +62,9 @@ class GateHook:
                     f"past_key_values were filled with batch {weights.shape[0]}, expected {batch}, the input's"
                 )
             return weights  # type: ignore[no-any-return]
+        encoded = inputs.get("encoder_outputs")
+        if isinstance(encoded, Mapping) and _KEPT in encoded:
+            return encoded[_KEPT]  # type: ignore[no-any-return]
         return _own_gates(model, self.routing, *_prompt(model, inputs))
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -74,6 +77,36 @@ class GateHook:
         for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
             if hasattr(cache, "get_seq_length"):
                 setattr(cache, _KEPT, weights)
+
+
+class EncoderHook:
+    """The hooks of an injected model's encoder, which `generate` calls by itself: its gate runs, and what the encoder
+    puts out keeps the weights, so that `generate` repeats them with it for beams."""
+
+    def __init__(self, routing: Routing, model: nn.Module) -> None:
+        self.routing, self.model = routing, model
+        self.own: InForce | None = None  # what a call of the encoder alone put in force
+
+    def before(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook."""
+        routing = self.routing
+        if routing.disabled or routing.current is not None or routing.config.gate == "given":
+            return
+        inputs = _bind(encoder, args, kwargs)
+        if routing.config.gate == "token":
+            routing.recorded, routing.records = None, {}
+            own = InForce(None, tokens=_tokens(inputs), masks=(_token_masks(encoder, inputs)[0], None))
+        else:
+            own = InForce(_own_gates(self.model, routing, *_prompt(self.model, inputs)), tokens=_tokens(inputs))
+        self.own = routing.current = own
+
+    def after(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook, called also after an error."""
+        if self.own is None:
+            return
+        weights, self.own, self.routing.current = self.own.weights, None, None
+        if weights is not None and isinstance(output, MutableMapping):
+            output[_KEPT] = weights
 
 
 def _bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

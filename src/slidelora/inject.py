@@ -9,7 +9,7 @@ from torch import nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gates import SequenceGate
-from slidelora.hooks import GateHook
+from slidelora.hooks import EncoderHook, GateHook
 from slidelora.layers import SlideLoRALinear, linear_features, placement
 from slidelora.routing import GATE, MERGED, STATE, Routing, injected
 
@@ -64,9 +64,22 @@ def attach(model: nn.Module, injection: Injection) -> None:
         model.register_forward_pre_hook(hook.before, with_kwargs=True),
         model.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
         *(block.register_forward_pre_hook(_slow_path) for block in model.modules() if _reads_weights(block)),
+        *_watch_encoder(model, injection.state),
     )
     setattr(model, STATE, injection.state)
     setattr(model, _UNDO, (handles, injection.trainable))
+
+
+def _watch_encoder(model: nn.Module, state: Routing) -> list[Any]:
+    """Hooks on the encoder that an encoder-decoder's generate calls by itself."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return []
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+    hook = EncoderHook(state, model)
+    return [
+        encoder.register_forward_pre_hook(hook.before, with_kwargs=True),
+        encoder.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
+    ]
 
 
 def detach(host: nn.Module) -> Injection:

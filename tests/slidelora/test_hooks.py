@@ -299,3 +299,32 @@ def test_many_experts_by_the_sorted_kernels() -> None:
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-5)
         assert expected.any()
+
+
+@pytest.mark.parametrize("gate", ["sequence", "token"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_an_encoder_decoder_generates_under_its_own_gate(gate: str, options: dict[str, int]) -> None:
+    """generate calls the encoder by itself; its gate goes on with what it puts out."""
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = slidelora.inject(T5ForConditionalGeneration(config), r=2, gate=gate).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    input_ids = torch.randint(2, 64, (3, 9))
+    mask = torch.ones_like(input_ids)
+    mask[0, 6:] = 0
+    wanted = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
+    found = model.generate(input_ids, attention_mask=mask, **wanted)
+    assert slidelora.routing(model).current is None
+    if gate == "sequence":
+        weights = slidelora.compute_gates(model, model.get_input_embeddings()(input_ids), mask.bool()).detach()
+        with slidelora.gates(model, weights):
+            encoded = model.get_encoder()(input_ids, attention_mask=mask)
+        with slidelora.gates(model, weights, repeats=options.get("num_beams", 1)):
+            expected = model.generate(attention_mask=mask, encoder_outputs=encoded, **wanted)
+    else:
+        alone = [model.generate(input_ids[i : i + 1], attention_mask=mask[i : i + 1], **wanted) for i in range(3)]
+        expected = torch.cat(alone)
+    assert torch.equal(found, expected)
