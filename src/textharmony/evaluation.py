@@ -20,6 +20,7 @@ from tqdm import tqdm
 import slidelora
 from textharmony.data.sample import Sample
 from textharmony.data.synthetic import COLORS, HEIGHT, WIDTH, SyntheticWords, word_box
+from textharmony.metrics import intersection_over_union
 from textharmony.model import TextHarmony
 from textharmony.pictures import Box
 from textharmony.sheets import contact_sheet
@@ -96,16 +97,6 @@ def read_text(picture: Image.Image) -> list[str]:
 def same_text(a: str, b: str) -> bool:
     """Exact, but for O and 0, and I and 1, which many fonts draw alike."""
     return a.translate(_FOLD) == b.translate(_FOLD)
-
-
-def intersection_over_union(a: Box, b: Box) -> float:
-    """IoU of two boxes x1, y1, x2, y2."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / area
 
 
 def ink_mask(picture: Image.Image) -> np.ndarray:
