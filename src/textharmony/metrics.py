@@ -7,6 +7,8 @@ import string
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from textharmony.pictures import Box
 
 # Every score lies in 0..1. Golds are the accepted answers: the best of them counts, but in TextVQA, where each is one
@@ -241,3 +243,16 @@ def match_lines(read: Sequence[str], golds: Sequence[str]) -> list[str]:
         if j not in found and i not in found.values():
             found[j] = i
     return [read[found[j]] if j in found else "" for j in range(len(golds))]
+
+
+def outside_unchanged(before: np.ndarray, after: np.ndarray, region: tuple[int, int, int, int]) -> float:
+    """Whether every pixel outside the region (x1, y1, x2, y2) is what it was; a picture of another size is not.
+
+    before, after: (H, W, 3) uint8. Ours: no protocol of the released system measures it.
+    """
+    if before.shape != after.shape:
+        return 0.0
+    same = (before == after).all(-1)
+    x1, y1, x2, y2 = region
+    same[y1:y2, x1:x2] = True
+    return float(same.all())
