@@ -113,8 +113,11 @@ class RapidOcr:
         return read_line(picture)
 
     def lines(self, picture: Image.Image) -> list[str]:
-        """The lines of text in a picture, as PP-OCR finds them."""
-        return read_text(picture)
+        """The lines of text in a picture, as PP-OCR finds them; where it finds none, the picture is read as one line.
+
+        A word that fills a small picture is no place with text to its detector.
+        """
+        return read_text(picture) or [line for line in [read_line(picture)] if line]
 
 
 def same_text(a: str, b: str) -> bool:

@@ -63,14 +63,14 @@ def clip_score(pairs: Iterable[tuple[Image.Image, str]], model: Path) -> float:
     used: the code of it that we read takes features from transformers in the form of before version 5. Raises as
     check_weights does, and ValueError for no picture.
     """
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import CLIPModel, CLIPProcessor, CLIPTextConfig
 
     check_weights(None, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip: nn.Module = CLIPModel.from_pretrained(model)
     clip.to(device).eval()
+    longest = CLIPTextConfig.from_pretrained(model).max_position_embeddings
     processor = CLIPProcessor.from_pretrained(model)
-    longest = clip.config.text_config.max_position_embeddings
     total, count = 0.0, 0
     stream = iter(pairs)
     while batch := list(islice(stream, _BATCH)):

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def _predict_batch(
                 row["refused"] = " ".join(str(said).split())
             elif isinstance(said, Image.Image):
                 name = f"pictures/{hashlib.sha256(record.id.encode()).hexdigest()[:16]}-{i}.png"
-                _write(out / name, lambda file, picture=said: picture.save(file, "PNG"))
+                _write(out / name, partial(said.save, format="PNG"))
                 row["picture"] = name
             else:
                 row["answer" if kind == "answer" else "boxes"] = said
