@@ -15,7 +15,10 @@ from textharmony.evaluation import RapidOcr
 from textharmony.measures import kind_of
 from textharmony.model import TextHarmony
 from textharmony.predictions import Row, Settings, load_rows, load_settings, predict, samples_of
-from textharmony.scoring import Ocr, Report, open_picture, score
+from textharmony.report import Report
+from textharmony.scoring import Ocr, open_picture, score
+
+RAPIDOCR = RapidOcr()
 
 _ANSWERS = ("containment", "containment, released")
 _PLACES = ("Acc@0.5", "IoU")
@@ -79,14 +82,14 @@ def evaluate_benchmark(
     inception: Path | None = None,
     clip: Path | None = None,
     max_share: float = 0.01,
-    ocr: Ocr | None = None,
+    ocr: Ocr = RAPIDOCR,
 ) -> Report:
     """Predicts what out lacks, scores what it holds, and writes report.md, report.json and worst.png there.
 
     name: one of BENCHMARKS; model: None to score what is there, and nothing else; model_name: written to the report,
     and a folder's predictions are of one; limit: so many records, 0 for all; samples: pictures of each record, None for
     the protocol's; inception, clip: weights for FID and CLIP score, which are left out without; max_share: share of
-    records that may be corrupt; ocr: reads what was drawn, rapidocr if None.
+    records that may be corrupt; ocr: reads what was drawn.
     """
     benchmark = find_benchmark(name)
     split = split or benchmark.split
@@ -109,15 +112,7 @@ def evaluate_benchmark(
     if (report.settings.get("benchmark"), report.settings.get("split")) != (name, split):
         raise ValueError(f"{out} holds predictions of {report.settings}, not of {name}, split {split}")
     read = Faults(1.0)
-    score(
-        _records(benchmark, data, split, limit, read),
-        rows,
-        benchmark.measures,
-        out,
-        report,
-        (lambda: ocr) if ocr is not None else RapidOcr,
-        benchmark.group,
-    )
+    score(_records(benchmark, data, split, limit, read), rows, benchmark.measures, out, report, ocr, benchmark.group)
     report.faults[:0] = read.listed
     drawings = [
         (record, row)

@@ -98,6 +98,8 @@ def evaluate(
     """
     started = time.monotonic()
     if benchmark is None:
+        if data is not None or score_only:
+            raise ValueError("--data is of a --benchmark, and --score-only too: name one")
         from textharmony.evaluation import evaluate as run
         from textharmony.evaluation import table
 

@@ -75,10 +75,12 @@ def recognise(picture: Image.Image) -> str:
 
 
 def read_line(picture: Image.Image) -> str:
-    """The line of text in a picture, as PP-OCR's recognition reads it (rapidocr), scaled to 64 pixels and padded."""
-    scaled = picture.convert("RGB").resize(
-        (max(1, round(picture.width * 64 / picture.height)), 64), Image.Resampling.BICUBIC
-    )
+    """The line of text in a picture, as PP-OCR's recognition reads it (rapidocr), scaled to 64 pixels and padded.
+
+    What would then be wider than 4096 pixels is squeezed: a crop of a pixel's height holds no text to lose.
+    """
+    width = round(picture.width * 64 / picture.height)
+    scaled = picture.convert("RGB").resize((min(max(1, width), 4096), 64), Image.Resampling.BICUBIC)
     padded = np.pad(np.asarray(scaled)[:, :, ::-1], ((8, 8), (24, 24), (0, 0)), mode="edge")
     with _READING:
         result = _engine()(padded, use_det=False, use_cls=False, use_rec=True)
@@ -104,9 +106,10 @@ def read_text(picture: Image.Image) -> list[str]:
 class RapidOcr:
     """PP-OCR by rapidocr, with the models of its wheel, as scoring.Ocr has it."""
 
-    def __init__(self) -> None:
-        _engine()
-        self.name = f"rapidocr {version('rapidocr')}"
+    @property
+    def name(self) -> str:
+        """The library and its version."""
+        return f"rapidocr {version('rapidocr')}"
 
     def line(self, picture: Image.Image) -> str:
         """The text of a picture that is one line of text."""

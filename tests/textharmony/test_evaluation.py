@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from textharmony import evaluation
 from textharmony.data.synthetic import COLORS, SyntheticWords, is_held_out
 from textharmony.evaluation import (
+    RapidOcr,
     Row,
     ink_mask,
     named_colors,
@@ -85,6 +86,31 @@ def test_read_text_takes_its_time_with_no_strip(size: tuple[int, int]) -> None:
     started = time.monotonic()
     assert read_text(Image.new("L", size, 90)) == []
     assert time.monotonic() - started < 10
+
+
+def test_rapidocr_as_a_judge_of_benchmarks() -> None:
+    pytest.importorskip("rapidocr")
+    judge = RapidOcr()
+    assert judge.name.startswith("rapidocr ")
+    picture = Image.new("RGB", (600, 200), "navy")
+    ImageDraw.Draw(picture).text((40, 40), "OPEN 24 HOURS", fill="yellow", font=ImageFont.load_default(48))
+    line = picture.crop((30, 40, 420, 100))
+    assert judge.lines(picture) == [judge.line(line)] == ["OPEN 24 HOURS"]
+    assert recognise(line) == "OPEN24HOURS"
+    # A word that fills its picture is not found by detection, yet read.
+    word = Image.new("RGB", (128, 32), "white")
+    ImageDraw.Draw(word).text((20, 0), "SALE", fill="black", font=ImageFont.load_default(28))
+    assert read_text(word) == [] and judge.lines(word) == ["SALE"]
+    assert judge.lines(Image.new("RGB", (128, 32), "white")) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
+def test_a_line_of_any_shape_is_read(size: tuple[int, int]) -> None:
+    """rapidocr raises ResizeImgError of 3000 x 1 where its width is not bounded."""
+    pytest.importorskip("rapidocr")
+    started = time.monotonic()
+    recognise(Image.new("L", size, 90))
+    assert time.monotonic() - started < 5
 
 
 def test_rows() -> None:
