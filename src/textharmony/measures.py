@@ -108,6 +108,12 @@ MEASURES = {
             ("answer",),
             _of_text(metrics.contains_answer_released),
         ),
+        Measure(
+            "containment, DocOwl",
+            "the same with the gold's last full stop struck (mPLUG-DocOwl, benchmarks_eval.py)",
+            ("answer",),
+            _of_text(metrics.contains_answer_docowl),
+        ),
         Measure("ANLS", "Robust Reading Competition, ch. 17; threshold 0.5", ("answer",), _of_text(metrics.anls)),
         Measure("relaxed accuracy", "ChartQA; 5%", ("answer",), _of_text(metrics.relaxed_accuracy)),
         Measure(

@@ -46,6 +46,16 @@ def contains_answer_released(prediction: str, golds: Sequence[str]) -> float:
     return contains_answer(prediction.strip().replace(".", ""), golds)
 
 
+def contains_answer_docowl(prediction: str, golds: Sequence[str]) -> float:
+    """contains_answer with the full stop that ends a gold struck from it, and line ends from both.
+
+    Source: X-PLUG/mPLUG-DocOwl, DocOwl1.5/evaluation/benchmarks_eval.py, llm_benchmark_eval, whose data sets
+    (DocDownstream-1.0) have answers that are sentences. What its ContainAccuracy then compares was not found.
+    """
+    plain = [gold.replace("\n", "").strip().removesuffix(".") for gold in _some(golds)]
+    return contains_answer(prediction.replace("\n", ""), plain)
+
+
 def anls(prediction: str, golds: Sequence[str], threshold: float = 0.5) -> float:
     """Normalised Levenshtein similarity to the nearest gold, 0 below the threshold; its mean is ANLS.
 

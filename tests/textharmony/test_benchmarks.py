@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from textharmony.benchmarks import BENCHMARKS, evaluate_benchmark
 from textharmony.data.readers import READERS
+from textharmony.fidelity import clip_score
 from textharmony.measures import MEASURES
 from textharmony.model import TextHarmony
 from textharmony.predictions import load_rows
@@ -114,6 +115,16 @@ def test_drawing_by_four_samples(model: TextHarmony, anytext: Path, tmp_path: Pa
     assert report["means"]["NED, AnyText"]["count"] == report["means"]["Sen.Acc, AnyText"]["count"] == 4 * 2 + 4 * 1
     assert report["means"]["NED, released"]["count"] == 2 + 1
     assert report["whole"] == {"FID": "not measured: needs --inception", "CLIP score": "not measured: needs --clip"}
+
+
+def test_clip_score_of_what_was_drawn(model: TextHarmony, anytext: Path, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = evaluate("anytext-benchmark", anytext, out, model, clip=clip, samples=2)
+    drawn = [row for row in load_rows(out).values() if "picture" in row]
+    assert len(drawn) == 2
+    pairs = [(Image.open(out / row["picture"]), row["prompt"]) for row in drawn]
+    assert report["whole"]["CLIP score"] == pytest.approx(clip_score(pairs, clip))
+    assert report["whole"]["FID"] == "not measured: needs --inception"
 
 
 def test_editing(model: TextHarmony, anytext: Path, tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,32 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor
 
 from textharmony.fidelity import check_weights, clip_score, frechet_inception_distance
-
-WORDS = ["<|startoftext|>", "<|endoftext|>", *"abcdefghij", *(f"{c}</w>" for c in "abcdefghij")]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of random weights in transformers' layout, for captions of the letters a to j."""
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    size = {"height": 16, "width": 16}
-    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    layer = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = layer | {"vocab_size": len(WORDS), "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = CLIPConfig(
-            text_config=text, vision_config=layer | {"image_size": 16, "patch_size": 8}, projection_dim=6
-        )
-        CLIPModel(config).save_pretrained(folder)
-    return folder
 
 
 def pictures(count: int) -> Iterator[Image.Image]:

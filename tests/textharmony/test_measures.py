@@ -75,6 +75,7 @@ def test_an_answer_is_measured_by_the_measures_of_answers() -> None:
     assert scores == {
         "containment": [0.0],
         "containment, released": [0.0],
+        "containment, DocOwl": [0.0],
         "ANLS": [pytest.approx(1 - 1 / 6)],
         "relaxed accuracy": [0.0],
         "OCRBench": [1.0],

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from textharmony.metrics import (
     anls,
     contains_answer,
+    contains_answer_docowl,
     contains_answer_released,
     edit_distance,
     grounding_iou,
@@ -80,6 +81,22 @@ def test_metrics_of_text_say_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 def test_containment_by_hand(prediction: str, golds: list[str], expected: float, released: float) -> None:
     assert contains_answer(prediction, golds) == expected
     assert contains_answer_released(prediction, golds) == released
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "expected"),
+    [
+        ("Yes", "yes.", 1),  # where plain containment wants the full stop too
+        ("The statement is true.", "True.", 1),
+        ("1,234", "1,2\n34.", 1),
+        ("it is 3.5 m", "3.5.", 1),
+        ("no", "yes.", 0),
+        ("yes", ".", 0),
+        ("no. 5", "No. 5", 1),
+    ],
+)
+def test_containment_of_sentences_by_hand(prediction: str, gold: str, expected: float) -> None:
+    assert contains_answer_docowl(prediction, [gold]) == expected
 
 
 COCA_COLA = ["Coca Cola", "Coca Cola Company"]
