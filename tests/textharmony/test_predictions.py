@@ -97,6 +97,10 @@ def test_noise_is_the_records_own(model: TextHarmony, whole: Path, tmp_path: Pat
     name = load_rows(whole)["draw two", 1]["picture"]
     a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (whole, tmp_path))
     assert abs(a - b).max() <= 1  # batches of other sizes may round otherwise
+    twins = [replace(alone[0], id=id) for id in ("x", "y")]
+    run(model, tmp_path / "twins", twins)
+    x, y = (Image.open(tmp_path / "twins" / load_rows(tmp_path / "twins")[id, 0]["picture"]) for id in "xy")
+    assert abs(np.asarray(x).astype(int) - np.asarray(y)).max() > 1
     run(model, tmp_path / "seed", alone, replace(SETTINGS, seed=1))
     assert abs(a - np.asarray(Image.open(tmp_path / "seed" / name))).max() > 1
 
@@ -113,6 +117,26 @@ def test_a_run_cut_after_any_row_ends_as_if_it_was_not(
     assert contents(tmp_path)[ROWS] == contents(whole)[ROWS]
     for name, content in contents(tmp_path).items():
         assert content == contents(whole)[name]
+
+
+def test_a_batch_that_was_cut_is_asked_whole(
+    model: TextHarmony, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who shares its batch may change how an answer is rounded, so a resumed run asks the same batches."""
+    records = [make(id, Task.COMPREHENSION, id, texts=("a",)) for id in "abcdefg"]
+    run(model, tmp_path, records)
+    lines = (tmp_path / ROWS).read_bytes().splitlines(keepends=True)
+    (tmp_path / ROWS).write_bytes(b"".join(lines[:4]))
+    answer, asked = model.answer, []
+
+    def listen(images: list[Image.Image], questions: list[str]) -> Any:
+        asked.append("".join(questions))
+        return answer(images, questions)
+
+    monkeypatch.setattr(model, "answer", listen)
+    run(model, tmp_path, records)
+    assert asked == ["def", "g"]
+    assert (tmp_path / ROWS).read_bytes() == b"".join(lines)
 
 
 def test_a_finished_run_asks_nothing(whole: Path) -> None:
