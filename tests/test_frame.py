@@ -62,7 +62,7 @@ def test_changelog_speaks_of_this_version() -> None:
 
 
 def test_distribution_offers_the_documented_extras() -> None:
-    assert set(metadata("slidelora").get_all("Provides-Extra")) == {"textharmony", "eval", "demo", "plot", "dev"}
+    assert set(metadata("slidelora").get_all("Provides-Extra")) == {"textharmony", "eval", "fid", "demo", "plot", "dev"}
 
 
 def test_uninitialised_memory_shows() -> None:

@@ -73,14 +73,65 @@ def train(preset: str = "tiny", out: Out = Path("runs/tiny")) -> None:
     print(f"{out / 'model'} after {(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def evaluate(preset: Model = "tiny", out: Out = Path("runs/evaluation")) -> None:
-    """Prints the table of measures on held-out words; writes it and sheets of examples to OUT."""
-    from textharmony.evaluation import evaluate as run
-    from textharmony.evaluation import table
+def evaluate(
+    preset: Annotated[Model, tyro.conf.arg(aliases=["--model"])] = "tiny",
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help="where to write; runs/... if not given")] = None,
+    benchmark: str | None = None,
+    data: Path | None = None,
+    split: str | None = None,
+    limit: int = 0,
+    batch_size: int = 16,
+    seed: int = 0,
+    samples: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    inception: Path | None = None,
+    clip: Path | None = None,
+    max_share: float = 0.01,
+    score_only: bool = False,
+) -> None:
+    """Prints the table of measures on held-out words, or what a BENCHMARK on DATA comes to; writes it to OUT.
 
+    A benchmark's predictions are kept in OUT: a run that was killed goes on there, and SCORE_ONLY scores them again
+    without a model. LIMIT is how many records are asked about, 0 for all; SAMPLES how many pictures are drawn of each;
+    INCEPTION and CLIP are weights for FID and CLIP score; MAX_SHARE is how many records may be corrupt.
+    """
     started = time.monotonic()
-    print(table(run(TextHarmony.from_pretrained(preset), out)))
-    print(f"\n{time.monotonic() - started:.0f} s; sheets in {out}")
+    if benchmark is None:
+        if data is not None or score_only:
+            raise ValueError("--data is of a --benchmark, and --score-only too: name one")
+        from textharmony.evaluation import evaluate as run
+        from textharmony.evaluation import table
+
+        out = out or Path("runs/evaluation")
+        print(table(run(TextHarmony.from_pretrained(preset), out)))
+        print(f"\n{time.monotonic() - started:.0f} s; sheets in {out}")
+        return
+    from textharmony.benchmarks import evaluate_benchmark, find_benchmark
+
+    find_benchmark(benchmark)
+    if data is None:
+        raise ValueError(f"evaluate --benchmark {benchmark} needs --data, the data set's folder")
+    out = out or Path("runs") / benchmark
+    report = evaluate_benchmark(
+        benchmark,
+        data,
+        out,
+        None if score_only else TextHarmony.from_pretrained(preset),
+        model_name=preset,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        samples=samples,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        inception=inception,
+        clip=clip,
+        max_share=max_share,
+    )
+    print("\n".join(report.summary()))
+    print(f"\n{time.monotonic() - started:.0f} s; {out / 'report.md'}")
 
 
 def demo(words: tyro.conf.Positional[tuple[str, ...]] = (), out: Out = Path("demo.png"), model: Model = "tiny") -> None:

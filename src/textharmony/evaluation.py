@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 import slidelora
 from textharmony.data.sample import Sample
 from textharmony.data.synthetic import COLORS, HEIGHT, WIDTH, SyntheticWords, word_box
+from textharmony.metrics import intersection_over_union
 from textharmony.model import TextHarmony
 from textharmony.pictures import Box
 from textharmony.sheets import contact_sheet
@@ -68,13 +70,21 @@ def _engine() -> Any:
 
 
 def recognise(picture: Image.Image) -> str:
-    """The line of text in a picture, as PP-OCR's recognition reads it (rapidocr), scaled to 64 pixels and padded."""
-    scaled = picture.convert("RGB").resize(
-        (max(1, round(picture.width * 64 / picture.height)), 64), Image.Resampling.BICUBIC
-    )
+    """The word in a picture, as PP-OCR's recognition reads it, without blanks."""
+    return read_line(picture).replace(" ", "")
+
+
+def read_line(picture: Image.Image) -> str:
+    """The line of text in a picture, as PP-OCR's recognition reads it (rapidocr), scaled to 64 pixels and padded.
+
+    What would then be wider than 4096 pixels is squeezed: a crop of a pixel's height holds no text to lose.
+    """
+    width = round(picture.width * 64 / picture.height)
+    scaled = picture.convert("RGB").resize((min(max(1, width), 4096), 64), Image.Resampling.BICUBIC)
     padded = np.pad(np.asarray(scaled)[:, :, ::-1], ((8, 8), (24, 24), (0, 0)), mode="edge")
-    result = _engine()(padded, use_det=False, use_cls=False, use_rec=True)
-    return result.txts[0].replace(" ", "") if result.txts else ""
+    with _READING:
+        result = _engine()(padded, use_det=False, use_cls=False, use_rec=True)
+    return result.txts[0] if result.txts else ""
 
 
 def read_text(picture: Image.Image) -> list[str]:
@@ -93,19 +103,29 @@ def read_text(picture: Image.Image) -> list[str]:
     return list(result.txts or ())
 
 
+class RapidOcr:
+    """PP-OCR by rapidocr, with the models of its wheel, as scoring.Ocr has it."""
+
+    @property
+    def name(self) -> str:
+        """The library and its version."""
+        return f"rapidocr {version('rapidocr')}"
+
+    def line(self, picture: Image.Image) -> str:
+        """The text of a picture that is one line of text."""
+        return read_line(picture)
+
+    def lines(self, picture: Image.Image) -> list[str]:
+        """The lines of text in a picture, as PP-OCR finds them; where it finds none, the picture is read as one line.
+
+        A word that fills a small picture is no place with text to its detector.
+        """
+        return read_text(picture) or [line for line in [read_line(picture)] if line]
+
+
 def same_text(a: str, b: str) -> bool:
     """Exact, but for O and 0, and I and 1, which many fonts draw alike."""
     return a.translate(_FOLD) == b.translate(_FOLD)
-
-
-def intersection_over_union(a: Box, b: Box) -> float:
-    """IoU of two boxes x1, y1, x2, y2."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
-    return width * height / area
 
 
 def ink_mask(picture: Image.Image) -> np.ndarray:

@@ -71,15 +71,20 @@ class Frame:
 
     def paste(self, painted: Tensor, box: Box) -> Image.Image:
         """The original with the box, in thousandths of it, taken from painted (3, H, W) in -1..1."""
-        corners = [v / 999 * side for v, side in zip(box, self.original.size * 2, strict=True)]
-        x1, y1 = (math.floor(v + 1e-6) for v in corners[:2])
-        x2, y2 = max(x1 + 1, math.ceil(corners[2] - 1e-6)), max(y1 + 1, math.ceil(corners[3] - 1e-6))
+        x1, y1, x2, y2 = covered(box, self.original.size)
         x, y = self.offset
         source = ((x1 * self.scale) + x, (y1 * self.scale) + y, (x2 * self.scale) + x, (y2 * self.scale) + y)
         edited = self.original.copy()
         resample = Image.Resampling.NEAREST if self.scale == 1 else Image.Resampling.BICUBIC
         edited.paste(to_pil(painted).resize((x2 - x1, y2 - y1), resample, box=source), (x1, y1))
         return edited
+
+
+def covered(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The whole pixels that a box, in thousandths, touches in a picture of size (width, height): x1, y1, x2, y2."""
+    left, top, right, bottom = (v / 999 * side for v, side in zip(box, size * 2, strict=True))
+    x1, y1 = math.floor(left + 1e-6), math.floor(top + 1e-6)
+    return x1, y1, max(x1 + 1, math.ceil(right - 1e-6)), max(y1 + 1, math.ceil(bottom - 1e-6))
 
 
 def _open(picture: Picture) -> Image.Image:

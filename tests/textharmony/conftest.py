@@ -1,7 +1,9 @@
 """A model small enough for tests: the tiny configuration with fewer layers and channels, and random weights."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +72,27 @@ def model(make_model: Callable[..., TextHarmony]) -> TextHarmony:
 def server() -> Iterator[ChatServer]:
     with serve() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of random weights in transformers' layout, for captions of the letters a to j."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghij", *(f"{c}</w>" for c in "abcdefghij")]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    layer = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = layer | {"vocab_size": len(words), "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CLIPConfig(
+            text_config=text, vision_config=layer | {"image_size": 16, "patch_size": 8}, projection_dim=6
+        )
+        CLIPModel(config).save_pretrained(folder)
+    return folder

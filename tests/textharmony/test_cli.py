@@ -254,3 +254,47 @@ def test_data_check_writes_all_that_is_wrong(run: Run, tmp_path: Path, picture: 
 def test_data_check_of_a_folder_that_is_no_data_set(run: Run, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="in no layout that is known"):
         run("data", "check", tmp_path)
+
+
+@pytest.fixture
+def questions(tmp_path: Path, picture: Path) -> Path:
+    lines = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n' * 3
+    (tmp_path / "records.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_evaluate_a_benchmark_and_score_it_again(
+    run: Run, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run("evaluate", "--benchmark", "folder", "--data", questions, "--model", "tiny", "--out", out, "--limit", 2)
+    said = capsys.readouterr().out
+    assert "| ANLS |" in said and "Records: 2." in said and str(out / "report.md") in said
+    report = (out / "report.json").read_bytes()
+    monkeypatch.setattr(TextHarmony, "_write", None)  # no model is asked
+    run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--limit", 2, "--score-only")
+    assert (out / "report.json").read_bytes() == report
+    run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--score-only")
+    assert "1 are not predicted yet." in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--benchmark", "nothing", "--data", "DATA"], "benchmark is 'nothing', expected one of textvqa"),
+        (["--benchmark", "textvqa"], "--benchmark textvqa needs --data"),
+        (["--benchmark", "textvqa", "--data", "nowhere"], "nowhere is not a folder"),
+        (["--benchmark", "textvqa", "--data", "DATA", "--split", "dev"], "split of textvqa is 'dev'"),
+        (["--benchmark", "folder", "--data", "DATA", "--score-only"], "predictions.jsonl does not exist"),
+        (["--benchmark", "folder", "--data", "DATA", "--clip", "nowhere"], "nowhere is not a folder"),
+        (["--benchmark", "folder", "--data", "DATA", "--batch-size", "0"], "batch_size 0, expected at least 1"),
+        (["--data", "DATA"], "--data is of a --benchmark"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(
+    run: Run, questions: Path, tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("evaluate", *(questions if a == "DATA" else a for a in arguments), "--out", tmp_path / "out")
+    message = error.value.code
+    assert isinstance(message, str) and message.startswith("textharmony: ") and named in message, message

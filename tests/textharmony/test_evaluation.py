@@ -4,16 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from textharmony import evaluation
 from textharmony.data.synthetic import COLORS, SyntheticWords, is_held_out
 from textharmony.evaluation import (
+    RapidOcr,
     Row,
     ink_mask,
-    intersection_over_union,
     named_colors,
     read_text,
     recognise,
@@ -22,36 +20,6 @@ from textharmony.evaluation import (
 )
 from textharmony.model import TextHarmony
 from textharmony.tokens import Task
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ((0, 0, 2, 2), (0, 0, 2, 2), 1),
-        ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3),
-        ((0, 0, 4, 4), (1, 1, 3, 3), 1 / 4),
-        ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7),
-        ((0, 0, 2, 2), (2, 0, 4, 2), 0),
-        ((0, 0, 2, 2), (5, 5, 6, 6), 0),
-        ((0, 0, 2, 2), (5, 0, 6, 2), 0),
-    ],
-)
-def test_intersection_over_union_by_hand(a: tuple[float, ...], b: tuple[float, ...], expected: float) -> None:
-    assert intersection_over_union(a, b) == intersection_over_union(b, a) == pytest.approx(expected)
-
-
-@st.composite
-def whole_boxes(draw: st.DrawFn) -> tuple[int, ...]:
-    x1, y1 = draw(st.integers(0, 10)), draw(st.integers(0, 10))
-    return x1, y1, x1 + draw(st.integers(1, 10)), y1 + draw(st.integers(1, 10))
-
-
-@settings(deadline=None)
-@given(whole_boxes(), whole_boxes())
-def test_intersection_over_union_by_counting(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (a, b)]
-    expected = len(cells[0] & cells[1]) / len(cells[0] | cells[1])
-    assert intersection_over_union(a, b) == pytest.approx(expected)
 
 
 def test_same_text_folds_what_looks_alike() -> None:
@@ -118,6 +86,31 @@ def test_read_text_takes_its_time_with_no_strip(size: tuple[int, int]) -> None:
     started = time.monotonic()
     assert read_text(Image.new("L", size, 90)) == []
     assert time.monotonic() - started < 10
+
+
+def test_rapidocr_as_a_judge_of_benchmarks() -> None:
+    pytest.importorskip("rapidocr")
+    judge = RapidOcr()
+    assert judge.name.startswith("rapidocr ")
+    picture = Image.new("RGB", (600, 200), "navy")
+    ImageDraw.Draw(picture).text((40, 40), "OPEN 24 HOURS", fill="yellow", font=ImageFont.load_default(48))
+    line = picture.crop((30, 40, 420, 100))
+    assert judge.lines(picture) == [judge.line(line)] == ["OPEN 24 HOURS"]
+    assert recognise(line) == "OPEN24HOURS"
+    # A word that fills its picture is not found by detection, yet read.
+    word = Image.new("RGB", (128, 32), "white")
+    ImageDraw.Draw(word).text((20, 0), "SALE", fill="black", font=ImageFont.load_default(28))
+    assert read_text(word) == [] and judge.lines(word) == ["SALE"]
+    assert judge.lines(Image.new("RGB", (128, 32), "white")) == []
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
+def test_a_line_of_any_shape_is_read(size: tuple[int, int]) -> None:
+    """rapidocr raises ResizeImgError of 3000 x 1 where its width is not bounded."""
+    pytest.importorskip("rapidocr")
+    started = time.monotonic()
+    recognise(Image.new("L", size, 90))
+    assert time.monotonic() - started < 5
 
 
 def test_rows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ def _reading(source: ImageSource) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything at corrupt files, struct.error among it
-        raise ValueError(f"{describe(source)} is not a picture that Pillow reads: {error}") from error
+        reason = re.sub(r" object at 0x\w+", "", str(error))  # the same picture is at fault in the same words
+        raise ValueError(f"{describe(source)} is not a picture that Pillow reads: {reason}") from error
 
 
 def describe(source: ImageSource) -> str:

@@ -100,3 +100,12 @@ def test_draw_mask_joins_polygons() -> None:
     left, right = ((0, 0), (99, 0), (99, 999), (0, 999)), ((899, 0), (999, 0), (999, 999), (899, 999))
     mask = np.asarray(draw_mask((100, 10), [left, right]))
     assert mask[5, 3] == mask[5, 95] == 255 and mask[5, 50] == 0
+
+
+def test_a_broken_picture_is_at_fault_in_the_same_words() -> None:
+    messages = set()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="an image of 4 bytes is not a picture") as error:
+            open_image(b"none")
+        messages.add(str(error.value))
+    assert len(messages) == 1 and "0x" not in messages.pop()
