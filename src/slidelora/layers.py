@@ -84,7 +84,7 @@ class SlideLoRALinear(nn.Module):
             experts[name] = A, B
         self.names, self.frozen = tuple(config.experts), tuple(config.frozen)
         self.r, self.ranks, self.scalings = max(ranks), ranks, config.scalings(self.path)
-        self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else 1.0
+        self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else None  # None: see scales
         for index, letter in enumerate("AB"):
             lora = getattr(self, f"lora_{letter}")
             none = lora.new_zeros(0, lora.shape[1])
@@ -98,8 +98,8 @@ class SlideLoRALinear(nn.Module):
 
     def _set_scales(self) -> None:
         """Scalings that differ become factors (E,) of the gates."""
-        differ = len(set(self.scalings)) > 1
-        self.scales = torch.tensor(self.scalings, dtype=torch.float32, device=self.lora_A.device) if differ else None
+        common = self.scaling is not None
+        self.scales = None if common else torch.tensor(self.scalings, dtype=torch.float32, device=self.lora_A.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SlideLoRALinear":
         super()._apply(fn, recurse)
@@ -141,20 +141,25 @@ class SlideLoRALinear(nn.Module):
         if x.ndim == 2 and in_force.tokens and len(x) == in_force.tokens[0] * in_force.tokens[1] != in_force.tokens[0]:
             # A host that flattens its tokens, as OPT and MoE blocks do.
             return self.forward(x.unflatten(0, in_force.tokens), *args, **kwargs).flatten(0, 1)
-        x = x.to(self.lora_A.device)  # where base_layer, too, would have brought it
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
+        base_layer = self.base_layer
+        x = x.to(lora_A.device)  # where base_layer, too, would have brought it
         gates, experts = self.routing.gates_for(in_force, self.path, self.gate, x)
-        if self.scales is not None:
+        if self.scaling is None:
+            assert self.scales is not None
             gates = gates * (self.scales if experts is None else self.scales[experts])
+        if self.frozen:
+            lora_A, lora_B = self._stacked(lora_A, self.frozen_A), self._stacked(lora_B, self.frozen_B)
         dropout = self.dropout if self.training else 0.0
-        lora_A, lora_B = self._stacked(self.lora_A, self.frozen_A), self._stacked(self.lora_B, self.frozen_B)
-        mixture = (lora_A, lora_B, gates, self.r, self.scaling, experts)
-        plain = type(self.base_layer) is nn.Linear and "forward" not in self.base_layer.__dict__
-        plain = plain and type(self.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
-        if plain and not _hooked(self.base_layer) and resolve(self.backend, x.device) == "fused":
+        mixture = (lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
+        plain = type(base_layer) is nn.Linear and "forward" not in base_layer.__dict__
+        plain = plain and type(base_layer.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
+        if plain and resolve(self.backend, x.device) == "fused" and not _hooked(base_layer):
             return gated_linear(x, self.weight, self.bias, *mixture, dropout)
-        base: Tensor = self.base_layer(x, *args, **kwargs)
+        base: Tensor = base_layer(x, *args, **kwargs)
         # A plain Linear's output is new and saved by nobody, unless a hook saw it; the compiler plans memory itself.
-        alone = plain and not self.base_layer._forward_hooks and not torch.compiler.is_compiling()
+        alone = plain and not base_layer._forward_hooks and not torch.compiler.is_compiling()
         return gated_lora(base, x, *mixture, self.backend, alone, dropout)
 
     def extra_repr(self) -> str:
