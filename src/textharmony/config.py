@@ -28,12 +28,26 @@ class LayoutConfig:
 
 
 @dataclass(frozen=True)
+class ResamplerConfig:
+    """A Perceiver resampler; width None is that of what reads its tokens."""
+
+    depth: int = 1
+    heads: int = 4
+    width: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One TextHarmony: transformers' and diffusers' own configurations, and what joins them.
 
     vision, language: transformers configurations with their `model_type`; unet, vae, scheduler: diffusers ones with
-    their `_class_name`. image_size: (height, width) in pixels. stem: channels of a convolution stem in place of the
-    ViT's single patch convolution. The UNet predicts clean latents.
+    their `_class_name`: the scheduler's class and prediction type say what the UNet predicts. image_size: (height,
+    width) in pixels that the ViT sees; drawing_size: that of drawn pictures where it is another, in the same
+    proportion. slide, slide_vision: fields of slidelora's configuration for the language model and for the ViT, None
+    for no experts there. stem: channels of a convolution stem in place of the ViT's single patch convolution.
+    pixel_mean, pixel_std: of what the ViT was trained on, of pixels in 0..1. begin_head: a learned vector that raises
+    or lowers the begin-of-image token's logit, for a language model whose head is frozen. max_new_tokens: after which
+    an answer ends unless the caller says otherwise. time_center, time_spread: of rectified flow's noise levels.
     """
 
     image_size: tuple[int, int]
@@ -42,12 +56,17 @@ class ModelConfig:
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
-    slide: Mapping[str, Any]
+    slide: Mapping[str, Any] | None
+    slide_vision: Mapping[str, Any] | None = None
+    drawing_size: tuple[int, int] | None = None
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     stem: tuple[int, ...] = ()
     visual_tokens: int = 32
     context_tokens: int = 16
-    resampler_heads: int = 4
-    resampler_depth: int = 1
+    visual_resampler: ResamplerConfig = ResamplerConfig()
+    context_resampler: ResamplerConfig = ResamplerConfig()
+    begin_head: bool = False
     layout: LayoutConfig | None = None
     text_weight: float = 1.0
     image_weight: float = 10.0
@@ -56,6 +75,19 @@ class ModelConfig:
     time_spread: float = 1.2
     guidance_scale: float = 1.0
     inference_steps: int = 12
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        (height, width), (drawn_height, drawn_width) = self.image_size, self.target_size
+        if height * drawn_width != width * drawn_height:
+            raise ValueError(
+                f"drawing_size is {self.drawing_size}, expected the proportion of image_size {self.image_size}"
+            )
+
+    @property
+    def target_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures that are drawn."""
+        return self.drawing_size or self.image_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -114,12 +146,14 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
         raise ValueError(f"{cls.__name__} has no field {unknown}, expected some of {sorted(known)}")
     arguments = {}
     for name, value in values.items():
-        if name == "layout" and value is not None:
-            value = _from_dict(LayoutConfig, value)
-        tuples = ("image_size", "stem", "glyph_size", "colors")
+        if name in _NESTED and value is not None:
+            value = _from_dict(_NESTED[name], value)
+        tuples = ("image_size", "drawing_size", "pixel_mean", "pixel_std", "stem", "glyph_size", "colors")
         arguments[name] = tuple(value) if isinstance(value, list) and name in tuples else value
     return cls(**arguments)
 
+
+_NESTED = {"layout": LayoutConfig, "visual_resampler": ResamplerConfig, "context_resampler": ResamplerConfig}
 
 _TINY_LAYOUT = LayoutConfig()
 _TINY_LATENTS = 16
@@ -181,6 +215,7 @@ TINY = ModelConfig(
         "gate": "sequence",
     },
     layout=_TINY_LAYOUT,
+    max_new_tokens=24,
 )
 
 _FOUR = {"perception": 0.36, "generation": 0.28, "comprehension": 0.2, "editing": 0.16}

@@ -37,7 +37,7 @@ class ImageDecoder(nn.Module):
         self.channels = self.vae.config.latent_channels
         context_width = self.unet.config.cross_attention_dim
         self.resampler = PerceiverResampler(
-            width, context_width, config.context_tokens, config.resampler_depth, config.resampler_heads
+            width, context_width, config.context_tokens, config.context_resampler.depth, config.context_resampler.heads
         )
         self.unconditional = nn.Parameter(torch.randn(config.context_tokens, context_width) * 0.02)
         self.register_buffer("latent_mean", torch.zeros(self.channels, 1, 1))

@@ -65,7 +65,7 @@ class VisualTokenizer(nn.Module):
         rows, columns = self.grid
         self.positions = nn.Parameter(torch.randn(rows * columns, width) * 0.02)
         self.resampler = PerceiverResampler(
-            vision.hidden_size, width, config.visual_tokens, config.resampler_depth, config.resampler_heads
+            vision.hidden_size, width, config.visual_tokens, config.visual_resampler.depth, config.visual_resampler.heads
         )
         self.project = nn.Linear(width, width)
         self.heads = None
