@@ -48,6 +48,8 @@ class ModelConfig:
     pixel_mean, pixel_std: of what the ViT was trained on, of pixels in 0..1. begin_head: a learned vector that raises
     or lowers the begin-of-image token's logit, for a language model whose head is frozen. max_new_tokens: after which
     an answer ends unless the caller says otherwise. time_center, time_spread: of rectified flow's noise levels.
+    language_from, quantization: where a quantised language model, which is not saved with the rest, is loaded from, and
+    transformers' configuration of how.
     """
 
     image_size: tuple[int, int]
@@ -76,6 +78,8 @@ class ModelConfig:
     guidance_scale: float = 1.0
     inference_steps: int = 12
     max_new_tokens: int = 256
+    language_from: str | None = None
+    quantization: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         (height, width), (drawn_height, drawn_width) = self.image_size, self.target_size
@@ -98,6 +102,89 @@ class ModelConfig:
         """The inverse of `to_dict`; an unknown key raises ValueError."""
         return _from_dict(cls, values)
 
+
+# The sizes of CLIP ViT-L/14, Vicuna-13B and Stable Diffusion 2 base are their own; where TextHarmony's are not known
+# (learning, the resamplers' insides), the values are ours.
+PAPER = ModelConfig(
+    image_size=(896, 896),
+    drawing_size=(512, 512),
+    vision={
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+    },
+    pixel_mean=(0.48145466, 0.4578275, 0.40821073),
+    pixel_std=(0.26862954, 0.26130258, 0.27577711),
+    language={
+        "model_type": "llama",
+        "vocab_size": 32002,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    unet={
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+    vae={
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 768,
+        "scaling_factor": 0.18215,
+    },
+    scheduler={
+        "_class_name": "PNDMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+    },
+    slide={
+        "experts": ["image", "text", "shared"],
+        "shared": ["shared"],
+        "r": 32,
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "gate": "sequence",
+    },
+    visual_tokens=512,
+    context_tokens=77,
+    visual_resampler=ResamplerConfig(depth=12, heads=12, width=768),
+    context_resampler=ResamplerConfig(depth=1, heads=16),
+    begin_head=True,
+    guidance_scale=7.5,
+    inference_steps=30,
+)
+
+# The same experts on the ViT, which calls its output projection out_proj.
+PAPER_VISION_SLIDE = {**(PAPER.slide or {}), "target_modules": r"vit\..*\.(q|k|v|out)_proj"}
 
 LOSSES = ("autoencoder", "text", "image", "layout", "columns", "gate")
 
@@ -299,5 +386,5 @@ TINY_TRAINING = TrainConfig(
     )
 )
 
-MODELS = {"tiny": TINY}
+MODELS = {"tiny": TINY, "paper": PAPER}
 TRAININGS = {"tiny": TINY_TRAINING}

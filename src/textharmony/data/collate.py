@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from textharmony.config import BOX_BINS, ModelConfig
 from textharmony.data.sample import Sample
@@ -19,14 +19,15 @@ _IGNORE = -100
 class Collator:
     """Pads prompts and answers on the right and stacks pictures, layouts and labels."""
 
-    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.tokenizer = config, tokenizer
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Samples -> input_ids, attention_mask, labels (B, T), targets (B,), and what pictures there are."""
         rows, labels = [], []
         for sample in samples:
-            prompt = self._encode(compose(sample.task, sample.prompt, self.config.visual_tokens))
+            bos = self.tokenizer.bos_token or ""
+            prompt = self._encode(compose(sample.task, sample.prompt, self.config.visual_tokens, bos))
             answer = self._encode(BOI if sample.answer is None else sample.answer + self.tokenizer.eos_token)
             rows.append(prompt + answer)
             labels.append([_IGNORE] * len(prompt) + answer)

@@ -194,7 +194,7 @@ def test_every_token_is_known(tokenizer: PreTrainedTokenizerFast) -> None:
         data = SyntheticWords(5, split, ALL_TASKS)
         for index in range(1500):
             sample = data[index]
-            whole = compose(sample.task, sample.prompt, 4) + (sample.answer or "")
+            whole = compose(sample.task, sample.prompt, 4, "<s>") + (sample.answer or "")
             ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
             assert tokenizer.unk_token_id not in ids, whole
             assert len(ids) < 120
