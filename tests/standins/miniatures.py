@@ -79,7 +79,7 @@ def write_siglip_qwen_sd(root: Path) -> Miniature:
     Qwen2ForCausalLM(
         Qwen2Config(**_LANGUAGE, vocab_size=400, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0)
     ).save_pretrained(root / "qwen")
-    _save_stable_diffusion(root / "sd-v", "DDIMScheduler", "v_prediction", set_alpha_to_one=False)
+    _save_stable_diffusion(root / "sd-v", "DDIMScheduler", "v_prediction", set_alpha_to_one=False, clip_sample=False)
     return Miniature(root / "siglip", root / "qwen", root / "sd-v")
 
 
