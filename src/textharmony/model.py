@@ -94,6 +94,17 @@ class TextHarmony(Verbs):
         """Where the language model's embeddings are."""
         return self.begin_image.device
 
+    def count_parameters(self) -> dict[str, int]:
+        """How many there are of each part, and of Slide-LoRA's experts and gates, which are counted apart."""
+        counts = dict.fromkeys(("vision", "resampler to language", "language", "resampler to image"), 0)
+        counts |= dict.fromkeys(("UNet", "VAE", "Slide-LoRA"), 0)
+        parts = {"visual_tokenizer.vit": "vision", "visual_tokenizer": "resampler to language", "language": "language"}
+        parts |= {"image_decoder.unet": "UNet", "image_decoder.vae": "VAE"}
+        for name, parameter in self.named_parameters():
+            part = next((part for start, part in parts.items() if name.startswith(f"{start}.")), "resampler to image")
+            counts["Slide-LoRA" if _ADAPTER.search(name) else part] += parameter.numel()
+        return counts
+
     def _raise_begin(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         """What begin_head says of BOI, added to the head's logits (..., V)."""
         assert self.begin_head is not None

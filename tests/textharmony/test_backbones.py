@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 import slidelora
 from textharmony.backbones import drawing_size, dtype_of
-from textharmony.config import ModelConfig
+from textharmony.config import ModelConfig, experts_on
 from textharmony.model import TextHarmony
 from textharmony.pictures import Frame
 from textharmony.tokens import BOI, IMAGE
@@ -188,7 +188,7 @@ def test_a_device_map(miniature: Miniature, joined: ModelConfig, united: TextHar
 
 def test_experts_on_the_vit(miniature: Miniature, joined: ModelConfig, picture: Image.Image, tmp_path: Path) -> None:
     """Chosen by the prompt's text: another question, another look; the picture itself does not choose."""
-    model = join(miniature, replace(joined, slide=None, slide_vision=SLIDE_VISION))
+    model = join(miniature, experts_on(joined, "vision"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "slidelora_gate" in name:
