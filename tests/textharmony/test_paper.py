@@ -96,7 +96,7 @@ def test_a_training_step(paper: TextHarmony) -> None:
 
 
 def test_a_generation(paper: TextHarmony) -> None:
-    """Drawing at 512 pixels under guidance, editing, and a text of two tokens from a picture of 512 visual tokens."""
+    """Drawing at 512 pixels under guidance, editing, and two tokens of text from a picture of 512 visual tokens."""
     rows = [[1, 8, 9, paper.boi_id], [1, 7, paper.boi_id]]
     picture = torch.zeros(1, 3, 896, 896)
     with Shapes(), torch.no_grad():
@@ -109,7 +109,12 @@ def test_a_generation(paper: TextHarmony) -> None:
         embeds, mask, weights = paper._prompted([row[:-1]], picture, "left")
         assert embeds.shape == (1, 515, 5120) and mask.shape == (1, 515)
         assert weights is not None and weights.shape == (1, 3)
-        assert paper._continue(embeds, mask, weights, GenerationSettings(max_new_tokens=2)).shape == (1, 2)
+        with paper._acting(weights):
+            said = paper.language(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
+            assert said.logits.shape == (1, 1, 32002)
+            token, longer = torch.full((1, 1), 9, device="meta"), torch.cat([mask, mask[:, :1]], 1)
+            again = paper.language(input_ids=token, attention_mask=longer, past_key_values=said.past_key_values)
+        assert again.logits.shape == (1, 1, 32002) and again.past_key_values.get_seq_length() == 516
 
 
 def test_what_a_request_of_a_picture_costs(paper: TextHarmony) -> None:

@@ -39,11 +39,11 @@ def saying(model: TextHarmony, monkeypatch: pytest.MonkeyPatch, *said: list[int]
 # Mixed tasks
 
 
-@pytest.mark.parametrize("which", ["model", "united"])
+@pytest.mark.parametrize("planned", [True, False])
 def test_a_batch_of_all_tasks_is_the_verbs_alone(
-    which: str, request: pytest.FixtureRequest, pictures: list[Image.Image]
+    model: TextHarmony, united: TextHarmony, planned: bool, pictures: list[Image.Image]
 ) -> None:
-    model: TextHarmony = request.getfixturevalue(which)
+    model = model if planned else united
     box = (100, 200, 700, 800)
     asked = [
         Request(Task.GENERATION, '"A1"', seed=4),
