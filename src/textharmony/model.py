@@ -282,7 +282,8 @@ class TextHarmony(Verbs):
             kind = dtype_of(dtype, "language")
             language = load_language(config.language_from, tokenizer, kind, None, config.quantization)
             backbones = Backbones(language=language)
-        with init_empty_weights():
+        # Experts go where the language model is, so beside one that is there they must be too.
+        with init_empty_weights() if backbones.language is None else nullcontext():
             model = cls(config, tokenizer, backbones, dtype)
         model.language.tie_weights()  # emptied, and then loaded, weights come apart
         load_weights(folder, model, model._elsewhere())
