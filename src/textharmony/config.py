@@ -192,8 +192,10 @@ def experts_on(config: ModelConfig, where: str) -> ModelConfig:
 
     where: one of EXPERTS_ON. Raises ValueError.
     """
-    if where not in EXPERTS_ON or config.slide is None:
-        raise ValueError(f"experts on {where!r} of {config.slide!r}, expected one of {EXPERTS_ON} and experts")
+    if where not in EXPERTS_ON:
+        raise ValueError(f"experts on {where!r}, expected one of {EXPERTS_ON}")
+    if not isinstance(config.slide, Mapping):
+        raise ValueError(f"slide is {config.slide!r}, expected slidelora's fields by name")
     of_vision = {**config.slide, "target_modules": _OF_VISION}
     return replace(
         config,
