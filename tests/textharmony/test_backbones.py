@@ -1,6 +1,7 @@
 """Models of other libraries' folders, joined: each part says what it says in its own library."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -273,3 +274,16 @@ def test_a_language_model_that_stays_where_it_is(
     again = TextHarmony.from_pretrained(tmp_path)
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in united.state_dict().items())
     assert again.read(picture) == united.read(picture)
+
+
+def test_the_page_runs_as_written(folder: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/backbones.md, the miniature's folders under the names that it has."""
+    page = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    names = ("clip-vit-large-patch14-336", "vicuna-13b-v1.5", "stable-diffusion-2-base")
+    for part, name in zip((folder.vision, folder.language, folder.image), names, strict=True):
+        assert name in page
+        part.rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE):
+        exec(compile(block, "backbones.md", "exec"), namespace)

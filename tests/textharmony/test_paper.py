@@ -1,6 +1,7 @@
 """The preset "paper" on the meta device: how large it is, what Slide-LoRA adds, shapes of a step and of generation."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,11 @@ def test_experts_on_language_model_or_vit_or_both(tokenizer: PreTrainedTokenizer
     slid = {name for name in ("language", "visual_tokenizer") if count(model, rf"^{name}\..*lora_A")}
     expected = {"language": {"language"}, "vision": {"visual_tokenizer"}, "none": set()}
     assert slid == expected.get(experts_on, {"language", "visual_tokenizer"})
+    counts = model.count_parameters()
+    share = f"{counts['Slide-LoRA'] / sum(counts.values()):.2%}"
+    row = " | ".join([experts_on, *(f"{number:,}" for number in counts.values()), share])
+    page = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    assert experts_on == "none" or f"| {row} |" in page
 
 
 def test_an_unknown_place_for_experts_is_named() -> None:
