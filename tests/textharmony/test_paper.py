@@ -112,10 +112,10 @@ def test_a_generation(paper: TextHarmony) -> None:
         row = [1, paper.boi_id, *[paper.image_id] * 512, 9, paper.boi_id]
         settings = GenerationSettings(num_inference_steps=2)
         assert paper._draw([row], picture, None, source, region, [0], settings).shape == (1, 3, 512, 512)
-        embeds, mask, weights = paper._prompted([row[:-1]], picture, "left")
+        embeds, mask, weights, shown = paper._prompted([row[:-1]], picture, "left", "text")
         assert embeds.shape == (1, 515, 5120) and mask.shape == (1, 515)
         assert weights is not None and weights.shape == (1, 3)
-        with paper._acting(weights):
+        with paper._acting(weights, shown):
             said = paper.language(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
             assert said.logits.shape == (1, 1, 32002)
             token, longer = torch.full((1, 1), 9, device="meta"), torch.cat([mask, mask[:, :1]], 1)
