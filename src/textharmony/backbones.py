@@ -156,6 +156,8 @@ def _tower(config: Any) -> Any:
     found = getattr(config, "vision_config", config)
     if not found.model_type.endswith("vision_model") or "siglip2" in found.model_type:
         raise ValueError(f"the vision model is a {config.model_type}, expected CLIP or SigLIP")
+    if hasattr(found, "vision_use_head"):
+        found.vision_use_head = False  # SigLIP's pooling, which nobody asks for
     return found
 
 

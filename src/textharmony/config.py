@@ -184,7 +184,7 @@ PAPER = ModelConfig(
 )
 
 # The same experts on the ViT, which calls its output projection out_proj.
-PAPER_VISION_SLIDE = {**(PAPER.slide or {}), "target_modules": r"vit\..*\.(q|k|v|out)_proj"}
+PAPER_VISION_SLIDE = {**(PAPER.slide or {}), "target_modules": r"vit\..*\.self_attn\.(q|k|v|out)_proj"}
 
 LOSSES = ("autoencoder", "text", "image", "layout", "columns", "gate")
 

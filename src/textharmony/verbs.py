@@ -102,7 +102,7 @@ class Verbs(nn.Module):
         for run, modality in ((self._write, "text"), (self._paint, "image")):
             asked = [i for i, request in enumerate(requests) if request.task.modality == modality]
             groups += [(run, asked[start : start + _BATCH]) for start in range(0, len(asked), _BATCH)]
-        for run, rows in tqdm(groups, disable=len(groups) < 2, leave=False):
+        for run, rows in tqdm(groups, disable=len(requests) <= _BATCH, leave=False):
             for row, result in zip(rows, run([requests[row] for row in rows], settings), strict=True):
                 results[row] = result
         return results
