@@ -32,6 +32,7 @@ from textharmony.tokens import Task, build_tokenizer
 
 _CROP = 48  # pixels of width: the VAE is convolutional, and learns sooner from more, smaller pictures
 _LOG_EVERY = 20
+_CELL = 256  # pixels of width of a picture on a sheet of samples
 
 
 Data = Mapping[str, Sequence[Source]]
@@ -332,12 +333,15 @@ def _draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
             cells += [(to_pil(before), "picture"), (to_pil(after), "reconstruction")]
         return contact_sheet(cells, 6, "autoencoder")
     prompts = [s.prompt for s in drawn]
-    cells += zip(model.draw(prompts), prompts, strict=True)
+    for start in range(0, len(prompts), 6):  # beside what training holds, memory is for a few
+        several = prompts[start : start + 6]
+        cells += zip(model.draw(several, start), several, strict=True)
     seen = [SyntheticWords(1, "held_out", {Task.PERCEPTION: 1}, *sizes)[i] for i in range(12)]
     pictures = [Image.fromarray(s.image) for s in seen if s.image is not None]
     answers = model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION)
     cells += [(picture, f"says {answer}") for picture, answer in zip(pictures, answers, strict=True)]
-    return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words")
+    cells = [(p.resize((_CELL, p.height * _CELL // p.width)), said) for p, said in cells]
+    return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words", zoom=1)
 
 
 def _log(out: Path, number: int, stage: str, step: int, means: dict[str, float]) -> None:

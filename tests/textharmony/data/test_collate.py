@@ -102,6 +102,25 @@ def test_regions_and_layouts(samples: list[Sample], batch: dict[str, torch.Tenso
         assert np.abs(colors.numpy() - truth).max() < 1e-3
 
 
+def test_regions_and_layouts_are_scaled_to_the_target(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, batch: dict[str, torch.Tensor]
+) -> None:
+    data = SyntheticWords(1, "train", {task: 1 for task in Task}, (32, 128), (64, 256))
+    larger = Collator(replace(config, drawing_size=(64, 256)), tokenizer)([data[i] for i in range(24)])
+    assert larger["target_pixel_values"].shape[2:] == larger["source_pixel_values"].shape[2:] == (64, 256)
+    torch.testing.assert_close(larger["region"], batch["region"] * 2, equal_nan=True)
+    torch.testing.assert_close(larger["layout_boxes"], batch["layout_boxes"] * 2)
+    for name in ("input_ids", "pixel_values", "column_labels", "box_labels"):
+        assert torch.equal(larger[name], batch[name])
+    # The picture shrunk again is that of the strip: nothing moved.
+    shrunk = torch.nn.functional.avg_pool2d(larger["target_pixel_values"], 2)
+    assert (shrunk - batch["target_pixel_values"]).abs().mean() < 0.05
+
+
+def test_what_an_edit_leaves_is_that_of_the_target(samples: list[Sample], batch: dict[str, torch.Tensor]) -> None:
+    assert torch.equal(batch["source_pixel_values"], batch["target_pixel_values"])
+
+
 def test_column_labels_name_the_character_that_stands_there_and_its_place(
     samples: list[Sample], batch: dict[str, torch.Tensor], config: ModelConfig
 ) -> None:
