@@ -124,7 +124,7 @@ def test_too_many_corrupt_records_stop_the_stream(tmp_path: Path) -> None:
         if i % 2:
             (tmp_path / f"{i}.png").write_bytes(b"no picture")
     stream = SampleStream([Source("captioned", str(tmp_path))], 0, SIZE, SIZE)
-    with pytest.raises(TooManyFaults, match="21 of .* records are corrupt"):
+    with pytest.raises(TooManyFaults, match=r"21 of .* records are corrupt"):
         stream.take(60)
     assert len(stream.faults()) == 21
     for i in range(60):
@@ -136,7 +136,7 @@ def test_too_many_corrupt_records_stop_the_stream(tmp_path: Path) -> None:
 
 
 def test_a_state_of_another_number_of_processes_is_refused(make: Callable[..., SampleStream]) -> None:
-    with pytest.raises(ValueError, match="of 1 processes .* there are 2"):
+    with pytest.raises(ValueError, match=r"of 1 processes .* there are 2"):
         make(processes=2).restore(make().state())
 
 
