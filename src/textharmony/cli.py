@@ -77,7 +77,8 @@ def train(
 
     MODEL is a folder that save_pretrained wrote. DATA is a JSON file of each stage's sources, such as
     {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], "tune": [...]}; rendered words without it.
-    STEPS and BATCH_SIZE are of every stage, to try things out; what is not given is as the stages have it.
+    STEPS (the warm-up in proportion) and BATCH_SIZE are of every stage, to try things out; what is not given is as the
+    stages have it.
     """
     from textharmony.config import MODELS, TRAININGS
     from textharmony.data.sources import load_sources
@@ -91,11 +92,11 @@ def train(
     config = TRAININGS[name]
     shared = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": gradient_accumulation_steps}
     every = {"steps": steps, "batch_size": batch_size}
-    config = replace(
-        config,
-        stages=tuple(replace(stage, **_given(every)) for stage in config.stages),
-        **_given(shared),
-    )
+    trained = []
+    for stage in config.stages:
+        warmup = stage.warmup if steps is None else stage.warmup * steps // stage.steps
+        trained.append(replace(stage, warmup=warmup, **_given(every)))
+    config = replace(config, stages=tuple(trained), **_given(shared))
     out = out or Path("runs") / name
     started = time.monotonic()
     run(model or MODELS[name], config, out, None if data is None else load_sources(data))

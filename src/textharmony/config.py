@@ -221,8 +221,8 @@ class TrainConfig:
 
     mixed_precision: "no", "bf16" or "fp16", None as accelerate is configured; gradient_accumulation_steps: how many
     parts a stage's batch goes through the model in; gradient_checkpointing: hidden states of ViT, language model and
-    UNet are computed again on the way back. Of records: max_faults is the share that may be corrupt, shuffle_buffer how
-    many are held to shuffle what is streamed.
+    UNet are computed again on the way back; max_length: tokens of a sample, beyond which it is cut. Of records:
+    max_faults is the share that may be corrupt, shuffle_buffer how many are held to shuffle what is streamed.
     """
 
     stages: tuple[Stage, ...]
@@ -235,6 +235,7 @@ class TrainConfig:
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    max_length: int | None = None
     max_faults: float = 0.01
     shuffle_buffer: int = 1000
 
@@ -436,6 +437,7 @@ PAPER_TRAINING = TrainConfig(
     sample_every=1000,
     mixed_precision="bf16",
     gradient_checkpointing=True,
+    max_length=2048,
 )
 
 TRAININGS = {"tiny": TINY_TRAINING, "paper": PAPER_TRAINING}

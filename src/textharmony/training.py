@@ -6,7 +6,9 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -179,15 +181,22 @@ def _run_stage(run: _Run, stage: Stage, number: int, start: int) -> None:
         accelerator.load_state(str(out / "checkpoint"))
     stream = None if run.data is None else _resume_stream(run, run.data[stage.name], number, start)
     words = _words(model.config, stage, config.seed * 1000 + number)
-    collate = Collator(model.config, model.tokenizer)
+    place: dict[str, Any] | None = None
+    collate = Collator(model.config, model.tokenizer, config.max_length)
     size = stage.batch_size // accelerator.num_processes
     micro = size // config.gradient_accumulation_steps
     recent: list[list[float]] = []
     try:
-        with tqdm(range(start, stage.steps), stage.name, initial=start, total=stage.steps, mininterval=5) as bar:
+        with (
+            closing(_read_ahead(stream, size)) as records,
+            tqdm(range(start, stage.steps), stage.name, initial=start, total=stage.steps, mininterval=5) as bar,
+        ):
             for step in bar:
-                offset = step * stage.batch_size + accelerator.process_index * size
-                samples = stream.take(size) if stream else [words[offset + i] for i in range(size)]
+                if stream is None:
+                    offset = step * stage.batch_size + accelerator.process_index * size
+                    samples = [words[offset + i] for i in range(size)]
+                else:
+                    samples, place = next(records)
                 torch.manual_seed(((config.seed * 64 + number) * 10_000_000 + step) * 64 + accelerator.process_index)
                 prepared.train()
                 for first in range(0, size, micro):
@@ -213,7 +222,7 @@ def _run_stage(run: _Run, stage: Stage, number: int, start: int) -> None:
                     model.image_decoder.standardise(pictures.to(accelerator.device))
                 if saved:
                     reached = (number + 1, 0) if last else (number, step + 1)
-                    _save_checkpoint(run, reached, stream)
+                    _save_checkpoint(run, reached, place)
                     _list_faults(run, stream)
                 shown = {"autoencoder", "image"} & set(stage.losses) and (last or (step + 1) % config.sample_every == 0)
                 if shown and accelerator.is_main_process:
@@ -239,6 +248,18 @@ def _resume_stream(run: _Run, sources: Sequence[Source], number: int, start: int
         # One of a process that is no more says how many there were as well.
         stream.restore(json.loads((own if own.exists() else states[0]).read_text()))
     return stream
+
+
+def _read_ahead(stream: SampleStream | None, size: int) -> Generator[tuple[list[Sample], dict[str, Any]], None, None]:
+    """Batches and where the stream stands after each, one read while the one before is trained on."""
+    if stream is None:
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(stream.take, size)
+        while True:
+            samples, state = coming.result(), stream.state()
+            coming = reader.submit(stream.take, size)
+            yield samples, state
 
 
 def _list_faults(run: _Run, stream: SampleStream | None) -> None:
@@ -300,16 +321,19 @@ def _pictures(data: SyntheticWords, start: int, count: int = 256) -> Tensor:
     return to_pixels([s.target for s in samples if s.target is not None])
 
 
-def _save_checkpoint(run: _Run, reached: tuple[int, int], stream: SampleStream | None) -> None:
-    """Replaces out/checkpoint whole, so that a run cut off here keeps the one before; reached: stage, steps in it."""
+def _save_checkpoint(run: _Run, reached: tuple[int, int], place: dict[str, Any] | None) -> None:
+    """Replaces out/checkpoint whole, so that a run cut off here keeps the one before.
+
+    reached: stage, and steps in it; place: of this process in the records.
+    """
     out, accelerator = run.out, run.accelerator
     partial = out / "checkpoint.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
-    if stream is not None:
-        (partial / f"stream-{accelerator.process_index}.json").write_text(json.dumps(stream.state()))
+    if place is not None:
+        (partial / f"stream-{accelerator.process_index}.json").write_text(json.dumps(place))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         progress = {"stage": reached[0], "step": reached[1], "run": run.given}

@@ -104,7 +104,7 @@ def test_train_takes_a_model_through_stages(
     run(*model, "--stages", "paper", "--out", tmp_path / "run", "--data", tmp_path / "sources.json", "--steps", 2)
     run(*model, "--batch-size", 8, "--mixed-precision", "no", "--gradient-accumulation-steps", 4)
     source = Source("folder", str(tmp_path / "own"), weight=2)
-    few = replace(PAPER_TRAINING, stages=tuple(replace(stage, steps=2) for stage in PAPER_TRAINING.stages))
+    few = replace(PAPER_TRAINING, stages=tuple(replace(stage, steps=2, warmup=0) for stage in PAPER_TRAINING.stages))
     small = replace(
         PAPER_TRAINING,
         stages=tuple(replace(stage, batch_size=8) for stage in PAPER_TRAINING.stages),

@@ -19,11 +19,12 @@ _IGNORE = -100
 class Collator:
     """Pads prompts and answers on the right and stacks pictures, layouts and labels.
 
-    Samples have their input pictures at the model's image_size, their targets at its target_size.
+    Samples have their input pictures at the model's image_size, their targets at its target_size. max_length: tokens
+    that a row may have; a longer one loses the end of its answer, or of the prompt where a picture is the answer.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+        self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Samples -> input_ids, attention_mask, labels (B, T), targets (B,), and what pictures there are."""
@@ -32,6 +33,11 @@ class Collator:
             bos = self.tokenizer.bos_token or ""
             prompt = self._encode(compose(sample.task, sample.prompt, self.config.visual_tokens, bos))
             answer = self._encode(BOI if sample.answer is None else sample.answer + self.tokenizer.eos_token)
+            over = 0 if self.max_length is None else max(0, len(prompt) + len(answer) - self.max_length)
+            if sample.answer is None:
+                prompt = prompt[: len(prompt) - over]
+            else:
+                answer = answer[: max(1, len(answer) - over)]
             rows.append(prompt + answer)
             labels.append([_IGNORE] * len(prompt) + answer)
         length = max(map(len, rows))

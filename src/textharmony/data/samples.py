@@ -11,7 +11,7 @@ from textharmony.data.faults import Faults
 from textharmony.data.record import Record
 from textharmony.data.sample import Sample
 from textharmony.pictures import Box, Frame
-from textharmony.tokens import Task
+from textharmony.tokens import Task, check_plain
 
 
 def load_samples(
@@ -41,11 +41,12 @@ def to_sample(
 
     size: height and width to which pictures are fitted, the rest filled, as TextHarmony's verbs do; None: as they are;
     target_size: that of targets, where it is another. An editing record's region is the box about its mask. Raises
-    ValueError for more than one input image, for a text task without an answer, for pictures that do not decode;
-    FileNotFoundError.
+    ValueError for more than one input image, for a text task without an answer, for text that holds a picture's tokens,
+    for pictures that do not decode; FileNotFoundError.
     """
     if len(record.images) > 1:
         raise ValueError(f"{len(record.images)} images, expected one at most")
+    check_plain(record.prompt)
     image = record.load() if record.images else None
     target = record.load_target()
     region = answer = None
@@ -53,6 +54,7 @@ def to_sample(
         region = _region(record, image, size)
     if record.task.modality == "text":
         answer = next(filter(str.strip, record.texts), None) or _format_boxes(record, image, size)
+        check_plain(answer)
     return Sample(
         record.task,
         record.prompt,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from textharmony.data.faults import Fault, Faults
@@ -102,19 +103,22 @@ class SampleStream:
         self._listed: dict[str, None] = {}  # faults of annotations read to their end
         self._decoded = Faults(max_faults)
         self._samples: Iterator[Sample] | None = None
+        self._lock = Lock()
 
     def take(self, count: int) -> list[Sample]:
-        """The next samples."""
-        if self._samples is None:
-            start = self._rank + self._processes * self._decoded.seen
-            records = islice(self._mixture.iterate(start), 0, None, self._processes)
-            self._samples = load_samples(records, self._decoded, self._size, self._target_size)
-        return list(islice(self._samples, count))
+        """The next samples; another thread may take them."""
+        with self._lock:
+            if self._samples is None:
+                start = self._rank + self._processes * self._decoded.seen
+                records = islice(self._mixture.iterate(start), 0, None, self._processes)
+                self._samples = load_samples(records, self._decoded, self._size, self._target_size)
+            return list(islice(self._samples, count))
 
     def faults(self) -> list[str]:
         """What was found corrupt so far, each once, in annotations and then in pictures."""
-        reading = [str(fault) for faults in self._reading.values() for fault in faults.listed]
-        return list(dict.fromkeys([*self._listed, *reading, *map(str, self._decoded.listed)]))
+        with self._lock:
+            reading = [str(fault) for faults in self._reading.values() for fault in faults.listed]
+            return list(dict.fromkeys([*self._listed, *reading, *map(str, self._decoded.listed)]))
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON values."""

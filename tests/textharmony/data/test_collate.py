@@ -43,6 +43,23 @@ def test_labels_are_on_answers_only(
         assert sample.prompt in tokenizer.decode(row[: places[0]], skip_special_tokens=True)
 
 
+def test_a_long_row_is_cut_where_it_harms_least(
+    samples: list[Sample], config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reading = next(sample for sample in samples if sample.task is Task.PERCEPTION)
+    drawing = next(sample for sample in samples if sample.task is Task.GENERATION)
+    reading, drawing = replace(reading, answer="ABCDEF" * 20), replace(drawing, prompt="ABCDEF" * 20)
+    batch = Collator(config, tokenizer, 80)([reading, drawing])
+    assert batch["input_ids"].shape == (2, 80) and batch["attention_mask"].all()
+    read, drawn = batch["labels"]
+    said = tokenizer.decode(read[read != -100])
+    assert reading.answer.startswith(said) and len(said) > 20
+    assert drawn[-1] == tokenizer.convert_tokens_to_ids(BOI) and (drawn[:-1] == -100).all()
+    assert (batch["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE)).sum() == config.visual_tokens
+    whole = Collator(config, tokenizer, 80)([replace(reading, answer="AB")])
+    assert torch.equal(whole["input_ids"], Collator(config, tokenizer)([replace(reading, answer="AB")])["input_ids"])
+
+
 def test_the_longest_row_sets_the_length(batch: dict[str, torch.Tensor]) -> None:
     assert batch["attention_mask"].all(1).any()
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape

@@ -65,6 +65,9 @@ def test_what_cannot_be_a_sample() -> None:
         to_sample(Record("1", Task.PERCEPTION, "s", "?", images=(WIDE, WIDE), texts=("a",)))
     with pytest.raises(ValueError, match="neither an answer"):
         to_sample(Record("1", Task.PERCEPTION, "s", "?", images=(WIDE,)))
+    for prompt, answer in (("a <|image|>", "b"), ("a", "b <|beginofimage|>")):
+        with pytest.raises(ValueError, match="pictures are given beside it"):
+            to_sample(Record("1", Task.PERCEPTION, "s", prompt, images=(WIDE,), texts=(answer,)))
     empty = Image.new("L", WIDE.size)
     with pytest.raises(ValueError, match="mask of an editing record is empty"):
         to_sample(Record("1", Task.EDITING, "s", "?", images=(WIDE,), target=WIDE, mask=empty))
