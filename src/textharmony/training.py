@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from PIL import Image
 from safetensors.torch import load_model
 from torch import Tensor
 from tqdm import tqdm
@@ -28,13 +26,10 @@ from textharmony.data.sample import Sample
 from textharmony.data.sources import SampleStream, Source
 from textharmony.data.synthetic import SyntheticWords, word_box
 from textharmony.model import Losses, TextHarmony
-from textharmony.pictures import to_pil
-from textharmony.sheets import contact_sheet
+from textharmony.progress import LOG_EVERY, draw_samples, log_losses, plot_losses
 from textharmony.tokens import Task, build_tokenizer
 
 _CROP = 48  # pixels of width: the VAE is convolutional, and learns sooner from more, smaller pictures
-_LOG_EVERY = 20
-_CELL = 256  # pixels of width of a picture on a sheet of samples
 
 
 Data = Mapping[str, Sequence[Source]]
@@ -96,7 +91,7 @@ def train(
             _run_stage(run, stage, number, done if number == first else 0)
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
     model.save_pretrained(out / "model", torch.float16 if fresh else None)
-    _plot(out)
+    plot_losses(out)
     return model
 
 
@@ -211,11 +206,11 @@ def _run_stage(run: _Run, stage: Stage, number: int, start: int) -> None:
                     recent.append([float(value.detach()) for value in losses.values()])
                 last = step + 1 == stage.steps
                 saved = last or (step + 1) % config.save_every == 0
-                if saved or (step + 1) % _LOG_EVERY == 0:
+                if saved or (step + 1) % LOG_EVERY == 0:
                     means = {name: sum(c) / len(c) for name, c in zip(losses, zip(*recent, strict=True), strict=True)}
                     recent = []
                     if accelerator.is_main_process:
-                        _log(out, number, stage.name, step + 1, means)
+                        log_losses(out, number, stage.name, step + 1, means)
                     bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
                 if last and "autoencoder" in stage.losses:
                     pictures = _pictures(words, stage.steps * stage.batch_size)
@@ -227,7 +222,7 @@ def _run_stage(run: _Run, stage: Stage, number: int, start: int) -> None:
                 shown = {"autoencoder", "image"} & set(stage.losses) and (last or (step + 1) % config.sample_every == 0)
                 if shown and accelerator.is_main_process:
                     model.eval()
-                    _draw_samples(model, stage).save(out / f"samples-{number}-{stage.name}-{step + 1:05d}.png")
+                    draw_samples(model, stage).save(out / f"samples-{number}-{stage.name}-{step + 1:05d}.png")
     finally:
         _list_faults(run, stream)
     accelerator.free_memory()
@@ -343,60 +338,3 @@ def _save_checkpoint(run: _Run, reached: tuple[int, int], place: dict[str, Any] 
             (out / "checkpoint").rename(out / "checkpoint.old")
         partial.rename(out / "checkpoint")
         shutil.rmtree(out / "checkpoint.old", ignore_errors=True)
-
-
-def _draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
-    """A sheet of held-out words: drawn, then read; for the autoencoder, pictures and their reconstructions."""
-    cells: list[tuple[Image.Image, str]] = []
-    sizes = model.config.image_size, model.config.target_size
-    drawn = [SyntheticWords(1, "held_out", {Task.GENERATION: 1}, *sizes)[i] for i in range(18)]
-    if "autoencoder" in stage.losses:
-        pixels = to_pixels([s.target for s in drawn[:9] if s.target is not None]).to(model.device)
-        again = model.image_decoder.decode(model.image_decoder.encode(pixels))
-        for before, after in zip(pixels, again, strict=True):
-            cells += [(to_pil(before), "picture"), (to_pil(after), "reconstruction")]
-        return contact_sheet(cells, 6, "autoencoder")
-    prompts = [s.prompt for s in drawn]
-    for start in range(0, len(prompts), 6):  # beside what training holds, memory is for a few
-        several = prompts[start : start + 6]
-        cells += zip(model.draw(several, start), several, strict=True)
-    seen = [SyntheticWords(1, "held_out", {Task.PERCEPTION: 1}, *sizes)[i] for i in range(12)]
-    pictures = [Image.fromarray(s.image) for s in seen if s.image is not None]
-    answers = model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION)
-    cells += [(picture, f"says {answer}") for picture, answer in zip(pictures, answers, strict=True)]
-    cells = [(p.resize((_CELL, p.height * _CELL // p.width)), said) for p, said in cells]
-    return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words", zoom=1)
-
-
-def _log(out: Path, number: int, stage: str, step: int, means: dict[str, float]) -> None:
-    path = out / "losses.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [row for row in rows if (int(row["number"]), int(row["step"])) < (number, step)]
-    names = ["number", "stage", "step", *(field.name for field in fields(Losses))]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows([*rows, {"number": number, "stage": stage, "step": step, **means}])
-
-
-def _plot(out: Path) -> None:
-    """out/losses.png: each loss on its own axes, in the stages that minimised it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = list(csv.DictReader((out / "losses.csv").open()))
-    names = [field.name for field in fields(Losses)]
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 6), layout="constrained")
-    for axis, name in zip(axes.flat, names):
-        for stage in dict.fromkeys(row["stage"] for row in rows):
-            points = [(i, float(row[name])) for i, row in enumerate(rows) if row["stage"] == stage]
-            if any(value for _, value in points):
-                axis.plot([i * _LOG_EVERY for i, _ in points], [value for _, value in points], label=stage)
-        axis.set(title=name, xlabel="step", yscale="log")
-        if axis.lines:
-            axis.legend()
-    axes.flat[-1].set_axis_off()
-    figure.savefig(out / "losses.png", dpi=100)
-    pyplot.close(figure)
