@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 BOX_BINS = 32  # that the vision model divides a picture's width, and its height, into
@@ -183,8 +183,26 @@ PAPER = ModelConfig(
     inference_steps=30,
 )
 
-# The same experts on the ViT, which calls its output projection out_proj.
-PAPER_VISION_SLIDE = {**(PAPER.slide or {}), "target_modules": r"vit\..*\.self_attn\.(q|k|v|out)_proj"}
+EXPERTS_ON = ("language", "vision", "both", "none")
+_OF_VISION = r"vit\..*\.self_attn\.(q|k|v|out)_proj"
+
+
+def experts_on(config: ModelConfig, where: str) -> ModelConfig:
+    """The configuration with the experts of its language model there, on the ViT's attention, on both, or nowhere.
+
+    where: one of EXPERTS_ON. Raises ValueError.
+    """
+    if where not in EXPERTS_ON:
+        raise ValueError(f"experts on {where!r}, expected one of {EXPERTS_ON}")
+    if not isinstance(config.slide, Mapping):
+        raise ValueError(f"slide is {config.slide!r}, expected slidelora's fields by name")
+    of_vision = {**config.slide, "target_modules": _OF_VISION}
+    return replace(
+        config,
+        slide=config.slide if where in ("language", "both") else None,
+        slide_vision=of_vision if where in ("vision", "both") else None,
+    )
+
 
 LOSSES = ("autoencoder", "text", "image", "layout", "columns", "gate")
 

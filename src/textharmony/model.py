@@ -94,6 +94,17 @@ class TextHarmony(Verbs):
         """Where the language model's embeddings are."""
         return self.begin_image.device
 
+    def count_parameters(self) -> dict[str, int]:
+        """How many there are of each part, and of Slide-LoRA's experts and gates, which are counted apart."""
+        counts = dict.fromkeys(("vision", "resampler to language", "language", "resampler to image"), 0)
+        counts |= dict.fromkeys(("UNet", "VAE", "Slide-LoRA"), 0)
+        parts = {"visual_tokenizer.vit": "vision", "visual_tokenizer": "resampler to language", "language": "language"}
+        parts |= {"image_decoder.unet": "UNet", "image_decoder.vae": "VAE"}
+        for name, parameter in self.named_parameters():
+            part = next((part for start, part in parts.items() if name.startswith(f"{start}.")), "resampler to image")
+            counts["Slide-LoRA" if _ADAPTER.search(name) else part] += parameter.numel()
+        return counts
+
     def _raise_begin(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         """What begin_head says of BOI, added to the head's logits (..., V)."""
         assert self.begin_head is not None
@@ -271,7 +282,8 @@ class TextHarmony(Verbs):
             kind = dtype_of(dtype, "language")
             language = load_language(config.language_from, tokenizer, kind, None, config.quantization)
             backbones = Backbones(language=language)
-        with init_empty_weights():
+        # Experts go where the language model is, so beside one that is there they must be too.
+        with init_empty_weights() if backbones.language is None else nullcontext():
             model = cls(config, tokenizer, backbones, dtype)
         model.language.tie_weights()  # emptied, and then loaded, weights come apart
         load_weights(folder, model, model._elsewhere())

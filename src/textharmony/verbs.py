@@ -48,7 +48,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """How answers are written and pictures drawn; None is the model's own."""
 
     max_new_tokens: int | None = None
@@ -89,13 +89,13 @@ class Verbs(nn.Module):
     def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def perform(self, requests: Sequence[Request], settings: Settings | None = None) -> list[Any]:
+    def perform(self, requests: Sequence[Request], settings: GenerationSettings | None = None) -> list[Any]:
         """What is asked for, in the order of the requests: str for text tasks, a PIL image for image tasks.
 
         Tasks may be mixed: those that write go together, and those that draw. Raises ValueError for a request that
         lacks something, or whose text the model cannot draw, before anything is done.
         """
-        settings = settings or Settings()
+        settings = settings or GenerationSettings()
         requests = [self._checked(request) for request in requests]
         results: list[Any] = [None] * len(requests)
         groups: list[tuple[Any, list[int]]] = []
@@ -107,9 +107,9 @@ class Verbs(nn.Module):
                 results[row] = result
         return results
 
-    def read(self, image: Any, **settings: Any) -> Any:
-        """All the text in a picture (or in each of a list): str, or a list of str. Settings as `answer` takes them."""
-        return self.answer(image, READ_QUESTION, task=Task.PERCEPTION, **settings)
+    def read(self, image: Any, max_new_tokens: int | None = None, num_beams: int = 1, streamer: Any = None) -> Any:
+        """All the text in a picture (or in each of a list): str, or a list of str; settings as in `answer`."""
+        return self.answer(image, READ_QUESTION, Task.PERCEPTION, max_new_tokens, num_beams, streamer)
 
     def answer(
         self,
@@ -124,7 +124,7 @@ class Verbs(nn.Module):
 
         max_new_tokens, num_beams, streamer: as transformers' generate takes them; a streamer is for one question.
         """
-        settings = Settings(max_new_tokens, num_beams, streamer)
+        settings = GenerationSettings(max_new_tokens, num_beams, streamer)
         return self._map(lambda image, question: Request(task, question, image), settings, image, question)
 
     def locate(self, image: Any, text: Any) -> Any:
@@ -152,7 +152,7 @@ class Verbs(nn.Module):
         """
         return self._map(
             lambda caption, seed: Request(Task.GENERATION, caption, seed=seed),
-            Settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
+            GenerationSettings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
             prompt,
             _seeds(seed, generator, prompt),
         )
@@ -177,7 +177,7 @@ class Verbs(nn.Module):
             box = tuple(box)  # one box, not a list of them
         return self._map(
             lambda image, box, text, seed: Request(Task.EDITING, text, image, box, seed),
-            Settings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
+            GenerationSettings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale),
             image,
             box,
             text,
@@ -205,7 +205,7 @@ class Verbs(nn.Module):
         """
         if not parts or max_pictures < 0:
             raise ValueError(f"parts are {parts!r} and max_pictures {max_pictures}, expected parts and 0 or more")
-        settings = Settings(max_new_tokens, num_beams, streamer, num_inference_steps, guidance_scale)
+        settings = GenerationSettings(max_new_tokens, num_beams, streamer, num_inference_steps, guidance_scale)
         pixels = [self._frame(part).pixels for part in parts if not isinstance(part, str)]
         for part in parts:
             if isinstance(part, str):
@@ -232,7 +232,7 @@ class Verbs(nn.Module):
             pixels.append(self._frame(replies[-1]).pixels)
         return replies
 
-    def _map(self, make: Callable[..., Request], settings: Settings, *arguments: Any) -> Any:
+    def _map(self, make: Callable[..., Request], settings: GenerationSettings, *arguments: Any) -> Any:
         """A result for each row of the arguments, those that are lists running along, or one where none is a list."""
         rows, several = _rows(*arguments)
         results = self.perform([make(*row) for row in rows], settings)
@@ -302,13 +302,13 @@ class Verbs(nn.Module):
         return embeds, mask, self._gates(embeds, prompt)
 
     @torch.no_grad()
-    def _write(self, requests: Sequence[Request], settings: Settings) -> list[str]:
+    def _write(self, requests: Sequence[Request], settings: GenerationSettings) -> list[str]:
         pixels = torch.stack([self._frame(r.image).pixels for r in requests if r.image is not None])
         embeds, mask, weights = self._prompted([self._composed(r) for r in requests], pixels, "left")
         ids = self._continue(embeds, mask, weights, settings)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _continue(self, embeds: Tensor, mask: Tensor, weights: Tensor | None, settings: Settings) -> Tensor:
+    def _continue(self, embeds: Tensor, mask: Tensor, weights: Tensor | None, settings: GenerationSettings) -> Tensor:
         """Token ids (B, T) that the language model goes on with, up to the end of its text or BOI."""
         if settings.num_beams < 1 or (settings.max_new_tokens is not None and settings.max_new_tokens < 1):
             raise ValueError(
@@ -328,7 +328,7 @@ class Verbs(nn.Module):
             )
 
     @torch.no_grad()
-    def _paint(self, requests: Sequence[Request], settings: Settings) -> list[Image.Image]:
+    def _paint(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Image.Image]:
         """Pictures; the gate looks at the prompt, the image decoder at all up to BOI."""
         rows = [[*self._composed(request), self.boi_id] for request in requests]
         seeds = [request.seed for request in requests]
@@ -357,7 +357,7 @@ class Verbs(nn.Module):
         source: Tensor | None,
         region: Tensor | None,
         seeds: Sequence[int],
-        settings: Settings,
+        settings: GenerationSettings,
     ) -> Tensor:
         """Pictures (B, 3, H, W) in -1..1 from rows of token ids that end in BOI; asked as `_prompted` has it."""
         embeds, mask, weights = self._prompted(rows, pixel_values, "right", asked)

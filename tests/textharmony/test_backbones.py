@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from miniatures import Miniature, write_clip_llama_sd
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import slidelora
 from textharmony.backbones import drawing_size, dtype_of
-from textharmony.config import ModelConfig
+from textharmony.config import ModelConfig, experts_on
 from textharmony.model import TextHarmony
 from textharmony.pictures import Frame
 from textharmony.tokens import BOI, IMAGE
@@ -188,7 +189,7 @@ def test_a_device_map(miniature: Miniature, joined: ModelConfig, united: TextHar
 
 def test_experts_on_the_vit(miniature: Miniature, joined: ModelConfig, picture: Image.Image, tmp_path: Path) -> None:
     """Chosen by the prompt's text: another question, another look; the picture itself does not choose."""
-    model = join(miniature, replace(joined, slide=None, slide_vision=SLIDE_VISION))
+    model = join(miniature, experts_on(joined, "vision"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "slidelora_gate" in name:
@@ -255,3 +256,20 @@ def test_a_size_that_does_not_fit_is_named(folder: Miniature, joined: ModelConfi
         replace(joined, drawing_size=(32, 48))
     with pytest.raises(ValueError, match=r"pictures are \(33, 33\), expected multiples"):
         join(folder, replace(joined, drawing_size=(33, 33)))
+
+
+def test_a_language_model_that_stays_where_it_is(
+    united: TextHarmony, miniature: Miniature, picture: Image.Image, tmp_path: Path
+) -> None:
+    """As a quantised one does: the folder has its experts and gate, and says where the rest is."""
+    kept = united.config
+    try:
+        united.config = replace(kept, language_from=str(miniature.language))
+        united.save_pretrained(tmp_path)
+    finally:
+        united.config = kept
+    names = {name for name in load_file(tmp_path / "model.safetensors") if name.startswith("language.")}
+    assert names and all("lora_" in name or "slidelora_gate" in name for name in names)
+    again = TextHarmony.from_pretrained(tmp_path)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in united.state_dict().items())
+    assert again.read(picture) == united.read(picture)

@@ -1,7 +1,6 @@
 """The preset "paper" on the meta device: how large it is, what Slide-LoRA adds, shapes of a step and of generation."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,24 +10,18 @@ from shapes import Shapes
 from transformers import PreTrainedTokenizerFast
 
 import slidelora
-from textharmony.config import PAPER, PAPER_VISION_SLIDE
+from textharmony.config import PAPER
+from textharmony.config import experts_on as put_experts
 from textharmony.data.collate import Collator
 from textharmony.data.sample import Sample
 from textharmony.model import TextHarmony
 from textharmony.tokens import Task
-from textharmony.verbs import Request, Settings
-
-SLIDES = {
-    "language": (PAPER.slide, None),
-    "vision": (None, PAPER_VISION_SLIDE),
-    "both": (PAPER.slide, PAPER_VISION_SLIDE),
-}
+from textharmony.verbs import GenerationSettings, Request
 
 
 def build(tokenizer: PreTrainedTokenizerFast, experts_on: str) -> TextHarmony:
-    slide, slide_vision = SLIDES[experts_on]
     with init_empty_weights(include_buffers=True):
-        model = TextHarmony(replace(PAPER, slide=slide, slide_vision=slide_vision), tokenizer)
+        model = TextHarmony(put_experts(PAPER, experts_on), tokenizer)
     return model.to("meta")
 
 
@@ -57,13 +50,25 @@ def test_parameters(paper: TextHarmony) -> None:
     assert 0.0107 < share < 0.0109
 
 
-@pytest.mark.parametrize("experts_on", SLIDES)
+def test_counts_by_part(paper: TextHarmony) -> None:
+    counts = paper.count_parameters()
+    assert sum(counts.values()) == count(paper)
+    assert counts["Slide-LoRA"] == count(paper, r"lora_|slidelora_gate")
+    assert counts["vision"] == 303_507_456 and counts["UNet"] == 865_910_724 and counts["VAE"] == 83_653_863
+    assert counts["language"] == 13_015_864_320 + 2 * 2 * 5120
+
+
+@pytest.mark.parametrize("experts_on", ["language", "vision", "both", "none"])
 def test_experts_on_language_model_or_vit_or_both(tokenizer: PreTrainedTokenizerFast, experts_on: str) -> None:
     model = build(tokenizer, experts_on)
     slid = {name for name in ("language", "visual_tokenizer") if count(model, rf"^{name}\..*lora_A")}
-    assert slid == {"language": {"language"}, "vision": {"visual_tokenizer"}}.get(
-        experts_on, {"language", "visual_tokenizer"}
-    )
+    expected = {"language": {"language"}, "vision": {"visual_tokenizer"}, "none": set()}
+    assert slid == expected.get(experts_on, {"language", "visual_tokenizer"})
+
+
+def test_an_unknown_place_for_experts_is_named() -> None:
+    with pytest.raises(ValueError, match="experts on 'head'"):
+        put_experts(PAPER, "head")
 
 
 def test_a_training_step(paper: TextHarmony) -> None:
@@ -91,20 +96,25 @@ def test_a_training_step(paper: TextHarmony) -> None:
 
 
 def test_a_generation(paper: TextHarmony) -> None:
-    """Drawing at 512 pixels under guidance, editing, and a text of two tokens from a picture of 512 visual tokens."""
+    """Drawing at 512 pixels under guidance, editing, and two tokens of text from a picture of 512 visual tokens."""
     rows = [[1, 8, 9, paper.boi_id], [1, 7, paper.boi_id]]
     picture = torch.zeros(1, 3, 896, 896)
     with Shapes(), torch.no_grad():
-        painted = paper.eval()._draw(rows, None, None, None, None, [0, 1], Settings(num_inference_steps=2))
+        painted = paper.eval()._draw(rows, None, None, None, None, [0, 1], GenerationSettings(num_inference_steps=2))
         assert painted.shape == (2, 3, 512, 512)
         region, source = torch.tensor([[10.0, 20, 200, 90]]), torch.zeros(1, 3, 512, 512)
         row = [1, paper.boi_id, *[paper.image_id] * 512, 9, paper.boi_id]
-        settings = Settings(num_inference_steps=2)
+        settings = GenerationSettings(num_inference_steps=2)
         assert paper._draw([row], picture, None, source, region, [0], settings).shape == (1, 3, 512, 512)
         embeds, mask, weights = paper._prompted([row[:-1]], picture, "left")
         assert embeds.shape == (1, 515, 5120) and mask.shape == (1, 515)
         assert weights is not None and weights.shape == (1, 3)
-        assert paper._continue(embeds, mask, weights, Settings(max_new_tokens=2)).shape == (1, 2)
+        with paper._acting(weights):
+            said = paper.language(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
+            assert said.logits.shape == (1, 1, 32002)
+            token, longer = torch.full((1, 1), 9, device="meta"), torch.cat([mask, mask[:, :1]], 1)
+            again = paper.language(input_ids=token, attention_mask=longer, past_key_values=said.past_key_values)
+        assert again.logits.shape == (1, 1, 32002) and again.past_key_values.get_seq_length() == 516
 
 
 def test_what_a_request_of_a_picture_costs(paper: TextHarmony) -> None:
