@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -59,6 +59,7 @@ def train(
     exactly. Also written: out/losses.csv and losses.png, out/samples-*.png, and out/faults.txt, the corrupt records
     that were skipped (faults-N.txt of process N, where there are several). A checkpoint of another configuration, or
     sources that do not go with the stages or the model, raise ValueError; too many corrupt records TooManyFaults.
+    Checkpoints of a run from a folder leave out what no stage trains: it is read from the folder again.
     """
     out = Path(out)
     accelerator = Accelerator(
@@ -82,8 +83,10 @@ def train(
     run = _Run(model, config, data, out, accelerator, json.loads(json.dumps(given)))
     out.mkdir(parents=True, exist_ok=True)
     first, done = _find_checkpoint(out, run.given)
+    names = {name for name in model.state_dict() if fresh or any(re.match(s.trainable, name) for s in config.stages)}
+    _keep(accelerator, model, names)
     if first and not done:
-        load_model(model, str(out / "checkpoint" / "model.safetensors"))
+        _load_weights(model, out / "checkpoint", names)
     if config.gradient_checkpointing:
         _recompute(model)
     for number, stage in enumerate(config.stages):
@@ -131,6 +134,33 @@ def _open_stream(
         accelerator.process_index,
         accelerator.num_processes,
     )
+
+
+def _keep(accelerator: Accelerator, model: TextHarmony, names: set[str]) -> None:
+    """Has checkpoints hold those of the model's tensors alone."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        for tensors in weights:
+            for name in [name for name in tensors if name.removeprefix("module.") not in names]:
+                del tensors[name]
+
+    def load(models: list[torch.nn.Module], folder: str) -> None:
+        models.clear()  # accelerate would look for all tensors
+        _load_weights(model, Path(folder), names)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _load_weights(model: TextHarmony, checkpoint: Path, names: set[str]) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    own = model.state_dict()
+    loaded = {own[name].data_ptr() for name in tensors if name in own}  # a tied tensor is written under one name
+    missing = sorted(name for name in names if own[name].data_ptr() not in loaded)
+    if missing or set(tensors) - set(own):
+        raise ValueError(f"{checkpoint} lacks {missing} and has {sorted(set(tensors) - set(own))} beside the model's")
+    model.load_state_dict(tensors, strict=False)
 
 
 def _recompute(model: TextHarmony) -> None:

@@ -370,6 +370,16 @@ def test_the_model_is_written_in_the_dtype_of_its_weights(tuned: Tuned) -> None:
 
 
 @both
+def test_a_checkpoint_from_a_folder_leaves_out_what_stays_as_it_is(tuned: Tuned, folder: Path) -> None:
+    _, out, weights = tuned
+    held = load_file(out / "checkpoint" / "model.safetensors")
+    assert not any(n.startswith("image_decoder.vae.") for n in held)
+    assert all("lora_" in n or "slidelora_gate" in n for n in held if n.startswith("language."))
+    assert changed(dict(TextHarmony.from_pretrained(folder).state_dict()), weights) <= set(held) < set(weights)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in held.items())
+
+
+@both
 def test_stages_that_draw_show_what_a_model_without_layout_draws(tuned: Tuned) -> None:
     for name in ("samples-0-align-00003.png", "samples-1-tune-00003.png"):
         with Image.open(tuned[1] / name) as sheet:
