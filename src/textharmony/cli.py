@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -155,16 +156,49 @@ def init(
     print(out)
 
 
-def train(preset: str = "tiny", out: Out = Path("runs/tiny")) -> None:
-    """Trains a preset from scratch, or goes on where the folder's checkpoint ends; writes the model to OUT/model."""
+def train(
+    preset: str = "tiny",
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help="where to write; runs/NAME if not given")] = None,
+    model: Path | None = None,
+    stages: str = "paper",
+    data: Path | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
+    gradient_accumulation_steps: int | None = None,
+) -> None:
+    """Trains a PRESET from scratch, or a MODEL through STAGES; goes on where OUT's checkpoint ends; writes OUT/model.
+
+    MODEL is a folder that save_pretrained wrote. DATA is a JSON file of each stage's sources, such as
+    {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], "tune": [...]}; rendered words without it.
+    STEPS (the warm-up in proportion) and BATCH_SIZE are of every stage, to try things out; what is not given is as the
+    stages have it.
+    """
     from textharmony.config import MODELS, TRAININGS
+    from textharmony.data.sources import load_sources
     from textharmony.training import train as run
 
-    if preset not in TRAININGS:
-        raise ValueError(f"preset is {preset!r}, expected one of {sorted(TRAININGS)}")
+    name = preset if model is None else stages
+    if name not in TRAININGS:
+        raise ValueError(f"{'preset' if model is None else 'stages'} is {name!r}, expected one of {sorted(TRAININGS)}")
+    if model is None and name == "paper":
+        raise ValueError("the paper's stages begin with a model of pretrained parts: give its folder as --model")
+    config = TRAININGS[name]
+    shared = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": gradient_accumulation_steps}
+    every = {"steps": steps, "batch_size": batch_size}
+    trained = []
+    for stage in config.stages:
+        warmup = stage.warmup if steps is None else stage.warmup * steps // stage.steps
+        trained.append(replace(stage, warmup=warmup, **_given(every)))
+    config = replace(config, stages=tuple(trained), **_given(shared))
+    out = out or Path("runs") / name
     started = time.monotonic()
-    run(MODELS[preset], TRAININGS[preset], out)
+    run(model or MODELS[name], config, out, None if data is None else load_sources(data))
     print(f"{out / 'model'} after {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def evaluate(

@@ -245,8 +245,9 @@ class Stage:
     """One stage of training.
 
     trainable: a regular expression matched at the start of the names of the parameters that train; tasks: sampling
-    weight by task id; losses: which of LOSSES are minimised; adapters: whether Slide-LoRA acts. batch_size in samples,
-    steps and warmup in optimizer steps.
+    weight by task id of rendered words, where sources of records are given their own weights hold; losses: which of
+    LOSSES are minimised; adapters: whether Slide-LoRA acts. batch_size in samples that an optimizer step sees, in all
+    processes and micro-batches; steps and warmup in optimizer steps.
     """
 
     name: str
@@ -267,7 +268,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The stages and what they share."""
+    """The stages and what they share.
+
+    mixed_precision: "no", "bf16" or "fp16", None as accelerate is configured; gradient_accumulation_steps: how many
+    parts a stage's batch goes through the model in; gradient_checkpointing: hidden states of ViT, language model and
+    UNet are computed again on the way back; max_length: tokens of a sample, beyond which it is cut. Of records:
+    max_faults is the share that may be corrupt, shuffle_buffer how many are held to shuffle what is streamed.
+    """
 
     stages: tuple[Stage, ...]
     seed: int = 0
@@ -276,6 +283,16 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     save_every: int = 200
     sample_every: int = 400
+    mixed_precision: str | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    max_length: int | None = None
+    max_faults: float = 0.01
+    shuffle_buffer: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected at least 1")
 
 
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -442,5 +459,41 @@ TINY_TRAINING = TrainConfig(
     )
 )
 
+# The two stages of the paper, of a model that is made of pretrained parts. What trains is known; how long, in what
+# batches and at what rate is not: these are sensible values, and ours.
+PAPER_TRAINING = TrainConfig(
+    stages=(
+        Stage(
+            name="align",
+            trainable=r"(?!.*lora_|.*slidelora_gate)"
+            r"(visual_tokenizer\.(positions|resampler|project)|image_decoder\.(?!vae)|begin_|multi_scale)",
+            tasks={"generation": 0.5, "comprehension": 0.25, "perception": 0.25},
+            steps=20000,
+            batch_size=256,
+            learning_rate=1e-4,
+            losses=("text", "image"),
+            warmup=1000,
+        ),
+        Stage(
+            name="tune",
+            trainable=r"visual_tokenizer|image_decoder\.(?!vae)|begin_|multi_scale|language\..*(lora_|slidelora_gate)",
+            tasks={"generation": 0.25, "editing": 0.25, "comprehension": 0.25, "perception": 0.25},
+            steps=10000,
+            batch_size=128,
+            learning_rate=5e-5,
+            adapters=True,
+            losses=("text", "image", "gate"),
+            warmup=500,
+        ),
+    ),
+    weight_decay=0.05,
+    betas=(0.9, 0.95),
+    save_every=500,
+    sample_every=1000,
+    mixed_precision="bf16",
+    gradient_checkpointing=True,
+    max_length=2048,
+)
+
 MODELS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
-TRAININGS = {"tiny": TINY_TRAINING}
+TRAININGS = {"tiny": TINY_TRAINING, "paper": PAPER_TRAINING}

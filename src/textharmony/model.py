@@ -165,7 +165,8 @@ class TextHarmony(Verbs):
         shown = None
         if self.multi_scale is not None:
             begins = places.nonzero().unflatten(0, (-1, self.config.visual_tokens))[:, 0]  # (N, 2) row and column
-            shown = Pictures(self.multi_scale.pyramid(patches), *begins.T.tolist(), len(input_ids))
+            rows, columns = begins.T.tolist()
+            shown = Pictures(self.multi_scale.pyramid(patches), rows, columns, len(input_ids))
         return embeds.masked_scatter(places[..., None], tokens.to(embeds)), looks, shown
 
     def _weigh(self, host: nn.Module, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor:
@@ -210,7 +211,7 @@ class TextHarmony(Verbs):
         adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
         """
         prompt = attention_mask.bool() & (labels == -100)
-        modalities = [("text", "image")[target] for target in targets.tolist()]
+        modalities = self._modalities(targets)
         embeds, looks, shown = self.embed(input_ids, pixel_values, prompt, modalities, adapters)
         zero = embeds.new_zeros(())
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
@@ -237,7 +238,7 @@ class TextHarmony(Verbs):
                     assert layout_fonts is not None and layout_colors is not None
                     present = characters != len(self.config.layout.characters)
                     layouts = Layouts(layout_boxes, present, layout_fonts, *layout_colors.split(3, dim=-1))
-                with self._showing(shown, image_rows.tolist()):
+                with self._showing(shown, image_rows):
                     found["image"], found["layout"] = self.image_decoder.loss(
                         hidden[image_rows],
                         attention_mask[image_rows].sum(1) - 1,
@@ -251,6 +252,13 @@ class TextHarmony(Verbs):
         weigh = {"text": self.config.text_weight, "image": self.config.image_weight}
         found["total"] = sum((weigh.get(name, 1.0) * found[name] for name in found if name in losses), zero)
         return Losses(**found)
+
+    def _modalities(self, targets: Tensor) -> list[str] | None:
+        """What targets (B,) of 0 and 1 mean, where a table of gates asks."""
+        slides = (self.config.slide, self.config.slide_vision)
+        if not any(slide is not None and slide.get("gate") == "given" for slide in slides):
+            return None
+        return [("text", "image")[target] for target in targets.tolist()]
 
     def _gates(self, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor | None:
         """The language model's gates (B, E), which look at the prompt (B, T) alone; None where it has no experts."""
@@ -267,11 +275,11 @@ class TextHarmony(Verbs):
                 stack.enter_context(self.multi_scale.looking_language(*shown, repeats=repeats))
             yield
 
-    def _showing(self, shown: Pictures | None, drawn: Sequence[int]) -> AbstractContextManager[None]:
+    def _showing(self, shown: Pictures | None, drawn: Sequence[int] | Tensor) -> AbstractContextManager[None]:
         """Puts pictures in force on the UNet, each in the row of those drawn (rows of the batch) that it goes with."""
         if self.multi_scale is None or shown is None:
             return nullcontext()
-        order = {row: i for i, row in enumerate(drawn)}
+        order = {int(row): i for i, row in enumerate(drawn)}
         return self.multi_scale.looking_unet(shown.pyramid, [order.get(row, -1) for row in shown.rows], len(drawn))
 
     def _gate_loss(self, targets: Tensor, zero: Tensor, seen: bool) -> Tensor:

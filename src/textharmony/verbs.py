@@ -109,7 +109,7 @@ class Verbs(nn.Module):
     def _acting(self, weights: Tensor | None, shown: Pictures | None, repeats: int = 1) -> AbstractContextManager[None]:
         raise NotImplementedError
 
-    def _showing(self, shown: Pictures | None, drawn: Sequence[int]) -> AbstractContextManager[None]:
+    def _showing(self, shown: Pictures | None, drawn: Sequence[int] | Tensor) -> AbstractContextManager[None]:
         raise NotImplementedError
 
     def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
