@@ -119,6 +119,7 @@ def init(
     language: str,
     image: str,
     out: Out,
+    preset: Literal["paper", "released"] = "paper",
     settings: Path | None = None,
     image_size: int | None = None,
     drawing_size: int | None = None,
@@ -128,14 +129,15 @@ def init(
     """Joins three models to a new one in OUT, which has to be trained; prints how large its parts are.
 
     VISION: folder or hub id of CLIP or SigLIP; LANGUAGE: of a causal language model of transformers; IMAGE: of Stable
-    Diffusion 1 or 2. SETTINGS: a JSON file of other fields of ModelConfig than those of the preset "paper".
+    Diffusion 1 or 2. PRESET: "released" has gates by a table of tasks, and multi-scale features. SETTINGS: a JSON file
+    of other fields of ModelConfig than the preset's.
     IMAGE_SIZE: the side, in pixels, of what the vision model sees; DRAWING_SIZE: of drawn pictures, what the UNet was
     trained at if not given. EXPERTS_ON: which models get Slide-LoRA. DTYPE: of the three models' weights.
     """
     import torch
 
     from textharmony.backbones import drawing_size as size_of
-    from textharmony.config import PAPER, ModelConfig
+    from textharmony.config import MODELS, ModelConfig
     from textharmony.config import experts_on as put_experts
 
     given = {} if settings is None else json.loads(settings.read_text())
@@ -145,7 +147,7 @@ def init(
         given["drawing_size"] = (drawing_size,) * 2 if drawing_size else size_of(image)
     if image_size is not None:
         given["image_size"] = (image_size,) * 2
-    config = put_experts(ModelConfig.from_dict(PAPER.to_dict() | given), experts_on)
+    config = put_experts(ModelConfig.from_dict(MODELS[preset].to_dict() | given), experts_on)
     model = TextHarmony.from_backbones(vision, language, image, config, getattr(torch, dtype))
     model.save_pretrained(out)
     counts = model.count_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -37,6 +38,33 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
+class MultiScaleConfig:
+    """Multi-scale features (textharmony.multi_scale): which scales there are, and how they are looked at.
+
+    every: decoder layers from one that looks to the next, the first looks; levels: sizes of the feature maps over that
+    of the ViT's grid, powers of two; points: sampled by each head in each level; width: channels of features;
+    pictures: how many a token sees at most, the nearest of those before it.
+    """
+
+    every: int = 4
+    levels: tuple[float, ...] = (1.0, 0.5, 0.25)
+    points: int = 4
+    heads: int = 8
+    width: int = 256
+    pictures: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))  # JSON has lists
+        for name in ("every", "points", "heads", "width", "pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, expected a multiple of heads, {self.heads}")
+        if not self.levels or any(level <= 0 or math.frexp(level)[0] != 0.5 for level in self.levels):
+            raise ValueError(f"levels is {self.levels}, expected powers of two such as (2, 1, 0.5)")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One TextHarmony: transformers' and diffusers' own configurations, and what joins them.
 
@@ -48,6 +76,7 @@ class ModelConfig:
     pixel_mean, pixel_std: of what the ViT was trained on, of pixels in 0..1. begin_head: a learned vector that raises
     or lowers the begin-of-image token's logit, for a language model whose head is frozen. max_new_tokens: after which
     an answer ends unless the caller says otherwise. time_center, time_spread: of rectified flow's noise levels.
+    multi_scale: image features that language model and UNet look at beside the visual tokens, None for none.
     language_from, quantization: where a quantised language model, which is not saved with the rest, is loaded from, and
     transformers' configuration of how.
     """
@@ -70,6 +99,7 @@ class ModelConfig:
     context_resampler: ResamplerConfig = ResamplerConfig()
     begin_head: bool = False
     layout: LayoutConfig | None = None
+    multi_scale: MultiScaleConfig | None = None
     text_weight: float = 1.0
     image_weight: float = 10.0
     unconditional_share: float = 0.1
@@ -183,6 +213,9 @@ PAPER = ModelConfig(
     inference_steps=30,
 )
 
+# As the released code runs it: gates by a table of tasks, and multi-scale features.
+RELEASED = replace(PAPER, slide={**(PAPER.slide or {}), "gate": "given"}, multi_scale=MultiScaleConfig())
+
 EXPERTS_ON = ("language", "vision", "both", "none")
 _OF_VISION = r"vit\..*\.self_attn\.(q|k|v|out)_proj"
 
@@ -275,7 +308,12 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     return cls(**arguments)
 
 
-_NESTED = {"layout": LayoutConfig, "visual_resampler": ResamplerConfig, "context_resampler": ResamplerConfig}
+_NESTED = {
+    "layout": LayoutConfig,
+    "multi_scale": MultiScaleConfig,
+    "visual_resampler": ResamplerConfig,
+    "context_resampler": ResamplerConfig,
+}
 
 _TINY_LAYOUT = LayoutConfig()
 _TINY_LATENTS = 16
@@ -421,7 +459,6 @@ TINY_TRAINING = TrainConfig(
     )
 )
 
-MODELS = {"tiny": TINY, "paper": PAPER}
 # The two stages of the paper, of a model that is made of pretrained parts. What trains is known; how long, in what
 # batches and at what rate is not: these are sensible values, and ours.
 PAPER_TRAINING = TrainConfig(
@@ -458,4 +495,5 @@ PAPER_TRAINING = TrainConfig(
     max_length=2048,
 )
 
+MODELS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
 TRAININGS = {"tiny": TINY_TRAINING, "paper": PAPER_TRAINING}

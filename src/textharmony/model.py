@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +30,12 @@ from textharmony.checkpoint import load_folder, load_weights, save_folder
 from textharmony.config import LOSSES, PAPER, ModelConfig
 from textharmony.image_decoder import ImageDecoder
 from textharmony.layout import Layouts
+from textharmony.multi_scale import MultiScaleFeatures
 from textharmony.tokens import (
     BOI,
     IMAGE,
 )
-from textharmony.verbs import Verbs
+from textharmony.verbs import Pictures, Verbs
 from textharmony.visual_tokenizer import Looks, VisualTokenizer, looks_loss
 
 _BOX = re.compile(r"\((\d{1,3}),(\d{1,3})\)\((\d{1,3}),(\d{1,3})\)")
@@ -82,6 +83,19 @@ class TextHarmony(Verbs):
         vision = given.vision or build_vision(config, dtype_of(dtype, "vision"))
         self.visual_tokenizer = VisualTokenizer(config, width, vision, words)
         self.image_decoder = ImageDecoder(config, width, given.unet, given.vae, dtype_of(dtype, "image"))
+        self.multi_scale = None
+        if config.multi_scale is not None:
+            layers: Any = language.base_model.layers
+            self.multi_scale = MultiScaleFeatures(
+                config.multi_scale,
+                self.visual_tokenizer.vit.config.hidden_size,
+                self.visual_tokenizer.grid,
+                width,
+                len(layers),
+                self.image_decoder.unet.config.block_out_channels,
+            ).to(dtype_of(dtype, "vision"))
+            self.multi_scale.attach_language(layers)
+            self.multi_scale.attach_unet(self.image_decoder.unet)
         self.begin_image = nn.Parameter(torch.zeros(width))  # added at every BOI
         self.begin_head = nn.Parameter(torch.zeros(width)) if config.begin_head else None  # of BOI's logit
         self.boi_id = cast(int, tokenizer.convert_tokens_to_ids(BOI))
@@ -97,9 +111,9 @@ class TextHarmony(Verbs):
     def count_parameters(self) -> dict[str, int]:
         """How many there are of each part, and of Slide-LoRA's experts and gates, which are counted apart."""
         counts = dict.fromkeys(("vision", "resampler to language", "language", "resampler to image"), 0)
-        counts |= dict.fromkeys(("UNet", "VAE", "Slide-LoRA"), 0)
+        counts |= dict.fromkeys(("UNet", "VAE", "Slide-LoRA", *(["multi-scale"] if self.multi_scale else [])), 0)
         parts = {"visual_tokenizer.vit": "vision", "visual_tokenizer": "resampler to language", "language": "language"}
-        parts |= {"image_decoder.unet": "UNet", "image_decoder.vae": "VAE"}
+        parts |= {"image_decoder.unet": "UNet", "image_decoder.vae": "VAE", "multi_scale": "multi-scale"}
         for name, parameter in self.named_parameters():
             part = next((part for start, part in parts.items() if name.startswith(f"{start}.")), "resampler to image")
             counts["Slide-LoRA" if _ADAPTER.search(name) else part] += parameter.numel()
@@ -118,13 +132,16 @@ class TextHarmony(Verbs):
         input_ids: Tensor,
         pixel_values: Tensor | None,
         prompt: Tensor | None = None,
+        modalities: Sequence[str] | None = None,
         adapters: bool = True,
-    ) -> tuple[Tensor, Looks | None]:
-        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), what the pictures look like.
+    ) -> tuple[Tensor, Looks | None, Pictures | None]:
+        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), and two things about the pictures.
 
-        prompt: (B, T) bool of the tokens that experts on the ViT are chosen by, all if None; pictures go by rows.
+        The two are what the heads say they look like, and their multi-scale features. Pictures go by rows. prompt:
+        (B, T) bool of the tokens that experts on the ViT are chosen by, all if None; modalities: see `_weigh`.
         """
-        embeds = self.language.get_input_embeddings()(input_ids)
+        words: Any = self.language.get_input_embeddings()
+        embeds = words(input_ids)
         embeds = embeds + ((input_ids == self.boi_id)[..., None] * self.begin_image).to(embeds.dtype)
         places = input_ids == self.image_id
         count = 0 if pixel_values is None else len(pixel_values)
@@ -134,25 +151,34 @@ class TextHarmony(Verbs):
                 f"{count} pictures"
             )
         if pixel_values is None:
-            return embeds, None
-        with self._seeing(embeds, places, prompt, adapters):
-            tokens, looks = self.visual_tokenizer(pixel_values)
-        return embeds.masked_scatter(places[..., None], tokens.to(embeds)), looks
-
-    @contextmanager
-    def _seeing(self, embeds: Tensor, places: Tensor, prompt: Tensor | None, adapters: bool) -> Iterator[None]:
-        """The ViT's experts by what the prompt's text says, a row a picture."""
-        if self.config.slide_vision is None:
-            yield
-        elif not adapters:
-            with slidelora.disabled(self.visual_tokenizer):
-                yield
-        else:
+            return embeds, None, None
+        acting: AbstractContextManager[None] = nullcontext()
+        if self.config.slide_vision is not None and adapters:
             text = ~places if prompt is None else prompt & ~places
-            weights = slidelora.compute_gates(self.visual_tokenizer, embeds, text)  # (B, E)
-            pictures = places.sum(1) // self.config.visual_tokens
-            with slidelora.gates(self.visual_tokenizer, weights.repeat_interleave(pictures, 0)):
-                yield
+            weights = self._weigh(self.visual_tokenizer, embeds, text, modalities)  # (B, E)
+            of_pictures = weights.repeat_interleave(places.sum(1) // self.config.visual_tokens, 0)
+            acting = slidelora.gates(self.visual_tokenizer, of_pictures)
+        elif self.config.slide_vision is not None:
+            acting = slidelora.disabled(self.visual_tokenizer)
+        with acting:
+            tokens, looks, patches = self.visual_tokenizer(pixel_values)
+        shown = None
+        if self.multi_scale is not None:
+            begins = places.nonzero().unflatten(0, (-1, self.config.visual_tokens))[:, 0]  # (N, 2) row and column
+            shown = Pictures(self.multi_scale.pyramid(patches), *begins.T.tolist(), len(input_ids))
+        return embeds.masked_scatter(places[..., None], tokens.to(embeds)), looks, shown
+
+    def _weigh(self, host: nn.Module, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor:
+        """Gates (B, E): what the host's learned gate says of the prompt (B, T), or the released table's.
+
+        modalities: of each row, "text" or "image", which a table needs.
+        """
+        config = slidelora.routing(host).config
+        if config.gate != "given":
+            return slidelora.compute_gates(host, embeds, prompt)
+        if modalities is None:
+            raise ValueError("modalities is None, expected one a row: the gate is given by task")
+        return slidelora.released_gates(config, modalities).to(embeds.device)
 
     def forward(
         self,
@@ -184,7 +210,8 @@ class TextHarmony(Verbs):
         adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
         """
         prompt = attention_mask.bool() & (labels == -100)
-        embeds, looks = self.embed(input_ids, pixel_values, prompt, adapters)
+        modalities = [("text", "image")[target] for target in targets.tolist()]
+        embeds, looks, shown = self.embed(input_ids, pixel_values, prompt, modalities, adapters)
         zero = embeds.new_zeros(())
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
         if "autoencoder" in losses and target_pixel_values is not None and target_weight is not None:
@@ -193,10 +220,10 @@ class TextHarmony(Verbs):
             assert color_labels is not None and box_labels is not None
             found["columns"] = looks_loss(looks, column_labels, color_labels, box_labels)
         if {"text", "image", "layout"} & set(losses):
-            weights = self._gates(embeds, prompt) if adapters else None
+            weights = self._gates(embeds, prompt, modalities) if adapters else None
             if adapters:
                 found["gate"] = self._gate_loss(targets, zero, pixel_values is not None)
-            with self._acting(weights):
+            with self._acting(weights, shown):
                 hidden = self._hidden_states(embeds, attention_mask)
             answered = labels[:, 1:] != -100
             logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
@@ -210,38 +237,51 @@ class TextHarmony(Verbs):
                     assert layout_fonts is not None and layout_colors is not None
                     present = characters != len(self.config.layout.characters)
                     layouts = Layouts(layout_boxes, present, layout_fonts, *layout_colors.split(3, dim=-1))
-                found["image"], found["layout"] = self.image_decoder.loss(
-                    hidden[image_rows],
-                    attention_mask[image_rows].sum(1) - 1,
-                    target_pixel_values,
-                    source_pixel_values,
-                    region,
-                    layouts,
-                    characters,
-                    diffuse="image" in losses,
-                )
+                with self._showing(shown, image_rows.tolist()):
+                    found["image"], found["layout"] = self.image_decoder.loss(
+                        hidden[image_rows],
+                        attention_mask[image_rows].sum(1) - 1,
+                        target_pixel_values,
+                        source_pixel_values,
+                        region,
+                        layouts,
+                        characters,
+                        diffuse="image" in losses,
+                    )
         weigh = {"text": self.config.text_weight, "image": self.config.image_weight}
         found["total"] = sum((weigh.get(name, 1.0) * found[name] for name in found if name in losses), zero)
         return Losses(**found)
 
-    def _gates(self, embeds: Tensor, prompt: Tensor) -> Tensor | None:
+    def _gates(self, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor | None:
         """The language model's gates (B, E), which look at the prompt (B, T) alone; None where it has no experts."""
-        return None if self.config.slide is None else slidelora.compute_gates(self.language, embeds, prompt)
+        return None if self.config.slide is None else self._weigh(self.language, embeds, prompt, modalities)
 
-    def _acting(self, weights: Tensor | None, repeats: int = 1) -> AbstractContextManager[None]:
-        """Puts gates in force on the language model; None for its experts to be still."""
-        if self.config.slide is None:
+    @contextmanager
+    def _acting(self, weights: Tensor | None, shown: Pictures | None, repeats: int = 1) -> Iterator[None]:
+        """Puts gates and pictures in force on the language model; weights None for its experts to be still."""
+        with ExitStack() as stack:
+            if self.config.slide is not None:
+                still = slidelora.disabled(self.language)
+                stack.enter_context(still if weights is None else slidelora.gates(self.language, weights, repeats))
+            if self.multi_scale is not None and shown is not None:
+                stack.enter_context(self.multi_scale.looking_language(*shown, repeats=repeats))
+            yield
+
+    def _showing(self, shown: Pictures | None, drawn: Sequence[int]) -> AbstractContextManager[None]:
+        """Puts pictures in force on the UNet, each in the row of those drawn (rows of the batch) that it goes with."""
+        if self.multi_scale is None or shown is None:
             return nullcontext()
-        return (
-            slidelora.disabled(self.language) if weights is None else slidelora.gates(self.language, weights, repeats)
-        )
+        order = {row: i for i, row in enumerate(drawn)}
+        return self.multi_scale.looking_unet(shown.pyramid, [order.get(row, -1) for row in shown.rows], len(drawn))
 
     def _gate_loss(self, targets: Tensor, zero: Tensor, seen: bool) -> Tensor:
         found = zero
-        if self.config.slide is not None:
-            found = found + slidelora.aux_loss(self.language, targets=targets)
-        if self.config.slide_vision is not None and seen:
-            found = found + slidelora.aux_loss(self.visual_tokenizer, targets=targets)
+        slides: list[tuple[nn.Module, Any]] = [(self.language, self.config.slide)]
+        if seen:
+            slides.append((self.visual_tokenizer, self.config.slide_vision))
+        for part, slide in slides:
+            if slide is not None and slide.get("gate") != "given":
+                found = found + slidelora.aux_loss(part, targets=targets)
         return found
 
     def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
@@ -317,8 +357,9 @@ class TextHarmony(Verbs):
         model = cls(config, tokenizer, parts, dtype)
         words: Any = model.language.get_input_embeddings()
         device = words.weight.device
-        for part in (model.visual_tokenizer, model.image_decoder):
-            part.to(device)
+        for name, part in model.named_children():
+            if name != "language":
+                part.to(device)
         for name, parameter in list(model.named_parameters(recurse=False)):
             setattr(model, name, nn.Parameter(parameter.to(device)))
         return model.eval()

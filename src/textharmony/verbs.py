@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -58,6 +58,25 @@ class GenerationSettings:
     guidance_scale: float | None = None
 
 
+class Pictures(NamedTuple):
+    """Pictures of a batch: multi-scale features (P, C, h, w) of each level; of each picture its row and first column;
+    how many rows there are."""
+
+    pyramid: Sequence[Tensor]
+    rows: Sequence[int]
+    places: Sequence[int]
+    batch: int
+
+
+class Prompted(NamedTuple):
+    """What the language model reads: inputs_embeds (B, T, D), attention_mask (B, T), gates (B, E), pictures."""
+
+    embeds: Tensor
+    mask: Tensor
+    weights: Tensor | None
+    shown: Pictures | None
+
+
 class Verbs(nn.Module):
     """The verbs, of a model that has these parts and can do the rest."""
 
@@ -75,15 +94,22 @@ class Verbs(nn.Module):
         raise NotImplementedError
 
     def embed(
-        self, input_ids: Tensor, pixel_values: Tensor | None, prompt: Tensor | None = None
-    ) -> tuple[Tensor, Looks | None]:
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        prompt: Tensor | None = None,
+        modalities: Sequence[str] | None = None,
+    ) -> tuple[Tensor, Looks | None, Pictures | None]:
         """Token ids and pictures to what the language model reads."""
         raise NotImplementedError
 
-    def _gates(self, embeds: Tensor, prompt: Tensor) -> Tensor | None:
+    def _gates(self, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor | None:
         raise NotImplementedError
 
-    def _acting(self, weights: Tensor | None, repeats: int = 1) -> AbstractContextManager[None]:
+    def _acting(self, weights: Tensor | None, shown: Pictures | None, repeats: int = 1) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def _showing(self, shown: Pictures | None, drawn: Sequence[int]) -> AbstractContextManager[None]:
         raise NotImplementedError
 
     def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
@@ -216,8 +242,8 @@ class Verbs(nn.Module):
         asked = len(ids)
         replies: list[str | Image.Image] = []
         for drawn in range(max_pictures + 1):
-            embeds, mask, weights = self._prompted([ids], _stack(pixels), "left", asked)
-            written = self._continue(embeds, mask, weights, settings)[0].tolist()
+            prompted = self._prompted([ids], _stack(pixels), "left", "text", asked)
+            written = self._continue(prompted, settings)[0].tolist()
             draws = self.boi_id in written and drawn < max_pictures
             if text := str(self.tokenizer.decode(written, skip_special_tokens=True)).strip():
                 replies.append(text)
@@ -282,11 +308,17 @@ class Verbs(nn.Module):
         return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _prompted(
-        self, rows: Sequence[Sequence[int]], pixel_values: Tensor | None, side: str, asked: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows of token ids, padded on a side -> inputs_embeds (B, T, D), attention_mask (B, T), gates (B, E).
+        self,
+        rows: Sequence[Sequence[int]],
+        pixel_values: Tensor | None,
+        side: str,
+        modality: str,
+        asked: int | None = None,
+    ) -> Prompted:
+        """What the language model reads of rows of token ids, padded on a side.
 
-        asked: how many tokens the gate looks at, of each row; all but a last BOI if None.
+        modality: of what is asked for; asked: how many tokens the gate looks at, of each row, all but a last BOI if
+        None.
         """
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
@@ -298,27 +330,28 @@ class Verbs(nn.Module):
             prompt[i, start : start + (asked or len(row) - (row[-1] == self.boi_id))] = True
         ids, mask, prompt = ids.to(self.device), mask.to(self.device), prompt.to(self.device)
         pixels = None if pixel_values is None else pixel_values.to(self.visual_tokenizer.positions.device)
-        embeds, _ = self.embed(ids, pixels, prompt)
-        return embeds, mask, self._gates(embeds, prompt)
+        modalities = [modality] * len(rows)
+        embeds, _, shown = self.embed(ids, pixels, prompt, modalities)
+        return Prompted(embeds, mask, self._gates(embeds, prompt, modalities), shown)
 
     @torch.no_grad()
     def _write(self, requests: Sequence[Request], settings: GenerationSettings) -> list[str]:
         pixels = torch.stack([self._frame(r.image).pixels for r in requests if r.image is not None])
-        embeds, mask, weights = self._prompted([self._composed(r) for r in requests], pixels, "left")
-        ids = self._continue(embeds, mask, weights, settings)
+        prompted = self._prompted([self._composed(request) for request in requests], pixels, "left", "text")
+        ids = self._continue(prompted, settings)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _continue(self, embeds: Tensor, mask: Tensor, weights: Tensor | None, settings: GenerationSettings) -> Tensor:
+    def _continue(self, prompted: Prompted, settings: GenerationSettings) -> Tensor:
         """Token ids (B, T) that the language model goes on with, up to the end of its text or BOI."""
         if settings.num_beams < 1 or (settings.max_new_tokens is not None and settings.max_new_tokens < 1):
             raise ValueError(
                 f"num_beams is {settings.num_beams} and max_new_tokens {settings.max_new_tokens}, expected at least 1"
             )
-        with self._acting(weights, settings.num_beams):
+        with self._acting(prompted.weights, prompted.shown, settings.num_beams):
             generate = cast(Callable[..., Tensor], self.language.generate)
             return generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
+                inputs_embeds=prompted.embeds,
+                attention_mask=prompted.mask,
                 max_new_tokens=settings.max_new_tokens or self.config.max_new_tokens,
                 num_beams=settings.num_beams,
                 do_sample=False,
@@ -360,19 +393,20 @@ class Verbs(nn.Module):
         settings: GenerationSettings,
     ) -> Tensor:
         """Pictures (B, 3, H, W) in -1..1 from rows of token ids that end in BOI; asked as `_prompted` has it."""
-        embeds, mask, weights = self._prompted(rows, pixel_values, "right", asked)
-        with self._acting(weights):
+        embeds, mask, weights, shown = self._prompted(rows, pixel_values, "right", "image", asked)
+        with self._acting(weights, shown):
             hidden = self._hidden_states(embeds, mask)
         device = self.image_decoder.unconditional.device
-        return self.image_decoder.generate(
-            hidden,
-            mask.sum(1) - 1,
-            [torch.Generator().manual_seed(seed) for seed in seeds],
-            None if source is None else source.to(device),
-            None if region is None else region.to(device),
-            settings.num_inference_steps,
-            settings.guidance_scale,
-        )
+        with self._showing(shown, range(len(rows))):
+            return self.image_decoder.generate(
+                hidden,
+                mask.sum(1) - 1,
+                [torch.Generator().manual_seed(seed) for seed in seeds],
+                None if source is None else source.to(device),
+                None if region is None else region.to(device),
+                settings.num_inference_steps,
+                settings.guidance_scale,
+            )
 
 
 def _stack(pixels: Sequence[Tensor]) -> Tensor | None:

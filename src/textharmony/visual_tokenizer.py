@@ -107,8 +107,8 @@ class VisualTokenizer(nn.Module):
             raise NotImplementedError
         return words
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Looks | None]:
-        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), and what the heads say."""
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Looks | None, Tensor]:
+        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), what the heads say, the ViT's patches (N, P, C)."""
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         pixel_values = (pixel_values * (0.5 / std) + (0.5 - mean) / std).to(self.positions.dtype)
         rows, columns = self.grid
@@ -117,13 +117,13 @@ class VisualTokenizer(nn.Module):
         resampled = self.resampler(hidden, self.positions)
         tokens = self.project(resampled)
         if self.heads is None:
-            return tokens, None
+            return tokens, None, hidden
         pooled = hidden.unflatten(1, self.grid).mean(1)  # (N, columns, C)
         by_column = self.heads["columns"](pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, Q, characters + 1)
         columns = torch.stack([by_column, self.heads["tokens"](resampled)], 1)
         colors = self.heads["colors"](resampled).unflatten(-1, (2, -1))
         box = self.heads["box"](resampled).unflatten(-1, (4, BOX_BINS))
-        return tokens, Looks(columns, self.heads["places"](resampled), colors, box)
+        return tokens, Looks(columns, self.heads["places"](resampled), colors, box), hidden
 
 
 def looks_loss(looks: Looks, columns: Tensor, colors: Tensor, box: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Models of other libraries' folders, joined: each part says what it says in its own library."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 import slidelora
 from textharmony.backbones import drawing_size, dtype_of
-from textharmony.config import ModelConfig, experts_on
+from textharmony.config import ModelConfig, MultiScaleConfig, experts_on
+from textharmony.data.collate import Collator
+from textharmony.data.sample import Sample
 from textharmony.model import TextHarmony
 from textharmony.pictures import Frame
-from textharmony.tokens import BOI, IMAGE
+from textharmony.tokens import BOI, IMAGE, Task
+from textharmony.verbs import Request
 
 SLIDE_VISION = {
     "experts": ["image", "text", "shared"],
@@ -59,18 +63,19 @@ def test_the_vit_sees_what_its_library_shows_it(
     try:
         with torch.no_grad():
             theirs = vit(**inputs, interpolate_pos_encoding=True).last_hidden_state
-            tokens, looks = united.visual_tokenizer(Frame.of(picture, (56, 56)).pixels[None])
+            tokens, looks, patches = united.visual_tokenizer(Frame.of(picture, (56, 56)).pixels[None])
     finally:
         hook.remove()
     torch.testing.assert_close(seen[0].last_hidden_state, theirs, atol=1e-5, rtol=1e-5)
     assert theirs.shape[1] - 16 in (0, 1) and tokens.shape == (1, 6, 32) and looks is None
+    assert torch.equal(patches, seen[0].last_hidden_state[:, -16:])
 
 
 @pytest.mark.parametrize("size", [28, 448, 896])
 def test_any_size_of_pictures(miniature: Miniature, joined: ModelConfig, size: int) -> None:
     model = join(miniature, replace(joined, image_size=(size, size)))
     with torch.no_grad():
-        tokens, _ = model.visual_tokenizer(torch.zeros(1, 3, size, size))
+        tokens, *_ = model.visual_tokenizer(torch.zeros(1, 3, size, size))
     assert tokens.shape == (1, 6, 32) and tokens.isfinite().all()
     assert model.visual_tokenizer.positions.shape[0] == (size // 14) ** 2
 
@@ -212,6 +217,91 @@ def test_experts_on_the_vit(miniature: Miniature, joined: ModelConfig, picture: 
     assert TextHarmony.from_pretrained(tmp_path).answer(picture, "read") == together[0]
 
 
+def test_gates_by_a_table_of_tasks(
+    miniature: Miniature, joined: ModelConfig, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = slidelora.gates
+    slide = {**(joined.slide or {}), "gate": "given"}
+    model = join(miniature, experts_on(replace(joined, slide=slide), "both"))
+    for verb, table in (
+        (lambda: model.read(picture), [0, 0.5, 0.5]),  # experts image, text, shared
+        (lambda: model.edit(picture, (0, 0, 500, 500), "A"), [0.5, 0, 0.5]),
+    ):
+        used = []
+        monkeypatch.setattr(
+            slidelora, "gates", lambda host, value, *more: used.append((host, value)) or gates(host, value, *more)
+        )
+        verb()
+        assert {id(host) for host, _ in used} == {id(model.language), id(model.visual_tokenizer)}
+        assert all(weights.tolist() == [table] for _, weights in used)
+    samples = [Sample(Task.PERCEPTION, "read", "A", "test", np.zeros((56, 56, 3), np.uint8), "A")]
+    losses = model(**Collator(model.config, model.tokenizer)(samples), losses=("text", "gate"))
+    assert losses.gate == 0 and losses.total == losses.text > 0
+
+
+def test_multi_scale_features(
+    miniature: Miniature, joined: ModelConfig, united: TextHarmony, picture: Image.Image, tmp_path: Path
+) -> None:
+    """A fresh module changes nothing; then both the language model and the UNet look at the pictures themselves."""
+    scales = MultiScaleConfig(every=1, levels=(1.0, 0.5), points=2, heads=2, width=8)
+    torch.manual_seed(0)
+    model = join(miniature, replace(joined, multi_scale=scales))
+    missing = model.load_state_dict(united.state_dict(), strict=False)
+    assert all(name.startswith("multi_scale.") for name in missing.missing_keys) and not missing.unexpected_keys
+    edited = united.edit(picture, (0, 0, 500, 500), "A")
+    assert model.answer(picture, "what", num_beams=2) == united.answer(picture, "what", num_beams=2)
+    assert np.array_equal(model.edit(picture, (0, 0, 500, 500), "A"), edited)
+    assert model.count_parameters()["multi-scale"] > 0
+    assert model.multi_scale is not None
+    with torch.no_grad():
+        for name, parameter in model.multi_scale.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(2.0)
+    # Of a picture whose tokens say nothing, what changes the words is seen by these features alone.
+    with torch.no_grad():
+        model.visual_tokenizer.project.weight.zero_()
+    ids = [model._composed(Request(Task.PERCEPTION, "what", picture))] * 2
+    pixels = torch.stack([Frame.of(p, (56, 56)).pixels for p in (picture, Image.new("RGB", (9, 9)))])
+    with torch.no_grad():
+        embeds, mask, weights, shown = model._prompted(ids, pixels, "left", "text")
+        assert torch.equal(embeds[0], embeds[1])
+        with model._acting(weights, shown):
+            hidden = model._hidden_states(embeds, mask)
+    start = ids[0].index(model.image_id)
+    torch.testing.assert_close(hidden[0, :start], hidden[1, :start])
+    assert not torch.allclose(hidden[0, -1], hidden[1, -1], atol=1e-4)
+    # The UNet, told the same context, draws another picture beside another one.
+    with torch.no_grad(), model._showing(shown, range(2)):
+        drawn = model.image_decoder.generate(
+            hidden[:1].expand(2, -1, -1), mask.sum(1) - 1, [torch.Generator().manual_seed(0) for _ in range(2)]
+        )
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+    # Mixed batches go by rows, and files hold it all.
+    asked = [Request(Task.GENERATION, "a"), Request(Task.EDITING, "b", picture, (0, 0, 500, 500), 3)]
+    one, other = model.perform(asked)
+    for together, alone in ((one, model.perform(asked[:1])[0]), (other, model.perform(asked[1:])[0])):
+        assert np.abs(np.asarray(together, int) - np.asarray(alone, int)).max() <= 1
+    model.save_pretrained(tmp_path)
+    again = TextHarmony.from_pretrained(tmp_path)
+    assert np.array_equal(again.perform(asked[1:])[0], model.perform(asked[1:])[0])
+
+
+def test_multi_scale_features_train(miniature: Miniature, joined: ModelConfig) -> None:
+    scales = MultiScaleConfig(every=1, levels=(1.0, 0.5), points=2, heads=2, width=8)
+    model = join(miniature, replace(joined, multi_scale=scales)).train()
+    seen, drawn = np.full((56, 56, 3), 9, np.uint8), np.full((32, 32, 3), 200, np.uint8)
+    samples = [
+        Sample(Task.PERCEPTION, "read", "A", "test", seen, "A"),
+        Sample(Task.GENERATION, "a sign", "A", "test", target=drawn),
+        Sample(Task.EDITING, "fill", "A", "test", seen, target=drawn, region=(7, 7, 40, 40)),
+    ]
+    assert model.multi_scale is not None
+    model.multi_scale.requires_grad_(True)
+    model(**Collator(model.config, model.tokenizer)(samples)).total.backward()
+    gates = {name: p.grad for name, p in model.multi_scale.named_parameters() if name.endswith("gate")}
+    assert len(gates) == 2 + 3 and all(grad is not None and grad.abs().sum() > 0 for grad in gates.values())
+
+
 # What does not fit
 
 
@@ -273,3 +363,16 @@ def test_a_language_model_that_stays_where_it_is(
     again = TextHarmony.from_pretrained(tmp_path)
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in united.state_dict().items())
     assert again.read(picture) == united.read(picture)
+
+
+def test_the_page_runs_as_written(folder: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/backbones.md, the miniature's folders under the names that it has."""
+    page = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    names = ("clip-vit-large-patch14-336", "vicuna-13b-v1.5", "stable-diffusion-2-base")
+    for part, name in zip((folder.vision, folder.language, folder.image), names, strict=True):
+        assert name in page
+        part.rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE):
+        exec(compile(block, "backbones.md", "exec"), namespace)

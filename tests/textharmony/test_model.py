@@ -127,8 +127,8 @@ def test_embed_counts_the_image_tokens(model: TextHarmony) -> None:
         model.embed(ids, None)
     ids[:, count] = model.image_id
     pixels = torch.rand(2, 3, 32, 128)
-    embeds, _ = model.embed(ids, pixels)
-    tokens, _ = model.visual_tokenizer(pixels)
+    embeds, *_ = model.embed(ids, pixels)
+    tokens, *_ = model.visual_tokenizer(pixels)
     assert torch.equal(embeds[:, 1 : count + 1], tokens)
     assert torch.equal(embeds[:, 0], model.language.get_input_embeddings()(ids[:, 0]))
 

@@ -1,6 +1,7 @@
 """The preset "paper" on the meta device: how large it is, what Slide-LoRA adds, shapes of a step and of generation."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,11 @@ def test_experts_on_language_model_or_vit_or_both(tokenizer: PreTrainedTokenizer
     slid = {name for name in ("language", "visual_tokenizer") if count(model, rf"^{name}\..*lora_A")}
     expected = {"language": {"language"}, "vision": {"visual_tokenizer"}, "none": set()}
     assert slid == expected.get(experts_on, {"language", "visual_tokenizer"})
+    counts = model.count_parameters()
+    share = f"{counts['Slide-LoRA'] / sum(counts.values()):.2%}"
+    row = " | ".join([experts_on, *(f"{number:,}" for number in counts.values()), share])
+    page = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    assert experts_on == "none" or f"| {row} |" in page
 
 
 def test_an_unknown_place_for_experts_is_named() -> None:
@@ -106,10 +112,10 @@ def test_a_generation(paper: TextHarmony) -> None:
         row = [1, paper.boi_id, *[paper.image_id] * 512, 9, paper.boi_id]
         settings = GenerationSettings(num_inference_steps=2)
         assert paper._draw([row], picture, None, source, region, [0], settings).shape == (1, 3, 512, 512)
-        embeds, mask, weights = paper._prompted([row[:-1]], picture, "left")
+        embeds, mask, weights, shown = paper._prompted([row[:-1]], picture, "left", "text")
         assert embeds.shape == (1, 515, 5120) and mask.shape == (1, 515)
         assert weights is not None and weights.shape == (1, 3)
-        with paper._acting(weights):
+        with paper._acting(weights, shown):
             said = paper.language(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
             assert said.logits.shape == (1, 1, 32002)
             token, longer = torch.full((1, 1), 9, device="meta"), torch.cat([mask, mask[:, :1]], 1)

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 
 from textharmony.model import TextHarmony
 from textharmony.tokens import BOI, IMAGE, Task
-from textharmony.verbs import GenerationSettings, Request
+from textharmony.verbs import GenerationSettings, Prompted, Request
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def saying(model: TextHarmony, monkeypatch: pytest.MonkeyPatch, *said: list[int]
     """Has the language model go on with these tokens, call by call; returns the embeddings that it was given."""
     given, answers = [], iter(said)
 
-    def go_on(embeds: torch.Tensor, *_: Any) -> torch.Tensor:
-        given.append(embeds)
+    def go_on(prompted: Prompted, settings: GenerationSettings) -> torch.Tensor:
+        given.append(prompted.embeds)
         return torch.tensor([next(answers)])
 
     monkeypatch.setattr(model, "_continue", go_on)
@@ -84,8 +84,8 @@ def test_a_model_without_layouts_draws_any_caption(united: TextHarmony, pictures
 
 def test_answers_end_when_they_are_told_to(united: TextHarmony, pictures: list[Image.Image]) -> None:
     with torch.no_grad():
-        embeds, mask, weights = united._prompted([[7, 8, 9]], None, "left")
-        lengths = [united._continue(embeds, mask, weights, GenerationSettings(n)).shape[1] for n in (1, 3)]
+        prompted = united._prompted([[7, 8, 9]], None, "left", "text")
+        lengths = [united._continue(prompted, GenerationSettings(n)).shape[1] for n in (1, 3)]
     assert lengths == [1, 3]
     for wrong in ({"max_new_tokens": 0}, {"num_beams": 0}):
         with pytest.raises(ValueError, match="expected at least 1"):
@@ -98,9 +98,9 @@ def test_beams_find_an_answer_at_least_as_likely(united: TextHarmony, pictures: 
     pixels = torch.stack([united._frame(pictures[0]).pixels] * 2)
 
     def likelihood(ids: torch.Tensor) -> torch.Tensor:
-        embeds, mask, weights = united._prompted(rows, pixels, "left")
+        embeds, mask, weights, shown = united._prompted(rows, pixels, "left", "text")
         said = united.language.get_input_embeddings()(ids)
-        with united._acting(weights):
+        with united._acting(weights, shown):
             hidden = united._hidden_states(torch.cat([embeds, said], 1), torch.cat([mask, torch.ones_like(ids)], 1))
         logits = united.language.get_output_embeddings()(hidden[:, -ids.shape[1] - 1 : -1]).log_softmax(-1)
         return logits.gather(-1, ids[..., None]).sum((1, 2))
@@ -108,8 +108,8 @@ def test_beams_find_an_answer_at_least_as_likely(united: TextHarmony, pictures: 
     with torch.no_grad():
         found = []
         for beams in (1, 4):
-            embeds, mask, weights = united._prompted(rows, pixels, "left")
-            found.append(united._continue(embeds, mask, weights, GenerationSettings(3, beams)))
+            prompted = united._prompted(rows, pixels, "left", "text")
+            found.append(united._continue(prompted, GenerationSettings(3, beams)))
         assert found[0].shape == found[1].shape == (2, 3)
         assert (likelihood(found[1]) >= likelihood(found[0]) - 1e-4).all()
     together = united.answer([pictures[0]] * 2, ["read", "where is it"], num_beams=3)
@@ -144,7 +144,7 @@ def test_a_text_in_reply(united: TextHarmony, pictures: list[Image.Image], monke
     ids = united._encode((united.tokenizer.bos_token or "") + f"look {image} and {image} what?")
     pixels = torch.stack([united._frame(p).pixels for p in pictures])
     with torch.no_grad():
-        embeds, *_ = united._prompted([ids], pixels, "left")
+        embeds, *_ = united._prompted([ids], pixels, "left", "text")
     torch.testing.assert_close(given[0], embeds)
 
 
@@ -161,7 +161,7 @@ def test_pictures_in_reply_feed_back(united: TextHarmony, monkeypatch: pytest.Mo
         drawn = united._draw([[*start, *first, boi]], None, len(start), None, None, [3], GenerationSettings())
         assert far(Image.fromarray(((drawn[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()), replies[1]) == 0
         pixels = united._frame(replies[1]).pixels[None]
-        embeds, *_ = united._prompted([[*start, *first, boi, *image]], pixels, "left", len(start))
+        embeds, *_ = united._prompted([[*start, *first, boi, *image]], pixels, "left", "text", len(start))
         torch.testing.assert_close(given[1], embeds)
         row = [*start, *first, boi, *image, *second, boi]
         drawn = united._draw([row], pixels, len(start), None, None, [4], GenerationSettings())
