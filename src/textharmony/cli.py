@@ -164,15 +164,17 @@ def train(
     data: Path | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
+    learning_rate: float | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
     gradient_accumulation_steps: int | None = None,
+    language_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> None:
     """Trains a PRESET from scratch, or a MODEL through STAGES; goes on where OUT's checkpoint ends; writes OUT/model.
 
     MODEL is a folder that save_pretrained wrote. DATA is a JSON file of each stage's sources, such as
     {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], "tune": [...]}; rendered words without it.
-    STEPS (the warm-up in proportion) and BATCH_SIZE are of every stage, to try things out; what is not given is as the
-    stages have it.
+    STEPS (the warm-up in proportion), BATCH_SIZE and LEARNING_RATE are of every stage, to try things out; what is not
+    given is as the stages have it. LANGUAGE_DTYPE: of the frozen language model's weights, in memory and in OUT/model.
     """
     from textharmony.config import MODELS, TRAININGS
     from textharmony.data.sources import load_sources
@@ -184,8 +186,12 @@ def train(
     if model is None and name == "paper":
         raise ValueError("the paper's stages begin with a model of pretrained parts: give its folder as --model")
     config = TRAININGS[name]
-    shared = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": gradient_accumulation_steps}
-    every = {"steps": steps, "batch_size": batch_size}
+    shared = {
+        "mixed_precision": mixed_precision,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "language_dtype": language_dtype,
+    }
+    every = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     trained = []
     for stage in config.stages:
         warmup = stage.warmup if steps is None else stage.warmup * steps // stage.steps

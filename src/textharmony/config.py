@@ -266,13 +266,17 @@ class Stage:
             raise ValueError(f"stage {self.name!r} has losses {unknown}, expected some of {LOSSES}")
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The stages and what they share.
 
     mixed_precision: "no", "bf16" or "fp16", None as accelerate is configured; gradient_accumulation_steps: how many
     parts a stage's batch goes through the model in; gradient_checkpointing: hidden states of ViT, language model and
-    UNet are computed again on the way back; max_length: tokens of a sample, beyond which it is cut. Of records:
+    UNet are computed again on the way back; language_dtype: of the weights of a frozen language model that is loaded,
+    "float32", "bfloat16" or "float16"; max_length: tokens of a sample, beyond which it is cut. Of records:
     max_faults is the share that may be corrupt, shuffle_buffer how many are held to shuffle what is streamed.
     """
 
@@ -286,6 +290,7 @@ class TrainConfig:
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    language_dtype: str = "float32"
     max_length: int | None = None
     max_faults: float = 0.01
     shuffle_buffer: int = 1000
@@ -293,6 +298,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.gradient_accumulation_steps < 1:
             raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected at least 1")
+        if self.language_dtype not in DTYPES:
+            raise ValueError(f"language_dtype is {self.language_dtype!r}, expected one of {DTYPES}")
 
 
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:

@@ -70,9 +70,10 @@ def train(
     )
     torch.manual_seed(config.seed)
     fresh = isinstance(start, ModelConfig)
-    model = (
-        TextHarmony(start, build_tokenizer()) if isinstance(start, ModelConfig) else TextHarmony.from_pretrained(start)
-    )
+    if isinstance(start, ModelConfig):
+        model = TextHarmony(start, build_tokenizer())
+    else:
+        model = TextHarmony.from_pretrained(start, {"language": getattr(torch, config.language_dtype)})
     _check(model, config, data, accelerator)
     given = {
         "start": None if fresh else str(start),
@@ -108,6 +109,9 @@ def _check(model: TextHarmony, config: TrainConfig, data: Data | None, accelerat
                 f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} micro-batches"
             )
         select_parameters(model, stage)
+        half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+        if half:
+            raise ValueError(f"stage {stage.name!r} trains {half[0]}, whose weights are not fp32: see language_dtype")
     if data is None:
         return
     names = [stage.name for stage in config.stages]

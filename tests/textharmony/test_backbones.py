@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from miniatures import Miniature, write_clip_llama_sd
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import slidelora
@@ -220,17 +221,20 @@ def test_experts_on_the_vit(miniature: Miniature, joined: ModelConfig, picture: 
 def test_gates_by_a_table_of_tasks(
     miniature: Miniature, joined: ModelConfig, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gates = slidelora.gates
+    gates, used = slidelora.gates, []
+
+    def listen(host: nn.Module, value: torch.Tensor, repeats: int = 1) -> Any:
+        used.append((host, value))
+        return gates(host, value, repeats)
+
+    monkeypatch.setattr(slidelora, "gates", listen)
     slide = {**(joined.slide or {}), "gate": "given"}
     model = join(miniature, experts_on(replace(joined, slide=slide), "both"))
     for verb, table in (
         (lambda: model.read(picture), [0, 0.5, 0.5]),  # experts image, text, shared
         (lambda: model.edit(picture, (0, 0, 500, 500), "A"), [0.5, 0, 0.5]),
     ):
-        used = []
-        monkeypatch.setattr(
-            slidelora, "gates", lambda host, value, *more: used.append((host, value)) or gates(host, value, *more)
-        )
+        used.clear()
         verb()
         assert {id(host) for host, _ in used} == {id(model.language), id(model.visual_tokenizer)}
         assert all(weights.tolist() == [table] for _, weights in used)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from miniatures import SETTINGS, Miniature
 from PIL import Image
 
 from textharmony.cli import main
+from textharmony.data.synthetic import SyntheticWords
 from textharmony.model import TextHarmony
+from textharmony.tokens import Task
 
 Run = Callable[..., str]
 
@@ -91,3 +94,68 @@ def test_chat_draws(run: Run, tmp_path: Path) -> None:
     assert said == f"{tmp_path / '1.png'}\n"
     drawn = TextHarmony.from_pretrained("tiny").draw('"OK" in red', seed=2)
     assert np.abs(np.asarray(Image.open(tmp_path / "1.png"), int) - np.asarray(drawn, int)).max() <= 1
+
+
+def write_records(folder: Path) -> None:
+    """Own data of the four tasks, two records each."""
+    folder.mkdir()
+    with (folder / "records.jsonl").open("w") as file:
+        for task in Task:
+            data = SyntheticWords(5, "train", {task: 1}, (56, 56), (56, 56))
+            for i in range(2):
+                sample, row = data[i], {"id": f"{task.value}-{i}", "task": task.value, "prompt": data[i].prompt}
+                for kind, pixels in (("image", sample.image), ("target", sample.target)):
+                    if pixels is not None:
+                        Image.fromarray(pixels).save(folder / f"{row['id']}-{kind}.png")
+                if sample.image is not None:
+                    row["images"] = [f"{row['id']}-image.png"]
+                if sample.target is not None:
+                    row["target"] = f"{row['id']}-target.png"
+                row["texts"] = [sample.answer or sample.text]
+                if sample.region is not None:
+                    row["boxes"] = [[side / 56 * 999 for side in sample.region]]
+                file.write(json.dumps(row) + "\n")
+
+
+def test_from_backbones_to_a_report(run: Run, miniature: Miniature, picture: Path, tmp_path: Path) -> None:
+    """Both stages on own records, every verb, a conversation, an evaluation that is scored again, save and load."""
+    init(run, miniature, tmp_path / "model")
+    write_records(tmp_path / "own")
+    own = [{"name": "folder", "folder": "own"}]
+    (tmp_path / "sources.json").write_text(json.dumps({"align": own, "tune": own}))
+    rates = ("--steps", 2, "--batch-size", 4, "--learning-rate", 0.01, "--mixed-precision", "no")
+    given = ("--model", tmp_path / "model", "--stages", "paper", "--data", tmp_path / "sources.json")
+    assert str(tmp_path / "run" / "model") in run("train", *given, *rates, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "losses.png").is_file() and len(list((tmp_path / "run").glob("samples-*.png"))) == 2
+
+    before, after = (TextHarmony.from_pretrained(tmp_path / where) for where in ("model", "run/model"))
+    assert after.config == before.config
+    old, moved = before.state_dict(), set()
+    for name, tensor in after.state_dict().items():
+        if not torch.equal(tensor, old[name]):
+            moved.add(name)
+    frozen = ("image_decoder.vae", "image_decoder.latent_")
+    base = {n for n in moved if n.startswith("language.") and "lora_" not in n and "slidelora_gate" not in n}
+    assert not base and not any(name.startswith(frozen) for name in moved)
+    for part in ("visual_tokenizer.vit", "visual_tokenizer.resampler", "image_decoder.unet", "language.slidelora_gate"):
+        assert any(name.startswith(part) for name in moved), part
+    assert {"begin_image", "begin_head", "image_decoder.unconditional"} <= moved
+
+    model = ("--model", tmp_path / "run" / "model")
+    assert run("read", picture, *model) == f"{after.read(picture)}\n"
+    assert run("answer", picture, "what is it", "--num-beams", 2, *model) == (
+        f"{after.answer(picture, 'what is it', num_beams=2)}\n"
+    )
+    run("locate", picture, "OPEN", *model)
+    run("draw", "a sign", "--out", tmp_path / "drawn.png", "--seed", 3, *model)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "drawn.png")), np.asarray(after.draw("a sign", seed=3)))
+    run("edit", picture, "OPEN", "--box", 100, 100, 600, 600, "--out", tmp_path / "edited.png", *model)
+    assert Image.open(tmp_path / "edited.png").size == (60, 40)
+    run("chat", "what does", picture, "say?", "--out", tmp_path / "chat", *model)
+
+    report = ("evaluate", "--benchmark", "folder", "--data", tmp_path / "own", "--out", tmp_path / "report")
+    said = run(*report, *model, "--num-inference-steps", 1)
+    scores = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert "containment" in said and (tmp_path / "report" / "worst.png").is_file()
+    run(*report, *model, "--score-only")
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == scores

@@ -522,3 +522,22 @@ def test_a_checkpoint_of_other_data_is_refused(
         train(folder, SHORT, tmp_path)
     with pytest.raises(ValueError, match="checkpoint is of another configuration"):
         train(folder, SHORT, tmp_path, data | {"tune": data["tune"][:1]})
+
+
+def test_a_frozen_language_model_in_half_precision(folder: Path, tmp_path: Path) -> None:
+    """Its experts and all that trains stay fp32; a stage that would train its weights is refused."""
+    stage = replace(SHORT.stages[-1], steps=1, batch_size=2)
+    config = replace(SHORT, stages=(stage,), language_dtype="bfloat16")
+    start = TextHarmony.from_pretrained(folder, {"language": torch.bfloat16}).state_dict()
+    trained = train(folder, config, tmp_path / "run")
+    again = TextHarmony.from_pretrained(tmp_path / "run" / "model", {"language": torch.bfloat16}).state_dict()
+    kinds = {name: tensor.dtype for name, tensor in trained.state_dict().items()}
+    base = {n for n in kinds if n.startswith("language.") and "lora_" not in n and "slidelora_gate" not in n}
+    assert {kinds[n] for n in base} == {torch.bfloat16} and {kinds[n] for n in kinds.keys() - base} == {torch.float32}
+    assert all(torch.equal(again[name], start[name]) for name in base)
+    assert not torch.equal(again["begin_head"], start["begin_head"])
+    whole = replace(config, stages=(replace(stage, trainable="language"),))
+    with pytest.raises(ValueError, match=r"trains language\..*, whose weights are not fp32"):
+        train(folder, whole, tmp_path / "other")
+    with pytest.raises(ValueError, match="language_dtype is 'int8'"):
+        replace(config, language_dtype="int8")
