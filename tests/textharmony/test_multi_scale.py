@@ -261,6 +261,17 @@ def test_generate_with_a_cache_is_generate_without(llama: LlamaForCausalLM, beam
     assert not torch.isclose(cached.scores[0], blind.scores[0]).all(1).any()
 
 
+def test_features_are_projected_once_for_a_whole_answer(llama: LlamaForCausalLM) -> None:
+    made = features()
+    made.attach_language(llama.model.layers)
+    calls: list[int] = []
+    for look in made.language:
+        look.to_values.register_forward_hook(lambda *_: calls.append(1))
+    with made.looking_language(made.pyramid(patches(1)), [0], [1], batch=1):
+        llama.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    assert len(calls) == len(made.language) * len(CONFIG.levels)
+
+
 def gradients(llama: LlamaForCausalLM, made: MultiScaleFeatures, ids: Tensor, seen: Tensor) -> dict[str, Tensor]:
     made.zero_grad()
     llama.zero_grad()
