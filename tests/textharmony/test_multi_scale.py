@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from textharmony.multi_scale import Look, MultiScaleConfig, MultiScaleFeatures, Shown, deformable_attention
 
@@ -314,6 +314,9 @@ def test_gradient_checkpointing_keeps_gradients(llama: LlamaForCausalLM) -> None
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
+    with made.looking_language(made.pyramid(seen), [0, 1, 1], [1, 0, 4], batch=2):
+        unused = llama(ids, past_key_values=DynamicCache()).logits  # a checkpointed layer leaves a cache alone
+        assert torch.equal(unused, llama(ids).logits)
 
 
 def test_nothing_uninitialised_is_read(llama: LlamaForCausalLM) -> None:
