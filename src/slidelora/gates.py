@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -90,6 +91,12 @@ def _named(config: SlideLoRAConfig, name: str) -> Tensor:
     return torch.tensor([[float(other in members) / len(members) for other in config.experts]])
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it: meta, for one, has not."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def gate_rows(config: SlideLoRAConfig) -> list[int]:
     """The experts in the order of a learned gate's rows: the modality-specific ones, then the shared ones."""
     return [config.experts.index(name) for name in (*config.specific, *(config.shared or ()))]
@@ -165,7 +172,7 @@ class SequenceGate(nn.Module):
         if mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(inputs_embeds.shape[:2])}")
         device = self.hidden.weight.device
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             kept = mask.to(device)[..., None].bool()
             total = torch.where(kept, inputs_embeds.to(device).float(), 0.0).sum(1)  # (B, D)
             mean = total / kept.sum(1).clamp(min=1)
@@ -215,7 +222,7 @@ class TokenGate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """x (..., features) -> weights (..., K) of experts (..., K), None where all act, and logits (..., E)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             logits: Tensor = _Float32Linear.apply(x, self.weight) + self.bias.float()  # (..., E)
             logits = _noisy(logits, self.config, self.training)
         # For an input (T, features) the compact form would mean that each token is a sample with its own experts.

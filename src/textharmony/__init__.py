@@ -10,5 +10,6 @@ if _MISSING:
 from textharmony.config import ModelConfig, Stage, TrainConfig  # noqa: E402
 from textharmony.model import TextHarmony  # noqa: E402
 from textharmony.tokens import Task  # noqa: E402
+from textharmony.verbs import GenerationSettings, Request  # noqa: E402
 
-__all__ = ["ModelConfig", "Stage", "Task", "TextHarmony", "TrainConfig"]
+__all__ = ["ModelConfig", "Request", "GenerationSettings", "Stage", "Task", "TextHarmony", "TrainConfig"]

@@ -79,6 +79,7 @@ def evaluate_benchmark(
     samples: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    max_new_tokens: int | None = None,
     inception: Path | None = None,
     clip: Path | None = None,
     max_share: float = 0.01,
@@ -104,6 +105,7 @@ def evaluate_benchmark(
             batch_size,
             num_inference_steps,
             guidance_scale,
+            max_new_tokens,
         )
         records = _records(benchmark, data, split, limit, Faults(max_share))
         predict(model, records, benchmark.measures, out, settings, Faults(max_share))

@@ -1,13 +1,15 @@
-"""The command line: `textharmony read | answer | locate | draw | edit | train | evaluate | demo |
+"""The command line: `textharmony read | answer | locate | draw | edit | chat | init | train | evaluate | demo |
 data check | captions build`."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,9 +25,16 @@ def read(images: tyro.conf.Positional[tuple[Path, ...]], model: Model = "tiny") 
         print(text)
 
 
-def answer(image: tyro.conf.Positional[Path], question: tyro.conf.Positional[str], model: Model = "tiny") -> None:
+def answer(
+    image: tyro.conf.Positional[Path],
+    question: tyro.conf.Positional[str],
+    model: Model = "tiny",
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+) -> None:
     """Prints the answer to a question about the text in a picture."""
-    print(TextHarmony.from_pretrained(model).answer(image, question))
+    harmony = TextHarmony.from_pretrained(model)
+    print(harmony.answer(image, question, max_new_tokens=max_new_tokens, num_beams=num_beams))
 
 
 def locate(image: tyro.conf.Positional[Path], text: tyro.conf.Positional[str], model: Model = "tiny") -> None:
@@ -61,16 +70,135 @@ def edit(
     print(out)
 
 
-def train(preset: str = "tiny", out: Out = Path("runs/tiny")) -> None:
-    """Trains a preset from scratch, or goes on where the folder's checkpoint ends; writes the model to OUT/model."""
+def chat(
+    parts: tyro.conf.Positional[tuple[str, ...]],
+    out: Out = Path("chat"),
+    model: Model = "tiny",
+    max_pictures: int = 1,
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+    seed: int = 0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    stream: bool = False,
+) -> None:
+    """Replies to PARTS, texts and picture files in any order, with texts, printed, and pictures, written to OUT.
+
+    The model draws when it asks for a picture itself, at most MAX_PICTURES times. STREAM prints words as they come.
+    """
+    from transformers import TextStreamer
+
+    said = [_part(part) for part in parts]
+    harmony = TextHarmony.from_pretrained(model)
+    streamer = TextStreamer(harmony.tokenizer, skip_special_tokens=True) if stream else None  # type: ignore[arg-type]
+    replies = harmony.chat(
+        said, max_pictures, max_new_tokens, num_beams, streamer, seed, num_inference_steps, guidance_scale
+    )
+    for number, reply in enumerate(replies, 1):
+        if isinstance(reply, str):
+            if not stream:
+                print(reply)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            reply.save(out / f"{number}.png")
+            print(out / f"{number}.png")
+
+
+def _part(said: str) -> str | Path:
+    """A picture's path, or text. Raises ValueError for what is named like a picture and is not there."""
+    path = Path(said)
+    if len(said) < 4096 and "\n" not in said and path.is_file():
+        return path
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"):
+        raise ValueError(f"{said} is not a file, expected a picture or text")
+    return said
+
+
+def init(
+    vision: str,
+    language: str,
+    image: str,
+    out: Out,
+    preset: Literal["paper", "released"] = "paper",
+    settings: Path | None = None,
+    image_size: int | None = None,
+    drawing_size: int | None = None,
+    experts_on: Literal["language", "vision", "both", "none"] = "language",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> None:
+    """Joins three models to a new one in OUT, which has to be trained; prints how large its parts are.
+
+    VISION: folder or hub id of CLIP or SigLIP; LANGUAGE: of a causal language model of transformers; IMAGE: of Stable
+    Diffusion 1 or 2. PRESET: "released" has gates by a table of tasks, and multi-scale features. SETTINGS: a JSON file
+    of other fields of ModelConfig than the preset's.
+    IMAGE_SIZE: the side, in pixels, of what the vision model sees; DRAWING_SIZE: of drawn pictures, what the UNet was
+    trained at if not given. EXPERTS_ON: which models get Slide-LoRA. DTYPE: of the three models' weights.
+    """
+    import torch
+
+    from textharmony.backbones import drawing_size as size_of
+    from textharmony.config import MODELS, ModelConfig
+    from textharmony.config import experts_on as put_experts
+
+    given = {} if settings is None else json.loads(settings.read_text())
+    if not isinstance(given, dict):
+        raise ValueError(f"{settings} holds {given!r}, expected an object of ModelConfig's fields")
+    if drawing_size is not None or "drawing_size" not in given:
+        given["drawing_size"] = (drawing_size,) * 2 if drawing_size else size_of(image)
+    if image_size is not None:
+        given["image_size"] = (image_size,) * 2
+    config = put_experts(ModelConfig.from_dict(MODELS[preset].to_dict() | given), experts_on)
+    model = TextHarmony.from_backbones(vision, language, image, config, getattr(torch, dtype))
+    model.save_pretrained(out)
+    counts = model.count_parameters()
+    for part, count in counts.items():
+        print(f"{part:22} {count:15,d}  {count / sum(counts.values()):7.2%}")
+    print(out)
+
+
+def train(
+    preset: str = "tiny",
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], help="where to write; runs/NAME if not given")] = None,
+    model: Path | None = None,
+    stages: str = "paper",
+    data: Path | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None,
+    gradient_accumulation_steps: int | None = None,
+) -> None:
+    """Trains a PRESET from scratch, or a MODEL through STAGES; goes on where OUT's checkpoint ends; writes OUT/model.
+
+    MODEL is a folder that save_pretrained wrote. DATA is a JSON file of each stage's sources, such as
+    {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], "tune": [...]}; rendered words without it.
+    STEPS (the warm-up in proportion) and BATCH_SIZE are of every stage, to try things out; what is not given is as the
+    stages have it.
+    """
     from textharmony.config import MODELS, TRAININGS
+    from textharmony.data.sources import load_sources
     from textharmony.training import train as run
 
-    if preset not in TRAININGS:
-        raise ValueError(f"preset is {preset!r}, expected one of {sorted(TRAININGS)}")
+    name = preset if model is None else stages
+    if name not in TRAININGS:
+        raise ValueError(f"{'preset' if model is None else 'stages'} is {name!r}, expected one of {sorted(TRAININGS)}")
+    if model is None and name == "paper":
+        raise ValueError("the paper's stages begin with a model of pretrained parts: give its folder as --model")
+    config = TRAININGS[name]
+    shared = {"mixed_precision": mixed_precision, "gradient_accumulation_steps": gradient_accumulation_steps}
+    every = {"steps": steps, "batch_size": batch_size}
+    trained = []
+    for stage in config.stages:
+        warmup = stage.warmup if steps is None else stage.warmup * steps // stage.steps
+        trained.append(replace(stage, warmup=warmup, **_given(every)))
+    config = replace(config, stages=tuple(trained), **_given(shared))
+    out = out or Path("runs") / name
     started = time.monotonic()
-    run(MODELS[preset], TRAININGS[preset], out)
+    run(model or MODELS[name], config, out, None if data is None else load_sources(data))
     print(f"{out / 'model'} after {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def evaluate(
@@ -83,6 +211,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     samples: int | None = None,
+    max_new_tokens: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     inception: Path | None = None,
@@ -124,6 +253,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         samples=samples,
+        max_new_tokens=max_new_tokens,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         inception=inception,
@@ -225,7 +355,7 @@ def check_data(
 
 def main() -> None:
     """The console script; an error in what was given is one line on stderr and exit status 1."""
-    commands: list[Callable[..., None]] = [read, answer, locate, draw, edit, train, evaluate, demo]
+    commands: list[Callable[..., None]] = [read, answer, locate, draw, edit, chat, init, train, evaluate, demo]
     app, captions = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
     for command in commands:
         app.command(command)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 BOX_BINS = 32  # that the vision model divides a picture's width, and its height, into
@@ -37,6 +38,33 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
+class MultiScaleConfig:
+    """Multi-scale features (textharmony.multi_scale): which scales there are, and how they are looked at.
+
+    every: decoder layers from one that looks to the next, the first looks; levels: sizes of the feature maps over that
+    of the ViT's grid, powers of two; points: sampled by each head in each level; width: channels of features;
+    pictures: how many a token sees at most, the nearest of those before it.
+    """
+
+    every: int = 4
+    levels: tuple[float, ...] = (1.0, 0.5, 0.25)
+    points: int = 4
+    heads: int = 8
+    width: int = 256
+    pictures: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))  # JSON has lists
+        for name in ("every", "points", "heads", "width", "pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, expected a multiple of heads, {self.heads}")
+        if not self.levels or any(level <= 0 or math.frexp(level)[0] != 0.5 for level in self.levels):
+            raise ValueError(f"levels is {self.levels}, expected powers of two such as (2, 1, 0.5)")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One TextHarmony: transformers' and diffusers' own configurations, and what joins them.
 
@@ -48,6 +76,9 @@ class ModelConfig:
     pixel_mean, pixel_std: of what the ViT was trained on, of pixels in 0..1. begin_head: a learned vector that raises
     or lowers the begin-of-image token's logit, for a language model whose head is frozen. max_new_tokens: after which
     an answer ends unless the caller says otherwise. time_center, time_spread: of rectified flow's noise levels.
+    multi_scale: image features that language model and UNet look at beside the visual tokens, None for none.
+    language_from, quantization: where a quantised language model, which is not saved with the rest, is loaded from, and
+    transformers' configuration of how.
     """
 
     image_size: tuple[int, int]
@@ -68,6 +99,7 @@ class ModelConfig:
     context_resampler: ResamplerConfig = ResamplerConfig()
     begin_head: bool = False
     layout: LayoutConfig | None = None
+    multi_scale: MultiScaleConfig | None = None
     text_weight: float = 1.0
     image_weight: float = 10.0
     unconditional_share: float = 0.1
@@ -76,6 +108,8 @@ class ModelConfig:
     guidance_scale: float = 1.0
     inference_steps: int = 12
     max_new_tokens: int = 256
+    language_from: str | None = None
+    quantization: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         (height, width), (drawn_height, drawn_width) = self.image_size, self.target_size
@@ -99,6 +133,110 @@ class ModelConfig:
         return _from_dict(cls, values)
 
 
+# The sizes of CLIP ViT-L/14, Vicuna-13B and Stable Diffusion 2 base are their own; where TextHarmony's are not known
+# (learning, the resamplers' insides), the values are ours.
+PAPER = ModelConfig(
+    image_size=(896, 896),
+    drawing_size=(512, 512),
+    vision={
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "hidden_act": "quick_gelu",
+    },
+    pixel_mean=(0.48145466, 0.4578275, 0.40821073),
+    pixel_std=(0.26862954, 0.26130258, 0.27577711),
+    language={
+        "model_type": "llama",
+        "vocab_size": 32002,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    unet={
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+    vae={
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 768,
+        "scaling_factor": 0.18215,
+    },
+    scheduler={
+        "_class_name": "PNDMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+    },
+    slide={
+        "experts": ["image", "text", "shared"],
+        "shared": ["shared"],
+        "r": 32,
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "gate": "sequence",
+    },
+    visual_tokens=512,
+    context_tokens=77,
+    visual_resampler=ResamplerConfig(depth=12, heads=12, width=768),
+    context_resampler=ResamplerConfig(depth=1, heads=16),
+    begin_head=True,
+    guidance_scale=7.5,
+    inference_steps=30,
+)
+
+# As the released code runs it: gates by a table of tasks, and multi-scale features.
+RELEASED = replace(PAPER, slide={**(PAPER.slide or {}), "gate": "given"}, multi_scale=MultiScaleConfig())
+
+EXPERTS_ON = ("language", "vision", "both", "none")
+_OF_VISION = r"vit\..*\.self_attn\.(q|k|v|out)_proj"
+
+
+def experts_on(config: ModelConfig, where: str) -> ModelConfig:
+    """The configuration with the experts of its language model there, on the ViT's attention, on both, or nowhere.
+
+    where: one of EXPERTS_ON. Raises ValueError.
+    """
+    if where not in EXPERTS_ON:
+        raise ValueError(f"experts on {where!r}, expected one of {EXPERTS_ON}")
+    if not isinstance(config.slide, Mapping):
+        raise ValueError(f"slide is {config.slide!r}, expected slidelora's fields by name")
+    of_vision = {**config.slide, "target_modules": _OF_VISION}
+    return replace(
+        config,
+        slide=config.slide if where in ("language", "both") else None,
+        slide_vision=of_vision if where in ("vision", "both") else None,
+    )
+
+
 LOSSES = ("autoencoder", "text", "image", "layout", "columns", "gate")
 
 
@@ -107,8 +245,9 @@ class Stage:
     """One stage of training.
 
     trainable: a regular expression matched at the start of the names of the parameters that train; tasks: sampling
-    weight by task id; losses: which of LOSSES are minimised; adapters: whether Slide-LoRA acts. batch_size in samples,
-    steps and warmup in optimizer steps.
+    weight by task id of rendered words, where sources of records are given their own weights hold; losses: which of
+    LOSSES are minimised; adapters: whether Slide-LoRA acts. batch_size in samples that an optimizer step sees, in all
+    processes and micro-batches; steps and warmup in optimizer steps.
     """
 
     name: str
@@ -129,7 +268,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The stages and what they share."""
+    """The stages and what they share.
+
+    mixed_precision: "no", "bf16" or "fp16", None as accelerate is configured; gradient_accumulation_steps: how many
+    parts a stage's batch goes through the model in; gradient_checkpointing: hidden states of ViT, language model and
+    UNet are computed again on the way back; max_length: tokens of a sample, beyond which it is cut. Of records:
+    max_faults is the share that may be corrupt, shuffle_buffer how many are held to shuffle what is streamed.
+    """
 
     stages: tuple[Stage, ...]
     seed: int = 0
@@ -138,6 +283,16 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     save_every: int = 200
     sample_every: int = 400
+    mixed_precision: str | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    max_length: int | None = None
+    max_faults: float = 0.01
+    shuffle_buffer: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, expected at least 1")
 
 
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -153,7 +308,12 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     return cls(**arguments)
 
 
-_NESTED = {"layout": LayoutConfig, "visual_resampler": ResamplerConfig, "context_resampler": ResamplerConfig}
+_NESTED = {
+    "layout": LayoutConfig,
+    "multi_scale": MultiScaleConfig,
+    "visual_resampler": ResamplerConfig,
+    "context_resampler": ResamplerConfig,
+}
 
 _TINY_LAYOUT = LayoutConfig()
 _TINY_LATENTS = 16
@@ -299,5 +459,41 @@ TINY_TRAINING = TrainConfig(
     )
 )
 
-MODELS = {"tiny": TINY}
-TRAININGS = {"tiny": TINY_TRAINING}
+# The two stages of the paper, of a model that is made of pretrained parts. What trains is known; how long, in what
+# batches and at what rate is not: these are sensible values, and ours.
+PAPER_TRAINING = TrainConfig(
+    stages=(
+        Stage(
+            name="align",
+            trainable=r"(?!.*lora_|.*slidelora_gate)"
+            r"(visual_tokenizer\.(positions|resampler|project)|image_decoder\.(?!vae)|begin_|multi_scale)",
+            tasks={"generation": 0.5, "comprehension": 0.25, "perception": 0.25},
+            steps=20000,
+            batch_size=256,
+            learning_rate=1e-4,
+            losses=("text", "image"),
+            warmup=1000,
+        ),
+        Stage(
+            name="tune",
+            trainable=r"visual_tokenizer|image_decoder\.(?!vae)|begin_|multi_scale|language\..*(lora_|slidelora_gate)",
+            tasks={"generation": 0.25, "editing": 0.25, "comprehension": 0.25, "perception": 0.25},
+            steps=10000,
+            batch_size=128,
+            learning_rate=5e-5,
+            adapters=True,
+            losses=("text", "image", "gate"),
+            warmup=500,
+        ),
+    ),
+    weight_decay=0.05,
+    betas=(0.9, 0.95),
+    save_every=500,
+    sample_every=1000,
+    mixed_precision="bf16",
+    gradient_checkpointing=True,
+    max_length=2048,
+)
+
+MODELS = {"tiny": TINY, "paper": PAPER, "released": RELEASED}
+TRAININGS = {"tiny": TINY_TRAINING, "paper": PAPER_TRAINING}

@@ -1,36 +1,47 @@
-"""TextHarmony: vision, language and image decoder in one model, its losses, its verbs, save and load."""
+"""TextHarmony: vision, language and image decoder in one model, its losses, save and load."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from accelerate import init_empty_weights
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 import slidelora
-from textharmony.config import LOSSES, ModelConfig
+from textharmony.backbones import (
+    Backbones,
+    DTypes,
+    build_language,
+    build_vision,
+    drawing_size,
+    dtype_of,
+    load_backbones,
+    load_language,
+)
+from textharmony.checkpoint import load_folder, load_weights, save_folder
+from textharmony.config import LOSSES, PAPER, ModelConfig
 from textharmony.image_decoder import ImageDecoder
 from textharmony.layout import Layouts
-from textharmony.pictures import Box, Frame, Picture, check_box, to_pil
-from textharmony.tokens import BOI, FILL_QUESTION, IMAGE, LOCATE_QUESTION, READ_QUESTION, Task, compose
-from textharmony.visual_tokenizer import Looks, VisualTokenizer
-
-T = TypeVar("T")
+from textharmony.multi_scale import MultiScaleFeatures
+from textharmony.tokens import (
+    BOI,
+    IMAGE,
+)
+from textharmony.verbs import Pictures, Verbs
+from textharmony.visual_tokenizer import Looks, VisualTokenizer, looks_loss
 
 _BOX = re.compile(r"\((\d{1,3}),(\d{1,3})\)\((\d{1,3}),(\d{1,3})\)")
 _BATCH = 50
+_ADAPTER = re.compile(r"lora_|slidelora_gate")
+_EMBEDDED = Path(__file__).parent / "weights" / "tiny"
 
 
 @dataclass
@@ -46,38 +57,92 @@ class Losses:
     gate: Tensor
 
 
-class TextHarmony(nn.Module):
+class TextHarmony(Verbs):
     """Reads, answers about, locates, draws and edits text in pictures with one set of weights."""
 
-    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        backbones: Backbones | None = None,
+        dtype: DTypes = None,
+    ) -> None:
+        """Random weights, but for those that backbones brings; dtype: one, or one each for vision, language and image.
+
+        Raises ValueError where the parts do not fit.
+        """
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        language = AutoConfig.for_model(
-            **config.language,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        causal_lm = AutoModelForCausalLM.from_config(language)
-        self.language = cast(PreTrainedModel, slidelora.inject(causal_lm, **config.slide))
-        self.visual_tokenizer = VisualTokenizer(config, language.hidden_size)
-        self.image_decoder = ImageDecoder(config, language.hidden_size)
-        self.begin_image = nn.Parameter(torch.zeros(language.hidden_size))  # added at every BOI
+        given = backbones or Backbones()
+        language = given.language or build_language(config, tokenizer, dtype_of(dtype, "language"))
+        words: Any = language.get_input_embeddings()
+        self.language = language
+        if config.slide is not None:
+            slidelora.inject(language, **config.slide)
+        width: int = words.weight.shape[-1]
+        vision = given.vision or build_vision(config, dtype_of(dtype, "vision"))
+        self.visual_tokenizer = VisualTokenizer(config, width, vision, words)
+        self.image_decoder = ImageDecoder(config, width, given.unet, given.vae, dtype_of(dtype, "image"))
+        self.multi_scale = None
+        if config.multi_scale is not None:
+            layers: Any = language.base_model.layers
+            self.multi_scale = MultiScaleFeatures(
+                config.multi_scale,
+                self.visual_tokenizer.vit.config.hidden_size,
+                self.visual_tokenizer.grid,
+                width,
+                len(layers),
+                self.image_decoder.unet.config.block_out_channels,
+            ).to(dtype_of(dtype, "vision"))
+            self.multi_scale.attach_language(layers)
+            self.multi_scale.attach_unet(self.image_decoder.unet)
+        self.begin_image = nn.Parameter(torch.zeros(width))  # added at every BOI
+        self.begin_head = nn.Parameter(torch.zeros(width)) if config.begin_head else None  # of BOI's logit
         self.boi_id = cast(int, tokenizer.convert_tokens_to_ids(BOI))
         self.image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
+        if self.begin_head is not None:
+            language.get_output_embeddings().register_forward_hook(self._raise_begin)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the language model's embeddings are."""
         return self.begin_image.device
+
+    def count_parameters(self) -> dict[str, int]:
+        """How many there are of each part, and of Slide-LoRA's experts and gates, which are counted apart."""
+        counts = dict.fromkeys(("vision", "resampler to language", "language", "resampler to image"), 0)
+        counts |= dict.fromkeys(("UNet", "VAE", "Slide-LoRA", *(["multi-scale"] if self.multi_scale else [])), 0)
+        parts = {"visual_tokenizer.vit": "vision", "visual_tokenizer": "resampler to language", "language": "language"}
+        parts |= {"image_decoder.unet": "UNet", "image_decoder.vae": "VAE", "multi_scale": "multi-scale"}
+        for name, parameter in self.named_parameters():
+            part = next((part for start, part in parts.items() if name.startswith(f"{start}.")), "resampler to image")
+            counts["Slide-LoRA" if _ADAPTER.search(name) else part] += parameter.numel()
+        return counts
+
+    def _raise_begin(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+        """What begin_head says of BOI, added to the head's logits (..., V)."""
+        assert self.begin_head is not None
+        said = args[0] @ self.begin_head.to(args[0])
+        return logits.index_add(-1, torch.tensor([self.boi_id], device=logits.device), said[..., None].to(logits))
 
     # Training
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[Tensor, Looks | None]:
-        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), what the pictures look like."""
-        embeds = self.language.get_input_embeddings()(input_ids)
-        embeds = embeds + (input_ids == self.boi_id)[..., None] * self.begin_image
+    def embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        prompt: Tensor | None = None,
+        modalities: Sequence[str] | None = None,
+        adapters: bool = True,
+    ) -> tuple[Tensor, Looks | None, Pictures | None]:
+        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), and two things about the pictures.
+
+        The two are what the heads say they look like, and their multi-scale features. Pictures go by rows. prompt:
+        (B, T) bool of the tokens that experts on the ViT are chosen by, all if None; modalities: see `_weigh`.
+        """
+        words: Any = self.language.get_input_embeddings()
+        embeds = words(input_ids)
+        embeds = embeds + ((input_ids == self.boi_id)[..., None] * self.begin_image).to(embeds.dtype)
         places = input_ids == self.image_id
         count = 0 if pixel_values is None else len(pixel_values)
         if int(places.sum()) != count * self.config.visual_tokens:
@@ -86,9 +151,35 @@ class TextHarmony(nn.Module):
                 f"{count} pictures"
             )
         if pixel_values is None:
-            return embeds, None
-        tokens, looks = self.visual_tokenizer(pixel_values)
-        return embeds.masked_scatter(places[..., None], tokens.to(embeds.dtype)), looks
+            return embeds, None, None
+        acting: AbstractContextManager[None] = nullcontext()
+        if self.config.slide_vision is not None and adapters:
+            text = ~places if prompt is None else prompt & ~places
+            weights = self._weigh(self.visual_tokenizer, embeds, text, modalities)  # (B, E)
+            of_pictures = weights.repeat_interleave(places.sum(1) // self.config.visual_tokens, 0)
+            acting = slidelora.gates(self.visual_tokenizer, of_pictures)
+        elif self.config.slide_vision is not None:
+            acting = slidelora.disabled(self.visual_tokenizer)
+        with acting:
+            tokens, looks, patches = self.visual_tokenizer(pixel_values)
+        shown = None
+        if self.multi_scale is not None:
+            begins = places.nonzero().unflatten(0, (-1, self.config.visual_tokens))[:, 0]  # (N, 2) row and column
+            rows, columns = begins.T.tolist()
+            shown = Pictures(self.multi_scale.pyramid(patches), rows, columns, len(input_ids))
+        return embeds.masked_scatter(places[..., None], tokens.to(embeds)), looks, shown
+
+    def _weigh(self, host: nn.Module, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor:
+        """Gates (B, E): what the host's learned gate says of the prompt (B, T), or the released table's.
+
+        modalities: of each row, "text" or "image", which a table needs.
+        """
+        config = slidelora.routing(host).config
+        if config.gate != "given":
+            return slidelora.compute_gates(host, embeds, prompt)
+        if modalities is None:
+            raise ValueError("modalities is None, expected one a row: the gate is given by task")
+        return slidelora.released_gates(config, modalities).to(embeds.device)
 
     def forward(
         self,
@@ -119,23 +210,21 @@ class TextHarmony(nn.Module):
         arguments in the same order; target_weight: (M, 1, H, W) of the autoencoder's loss, which is nothing without;
         adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
         """
-        embeds, looks = self.embed(input_ids, pixel_values)
+        prompt = attention_mask.bool() & (labels == -100)
+        modalities = self._modalities(targets)
+        embeds, looks, shown = self.embed(input_ids, pixel_values, prompt, modalities, adapters)
         zero = embeds.new_zeros(())
         found = dict.fromkeys((field.name for field in fields(Losses)), zero)
         if "autoencoder" in losses and target_pixel_values is not None and target_weight is not None:
             found["autoencoder"] = self.image_decoder.autoencoder_loss(target_pixel_values, target_weight)
         if "columns" in losses and looks is not None and column_labels is not None:
             assert color_labels is not None and box_labels is not None
-            found["columns"] = _looks_loss(looks, column_labels, color_labels, box_labels)
+            found["columns"] = looks_loss(looks, column_labels, color_labels, box_labels)
         if {"text", "image", "layout"} & set(losses):
+            weights = self._gates(embeds, prompt, modalities) if adapters else None
             if adapters:
-                prompt = attention_mask.bool() & (labels == -100)
-                weights = slidelora.compute_gates(self.language, embeds, prompt)
-                found["gate"] = slidelora.aux_loss(self.language, targets=targets)
-                acting = slidelora.gates(self.language, weights)
-            else:
-                acting = slidelora.disabled(self.language)
-            with acting:
+                found["gate"] = self._gate_loss(targets, zero, pixel_values is not None)
+            with self._acting(weights, shown):
                 hidden = self._hidden_states(embeds, attention_mask)
             answered = labels[:, 1:] != -100
             logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
@@ -149,282 +238,136 @@ class TextHarmony(nn.Module):
                     assert layout_fonts is not None and layout_colors is not None
                     present = characters != len(self.config.layout.characters)
                     layouts = Layouts(layout_boxes, present, layout_fonts, *layout_colors.split(3, dim=-1))
-                found["image"], found["layout"] = self.image_decoder.loss(
-                    hidden[image_rows],
-                    attention_mask[image_rows].sum(1) - 1,
-                    target_pixel_values,
-                    source_pixel_values,
-                    region,
-                    layouts,
-                    characters,
-                    diffuse="image" in losses,
-                )
+                with self._showing(shown, image_rows):
+                    found["image"], found["layout"] = self.image_decoder.loss(
+                        hidden[image_rows],
+                        attention_mask[image_rows].sum(1) - 1,
+                        target_pixel_values,
+                        source_pixel_values,
+                        region,
+                        layouts,
+                        characters,
+                        diffuse="image" in losses,
+                    )
         weigh = {"text": self.config.text_weight, "image": self.config.image_weight}
         found["total"] = sum((weigh.get(name, 1.0) * found[name] for name in found if name in losses), zero)
         return Losses(**found)
+
+    def _modalities(self, targets: Tensor) -> list[str] | None:
+        """What targets (B,) of 0 and 1 mean, where a table of gates asks."""
+        slides = (self.config.slide, self.config.slide_vision)
+        if not any(slide is not None and slide.get("gate") == "given" for slide in slides):
+            return None
+        return [("text", "image")[target] for target in targets.tolist()]
+
+    def _gates(self, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor | None:
+        """The language model's gates (B, E), which look at the prompt (B, T) alone; None where it has no experts."""
+        return None if self.config.slide is None else self._weigh(self.language, embeds, prompt, modalities)
+
+    @contextmanager
+    def _acting(self, weights: Tensor | None, shown: Pictures | None, repeats: int = 1) -> Iterator[None]:
+        """Puts gates and pictures in force on the language model; weights None for its experts to be still."""
+        with ExitStack() as stack:
+            if self.config.slide is not None:
+                still = slidelora.disabled(self.language)
+                stack.enter_context(still if weights is None else slidelora.gates(self.language, weights, repeats))
+            if self.multi_scale is not None and shown is not None:
+                stack.enter_context(self.multi_scale.looking_language(*shown, repeats=repeats))
+            yield
+
+    def _showing(self, shown: Pictures | None, drawn: Sequence[int] | Tensor) -> AbstractContextManager[None]:
+        """Puts pictures in force on the UNet, each in the row of those drawn (rows of the batch) that it goes with."""
+        if self.multi_scale is None or shown is None:
+            return nullcontext()
+        order = {int(row): i for i, row in enumerate(drawn)}
+        return self.multi_scale.looking_unet(shown.pyramid, [order.get(row, -1) for row in shown.rows], len(drawn))
+
+    def _gate_loss(self, targets: Tensor, zero: Tensor, seen: bool) -> Tensor:
+        found = zero
+        slides: list[tuple[nn.Module, Any]] = [(self.language, self.config.slide)]
+        if seen:
+            slides.append((self.visual_tokenizer, self.config.slide_vision))
+        for part, slide in slides:
+            if slide is not None and slide.get("gate") != "given":
+                found = found + slidelora.aux_loss(part, targets=targets)
+        return found
 
     def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.language.base_model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
         assert isinstance(hidden, Tensor)
         return hidden
 
-    # Verbs
-
-    def read(self, image: Any) -> Any:
-        """All the text in a picture (or in each of a list): str, or a list of str."""
-        return self.answer(image, READ_QUESTION, task=Task.PERCEPTION)
-
-    def answer(self, image: Any, question: Any, task: Task = Task.COMPREHENSION) -> Any:
-        """The answer to a question about a picture: str; a list of pictures, or of questions, or both, gives a list."""
-
-        def several(pairs: Sequence[tuple[Picture, str]]) -> list[str]:
-            prompts = [compose(task, question, self.config.visual_tokens) for _, question in pairs]
-            return self._write(prompts, torch.stack([self._frame(picture).pixels for picture, _ in pairs]))
-
-        return _map_batched(several, image, question)
-
-    def locate(self, image: Any, text: Any) -> Any:
-        """Where a word is: [(x1, y1, x2, y2), ...] in thousandths of the picture, empty where no box was said."""
-
-        def several(pairs: Sequence[tuple[Picture, str]]) -> list[list[Box]]:
-            frames = [self._frame(picture) for picture, _ in pairs]
-            questions = [LOCATE_QUESTION.format(text=text) for _, text in pairs]
-            prompts = [compose(Task.PERCEPTION, question, self.config.visual_tokens) for question in questions]
-            answers = self._write(prompts, torch.stack([frame.pixels for frame in frames]))
-            return [[f.outward(box) for box in _read_boxes(a)] for a, f in zip(answers, frames, strict=True)]
-
-        return _map_batched(several, image, text)
-
-    def draw(
-        self,
-        prompt: Any,
-        seed: int | Sequence[int] = 0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-    ) -> Any:
-        """A picture of the quoted text in a prompt such as '"CAFE" in red on white': a PIL image, or a list for a list.
-
-        seed: one int, the n-th of a list of prompts taking seed + n, or a list of ints: one a prompt, or several for
-        one prompt. Text that the model cannot draw raises ValueError.
-        """
-
-        def several(pairs: Sequence[tuple[str, int]]) -> list[Image.Image]:
-            prompts = [compose(Task.GENERATION, self._check_caption(caption), 0) for caption, _ in pairs]
-            seeds = [seed for _, seed in pairs]
-            painted = self._paint(prompts, None, None, None, seeds, num_inference_steps, guidance_scale)
-            return [to_pil(picture) for picture in painted]
-
-        return _map_batched(several, prompt, _seeds(seed, prompt))
-
-    def edit(
-        self,
-        image: Any,
-        box: Any,
-        text: Any,
-        seed: int | Sequence[int] = 0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-    ) -> Any:
-        """The picture with the box, in thousandths, filled anew with the text; pixels outside it stay as they were.
-
-        text: a word, or a word and its colour as in '"CAFE" in red'; seed: as in `draw`. Lists of pictures, boxes or
-        texts give a list.
-        A box of the wrong form, or text that the model cannot draw, raises ValueError.
-        """
-
-        def several(rows: Sequence[tuple[Picture, Box, str, int]]) -> list[Image.Image]:
-            frames = [self._frame(picture) for picture, *_ in rows]
-            regions = [frame.inward(check_box(box)) for frame, (_, box, _, _) in zip(frames, rows, strict=True)]
-            source = torch.stack([frame.pixels for frame in frames])
-            hidden = source.clone()
-            for pixels, (x1, y1, x2, y2) in zip(hidden, regions, strict=True):
-                pixels[:, y1:y2, x1:x2] = 0
-            prompts = []
-            for _, _, text, _ in rows:
-                _, word, rest = self._check_caption(text).split('"')
-                prompts.append(compose(Task.EDITING, FILL_QUESTION.format(text=word) + rest, self.config.visual_tokens))
-            seeds = [seed for *_, seed in rows]
-            region = torch.tensor(regions, dtype=torch.float32)
-            painted = self._paint(prompts, hidden, source, region, seeds, num_inference_steps, guidance_scale)
-            return [frame.paste(p, box) for frame, p, (_, box, _, _) in zip(frames, painted, rows, strict=True)]
-
-        if isinstance(box, list) and all(isinstance(side, (int, float)) for side in box):
-            box = tuple(box)  # one box, not a list of them
-        return _map_batched(several, image, box, text, _seeds(seed, image, box, text))
-
-    def _frame(self, picture: Picture) -> Frame:
-        return Frame.of(picture, self.config.image_size)
-
-    def _check_caption(self, text: str) -> str:
-        """The caption with its word quoted; raises ValueError where the model cannot draw it."""
-        caption = text if '"' in text else f'"{text}"'
-        if caption.count('"') != 2:
-            raise ValueError(f"{text!r} has {caption.count(chr(34))} double quotes, expected one quoted text")
-        word = caption.split('"')[1]
-        if layout := self.config.layout:
-            if not 1 <= len(word) <= layout.slots or set(word) - set(layout.characters):
-                raise ValueError(
-                    f"cannot draw {word!r}, expected 1 to {layout.slots} characters of {layout.characters}"
-                )
-        return caption
-
-    def _batch(self, prompts: Sequence[str], pixel_values: Tensor | None, side: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompts -> inputs_embeds (B, T, D), attention_mask (B, T), gates (B, E)."""
-        batch = self.tokenizer(
-            list(prompts), add_special_tokens=False, padding=True, padding_side=side, return_tensors="pt"
-        ).to(self.device)
-        pixels = None if pixel_values is None else pixel_values.to(self.device)
-        embeds, _ = self.embed(batch["input_ids"], pixels)
-        mask = batch["attention_mask"]
-        return embeds, mask, slidelora.compute_gates(self.language, embeds, mask.bool())
-
-    @torch.no_grad()
-    def _write(self, prompts: Sequence[str], pixel_values: Tensor) -> list[str]:
-        embeds, mask, weights = self._batch(prompts, pixel_values, "left")
-        with slidelora.gates(self.language, weights):
-            generate = cast(Callable[..., Tensor], self.language.generate)
-            ids = generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                max_new_tokens=24,
-                do_sample=False,
-                eos_token_id=[self.tokenizer.eos_token_id, self.boi_id],
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    @torch.no_grad()
-    def _paint(
-        self,
-        prompts: Sequence[str],
-        pixel_values: Tensor | None,
-        source: Tensor | None,
-        region: Tensor | None,
-        seeds: Sequence[int],
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-    ) -> Tensor:
-        """Pictures (B, 3, H, W) in -1..1. The gate looks at the prompt, the image decoder at all up to BOI."""
-        _, _, weights = self._batch(prompts, pixel_values, "right")
-        embeds, mask, _ = self._batch([prompt + BOI for prompt in prompts], pixel_values, "right")
-        with slidelora.gates(self.language, weights):
-            hidden = self._hidden_states(embeds, mask)
-        return self.image_decoder.generate(
-            hidden,
-            mask.sum(1) - 1,
-            [torch.Generator().manual_seed(seed) for seed in seeds],
-            None if source is None else source.to(self.device),
-            None if region is None else region.to(self.device),
-            num_inference_steps,
-            guidance_scale,
-        )
-
     # Files
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes config.json, model.safetensors and the tokenizer to a folder, replacing an earlier model whole.
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> None:
+        """Writes config.json, the tokenizer and safetensors to a folder, replacing an earlier model whole.
 
-        dtype: that of the floating-point weights on disk, theirs if None.
+        dtype: that of the floating-point weights on disk, theirs if None. The weights of a quantised language model
+        stay where they were loaded from; its experts and gate are written.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            tensors = {}
-            for name, tensor in self.state_dict().items():
-                if name != _TIED:
-                    wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-                    tensors[name] = tensor.detach().cpu().to(wanted).contiguous()
-            save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-            (partial / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-            self.tokenizer.save_pretrained(partial)
-            path.mkdir(exist_ok=True)
-            for file in partial.iterdir():
-                file.replace(path / file.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        tensors = self.state_dict(keep_vars=True)
+        for name in self._elsewhere():
+            del tensors[name]
+        save_folder(Path(path), self.config, self.tokenizer, tensors, dtype, max_shard_size)
+
+    def _elsewhere(self) -> list[str]:
+        """Names of weights that no folder of ours holds."""
+        if self.config.language_from is None:
+            return []
+        return [n for n in self.state_dict() if n.startswith("language.") and not _ADAPTER.search(n)]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> TextHarmony:
-        """The embedded model ("tiny"), or the one in a folder that `save_pretrained` wrote; in fp32, in eval mode.
+    def from_pretrained(cls, path: str | Path, dtype: DTypes = None) -> TextHarmony:
+        """The embedded model ("tiny"), or the one in a folder that `save_pretrained` wrote; in eval mode.
 
-        A folder or file that is missing, cut short or of another shape raises ValueError or FileNotFoundError.
+        dtype: one, or one each for vision, language and image; fp32 where nothing is said. A folder or file that is
+        missing, cut short or of another shape raises ValueError or FileNotFoundError.
         """
         folder = _EMBEDDED if str(path) == "tiny" else Path(path)
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} has no {name}, expected a folder that save_pretrained wrote, or 'tiny'"
-                )
-        config = _load(folder / "config.json", lambda file: ModelConfig.from_dict(json.loads(file.read_text())))
-        tensors = _load(folder / "model.safetensors", load_file)
-        tokenizer = _load(folder / "tokenizer.json", lambda _: PreTrainedTokenizerFast.from_pretrained(folder))
-        model = cls(config, tokenizer)
-        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-        if model.language.config.tie_word_embeddings:
-            tensors[_TIED] = tensors.get("language.model.embed_tokens.weight", torch.zeros(0))
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {error}"
-            ) from error
+        config, tokenizer = load_folder(folder)
+        backbones = Backbones()
+        if config.language_from is not None:
+            kind = dtype_of(dtype, "language")
+            language = load_language(config.language_from, tokenizer, kind, None, config.quantization)
+            backbones = Backbones(language=language)
+        # Experts go where the language model is, so beside one that is there they must be too.
+        with init_empty_weights() if backbones.language is None else nullcontext():
+            model = cls(config, tokenizer, backbones, dtype)
+        model.language.tie_weights()  # emptied, and then loaded, weights come apart
+        load_weights(folder, model, model._elsewhere())
+        model.language.tie_weights()
         return model.eval()
 
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | Path,
+        language: str | Path,
+        image: str | Path,
+        config: ModelConfig | None = None,
+        dtype: DTypes = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+    ) -> TextHarmony:
+        """A model of a vision model, a language model and a diffusion model as their libraries store them.
 
-_TIED = "language.lm_head.weight"
-_EMBEDDED = Path(__file__).parent / "weights" / "tiny"
-
-
-def _looks_loss(looks: Looks, columns: Tensor, colors: Tensor, box: Tensor) -> Tensor:
-    """Over the pictures of which nothing is hidden; columns (N, 2, Q), colors (N, 2), box (N, 4), all long."""
-    known = (columns != -100).all(-1).all(-1)  # (N,)
-    if not known.any():
-        return looks.box.new_zeros(())
-    character, place = columns[known].unbind(1)  # (K, Q) each
-    tokens = looks.colors.shape[1]
-    return (
-        F.cross_entropy(looks.columns[known].movedim(-1, 1), character[:, None].expand(-1, 2, -1))
-        + F.cross_entropy(looks.places[known].movedim(-1, 1), place)
-        + F.cross_entropy(looks.colors[known].movedim(-1, 1), colors[known][:, None].expand(-1, tokens, -1))
-        + F.cross_entropy(looks.box[known].movedim(-1, 1), box[known][:, None].expand(-1, tokens, -1))
-    )
-
-
-def _load(file: Path, load: Callable[[Path], T]) -> T:
-    try:
-        return load(file)
-    except Exception as error:  # tokenizers raises no narrower one
-        raise ValueError(f"{file} is cut short, or not what save_pretrained wrote: {error}") from error
-
-
-def _map_batched(function: Callable[[list[Any]], list[T]], *arguments: Any) -> T | list[T]:
-    """Calls function with rows of arguments, some at a time; where any is a list the result is one, else one result.
-
-    Arguments that are lists run along with each other, the rest are the same for all.
-    """
-    lengths = {len(a) for a in arguments if isinstance(a, list)}
-    if not lengths:
-        return function([arguments])[0]
-    if len(lengths) > 1:
-        raise ValueError(f"got lists of {sorted(lengths)} items, expected the same length")
-    count = lengths.pop()
-    rows = list(zip(*(a if isinstance(a, list) else [a] * count for a in arguments), strict=True))
-    results: list[T] = []
-    for start in tqdm(range(0, len(rows), _BATCH), disable=len(rows) <= _BATCH, leave=False):
-        results += function(rows[start : start + _BATCH])
-    return results
-
-
-def _seeds(seed: int | Sequence[int], *arguments: Any) -> list[int] | int:
-    """seed + n for the n-th of those arguments that are lists."""
-    if not isinstance(seed, int):
-        return list(seed)
-    lengths = [len(a) for a in arguments if isinstance(a, list)]
-    return [seed + i for i in range(lengths[0])] if lengths else seed
-
-
-def _read_boxes(answer: str) -> list[Box]:
-    """The boxes (x1,y1)(x2,y2) in an answer, thousandths."""
-    found = [tuple(float(v) for v in match) for match in _BOX.findall(answer)]
-    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in found if x1 < x2 and y1 < y2]
+        vision: folder (or hub id) of CLIP or SigLIP; language: of any causal language model of transformers, with its
+        tokenizer; image: of Stable Diffusion 1 or 2, with unet, vae and scheduler. config: all that joins them; what
+        it says of the three themselves, and of pixels, is taken from the folders; None is the preset "paper" at the
+        size that the UNet was trained at. dtype: one, or one each for vision, language and image, fp32 where nothing
+        is said. device_map, quantization_config: of the language model, as transformers takes them; the rest goes
+        where its embeddings are. What joins the parts is new and has to be trained. Raises ValueError or OSError.
+        """
+        config = config or replace(PAPER, drawing_size=drawing_size(image))
+        config, tokenizer, parts = load_backbones(
+            vision, language, image, config, dtype, device_map, quantization_config
+        )
+        model = cls(config, tokenizer, parts, dtype)
+        words: Any = model.language.get_input_embeddings()
+        device = words.weight.device
+        for name, part in model.named_children():
+            if name != "language":
+                part.to(device)
+        for name, parameter in list(model.named_parameters(recurse=False)):
+            setattr(model, name, nn.Parameter(parameter.to(device)))
+        return model.eval()

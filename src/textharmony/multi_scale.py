@@ -26,34 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from textharmony.config import MultiScaleConfig
+
 _NEVER = torch.iinfo(torch.int64).max
-
-
-@dataclass(frozen=True)
-class MultiScaleConfig:
-    """Which scales there are, and how they are looked at.
-
-    every: decoder layers from one that looks to the next, the first looks; levels: sizes of the feature maps over that
-    of the ViT's grid, powers of two; points: sampled by each head in each level; width: channels of features;
-    pictures: how many a token sees at most, the nearest of those before it.
-    """
-
-    every: int = 4
-    levels: tuple[float, ...] = (1.0, 0.5, 0.25)
-    points: int = 4
-    heads: int = 8
-    width: int = 256
-    pictures: int = 8
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))  # JSON has lists
-        for name in ("every", "points", "heads", "width", "pictures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}, expected a multiple of heads, {self.heads}")
-        if not self.levels or any(level <= 0 or math.frexp(level)[0] != 0.5 for level in self.levels):
-            raise ValueError(f"levels is {self.levels}, expected powers of two such as (2, 1, 0.5)")
 
 
 def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
@@ -112,37 +87,42 @@ class Look(nn.Module):
             self.order.weight.zero_()
 
     def forward(self, x: Tensor, shown: Shown, reference: Tensor, columns: Tensor) -> Tensor:
-        """What is added to x (B, Q, C), whose queries look from reference (Q, 2) in 0..1 and stand in columns (Q,)."""
-        pictures, places = shown.pictures.to(x.device), shown.places.to(x.device)  # (B, K)
+        """What is added to x (B, Q, C), whose queries look from reference (Q, 2) in 0..1 and stand in columns (Q,).
+
+        It is made where this module is, and given where x is.
+        """
+        device = self.gate.device
+        reference, columns = reference.to(device), columns.to(device)
+        pictures, places = shown.pictures.to(device), shown.places.to(device)  # (B, K)
         if len(x) != len(pictures):
             raise ValueError(
                 f"got {len(x)} rows, expected {len(pictures)}: batch times repeats, as the pictures were shown for"
             )
         count = pictures.shape[1]
         before = places[..., None] <= columns  # (B, K, Q)
-        nearer = before.sum(1, keepdim=True) - 1 - torch.arange(count, device=x.device)[:, None]  # pictures between
+        nearer = before.sum(1, keepdim=True) - 1 - torch.arange(count, device=device)[:, None]  # pictures between
         seen = before & (nearer < self.order.num_embeddings)
-        said = self.to_points(self.norm(x.to(self.norm.weight.dtype)))[:, None]
+        said = self.to_points(self.norm(x.to(self.norm.weight)))[:, None]
         said = said + self.order(nearer.clamp(0, self.order.num_embeddings - 1))  # (B, K, Q, 3 * H * L * P)
         said = said.unflatten(-1, (*self.shape, 3)).to(torch.promote_types(said.dtype, torch.float32))
         logits = said[..., 2].masked_fill(~seen[..., None, None, None], -math.inf)
         logits = logits.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, Q, H, K * L * P)
         weights = F.pad(logits, (0, 1)).softmax(-1)[..., :-1].unflatten(-1, (count, *self.shape[1:]))
-        values = [value[pictures.flatten()].to(said.dtype) for value in self._values(shown, x.device)]
-        cells = torch.tensor([value.shape[:-3:-1] for value in values], device=x.device)[:, None]  # (L, 1, 2) w and h
+        values = [value[pictures.flatten()].to(said.dtype) for value in self._values(shown)]
+        cells = torch.tensor([value.shape[:-3:-1] for value in values], device=device)[:, None]  # (L, 1, 2) w and h
         locations = reference.to(said.dtype)[:, None, None, None] + said[..., :2] / cells
         found = deformable_attention(values, locations.flatten(0, 1), weights.movedim(3, 1).flatten(0, 1))
         found = found.unflatten(0, (-1, count)).sum(1)  # (B, Q, width)
-        return (self.to_out(found.to(self.to_out.weight.dtype)) * self.gate.tanh()).to(x.dtype)
+        return (self.to_out(found.to(self.to_out.weight.dtype)) * self.gate.tanh()).to(x)
 
-    def _values(self, shown: Shown, device: torch.device) -> list[Tensor]:
+    def _values(self, shown: Shown) -> list[Tensor]:
         """Of each level (P, H, D, h, w)."""
         if not torch.is_grad_enabled() and self in shown.values:
             return shown.values[self]
         values = []
         for level in shown.features:
-            level = level.to(device, self.to_values.weight.dtype)
-            value = self.to_values(self.norm_features(level.movedim(1, -1))).movedim(-1, 1)
+            level = level.to(self.to_values.weight).movedim(1, -1)
+            value = self.to_values(self.norm_features(level)).movedim(-1, 1)
             values.append(value.unflatten(1, (self.shape[0], -1)))
         if not torch.is_grad_enabled():
             shown.values[self] = values

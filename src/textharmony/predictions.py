@@ -43,6 +43,7 @@ class Settings:
     batch_size: int
     num_inference_steps: int | None
     guidance_scale: float | None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch_size < 1:
@@ -187,7 +188,8 @@ def _patiently(ask: Ask, model: TextHarmony, jobs: Jobs, settings: Settings) -> 
 
 
 def _answer(model: TextHarmony, jobs: Jobs, settings: Settings) -> list[Any]:
-    return model.answer([picture for _, picture, _ in jobs], [record.prompt for record, _, _ in jobs])
+    prompts = [record.prompt for record, _, _ in jobs]
+    return model.answer([picture for _, picture, _ in jobs], prompts, max_new_tokens=settings.max_new_tokens)
 
 
 def _locate(model: TextHarmony, jobs: Jobs, settings: Settings) -> list[Any]:

@@ -69,7 +69,7 @@ class PerceiverResampler(nn.Module):
         """context (B, T, C), positions (T, D) or (B, T, D) added to it, mask (B, T) bool -> (B, queries, D)."""
         context = self.project(context)
         if positions is not None:
-            context = context + positions
+            context = context + positions.to(context.dtype)
         context = self.norm_context(context)
         x = self.queries.expand(context.shape[0], -1, -1)  # (B, Q, D)
         for cross, block in zip(self.cross, self.blocks, strict=True):

@@ -64,11 +64,27 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def compose(task: Task, prompt: str, visual_tokens: int) -> str:
-    """The whole prompt of a task, up to where the answer (or BOI, for a picture) follows."""
-    image = BOI + IMAGE * visual_tokens
+def compose(task: Task, prompt: str, visual_tokens: int, bos: str) -> str:
+    """The whole prompt of a task, up to where the answer (or BOI, for a picture) follows.
+
+    bos: the token that texts begin with, "" for a tokenizer without. Raises ValueError for a prompt with a picture's
+    tokens in it.
+    """
+    check_plain(prompt)
+    image = picture_tokens(visual_tokens)
     if task is Task.GENERATION:
-        return "<s>" + GENERATION_PROMPT.format(caption=prompt)
+        return bos + GENERATION_PROMPT.format(caption=prompt)
     if task is Task.EDITING:
-        return "<s>" + EDITING_PROMPT.format(image=image, question=prompt)
-    return "<s>" + TEXT_PROMPT.format(image=image, question=prompt)
+        return bos + EDITING_PROMPT.format(image=image, question=prompt)
+    return bos + TEXT_PROMPT.format(image=image, question=prompt)
+
+
+def picture_tokens(visual_tokens: int) -> str:
+    """What stands for a picture in a prompt."""
+    return BOI + IMAGE * visual_tokens
+
+
+def check_plain(text: str) -> None:
+    """Raises ValueError for text with a picture's tokens in it."""
+    if BOI in text or IMAGE in text:
+        raise ValueError(f"{text!r} holds {BOI} or {IMAGE}, expected text: pictures are given beside it")

@@ -2,59 +2,176 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shutil
-from dataclasses import asdict, fields
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from PIL import Image
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_scheduler
 
+import slidelora
 from textharmony.config import ModelConfig, Stage, TrainConfig
 from textharmony.data.collate import Collator, to_pixels
 from textharmony.data.sample import Sample
+from textharmony.data.sources import SampleStream, Source
 from textharmony.data.synthetic import SyntheticWords, word_box
 from textharmony.model import Losses, TextHarmony
-from textharmony.pictures import to_pil
-from textharmony.sheets import contact_sheet
+from textharmony.progress import LOG_EVERY, draw_samples, log_losses, plot_losses
 from textharmony.tokens import Task, build_tokenizer
 
 _CROP = 48  # pixels of width: the VAE is convolutional, and learns sooner from more, smaller pictures
-_LOG_EVERY = 20
 
 
-def train(model_config: ModelConfig, config: TrainConfig, out: str | Path) -> TextHarmony:
+Data = Mapping[str, Sequence[Source]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of one run share; given: all that a checkpoint must have been made of."""
+
+    model: TextHarmony
+    config: TrainConfig
+    data: Data | None
+    out: Path
+    accelerator: Accelerator
+    given: dict[str, Any]
+
+
+def train(
+    start: ModelConfig | str | Path, config: TrainConfig, out: str | Path, data: Data | None = None
+) -> TextHarmony:
     """Trains through all stages and writes out/model; goes on from out/checkpoint where there is one.
 
-    Every step's data and noise are functions of (seed, stage, step), so a resumed run continues exactly. Also written:
-    out/losses.csv and losses.png, out/samples-*.png. A checkpoint of another configuration raises ValueError.
+    start: a configuration, to train from random weights with the tokenizer of characters, the model written in fp16;
+    or a folder that save_pretrained wrote, the model written in the dtype of its weights, fp32. data: sources by stage,
+    each stage having some, weighed by their own weights; None is rendered words, at the model's size.
+    Every step's data and noise are functions of (seed, stage, step) and of the sources, so a resumed run continues
+    exactly. Also written: out/losses.csv and losses.png, out/samples-*.png, and out/faults.txt, the corrupt records
+    that were skipped (faults-N.txt of process N, where there are several). A checkpoint of another configuration, or
+    sources that do not go with the stages or the model, raise ValueError; too many corrupt records TooManyFaults.
+    Checkpoints of a run from a folder leave out what no stage trains: it is read from the folder again.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # batch_size is that of all processes
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     torch.manual_seed(config.seed)
-    model = TextHarmony(model_config, build_tokenizer())
-    run = json.loads(json.dumps({"model": model_config.to_dict(), "training": asdict(config)}))
-    first, done = _find_checkpoint(out, run)
+    fresh = isinstance(start, ModelConfig)
+    model = (
+        TextHarmony(start, build_tokenizer()) if isinstance(start, ModelConfig) else TextHarmony.from_pretrained(start)
+    )
+    _check(model, config, data, accelerator)
+    given = {
+        "start": None if fresh else str(start),
+        "model": model.config.to_dict(),
+        "training": asdict(config),
+        "data": {stage: [asdict(source) for source in sources] for stage, sources in (data or {}).items()},
+    }
+    run = _Run(model, config, data, out, accelerator, json.loads(json.dumps(given)))
+    out.mkdir(parents=True, exist_ok=True)
+    first, done = _find_checkpoint(out, run.given)
+    names = {name for name in model.state_dict() if fresh or any(re.match(s.trainable, name) for s in config.stages)}
+    _keep(accelerator, model, names)
     if first and not done:
-        load_model(model, str(out / "checkpoint" / "model.safetensors"))
+        _load_weights(model, out / "checkpoint", names)
+    if config.gradient_checkpointing:
+        _recompute(model)
     for number, stage in enumerate(config.stages):
         if number >= first:
-            _run_stage(model, stage, number, done if number == first else 0, config, run, out, accelerator)
-    model.eval()
-    accelerator.unwrap_model(model).save_pretrained(out / "model", torch.float16)
-    _plot(out)
+            _run_stage(run, stage, number, done if number == first else 0)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    model.save_pretrained(out / "model", torch.float16 if fresh else None)
+    plot_losses(out)
     return model
+
+
+def _check(model: TextHarmony, config: TrainConfig, data: Data | None, accelerator: Accelerator) -> None:
+    """Raises ValueError for what cannot be trained, before anything is."""
+    share = accelerator.num_processes * config.gradient_accumulation_steps
+    for stage in config.stages:
+        if stage.batch_size % share:
+            raise ValueError(
+                f"stage {stage.name!r} has batch_size {stage.batch_size}, expected a multiple of {share}: "
+                f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} micro-batches"
+            )
+        select_parameters(model, stage)
+    if data is None:
+        return
+    names = [stage.name for stage in config.stages]
+    if set(data) != set(names) or not all(data.values()):
+        raise ValueError(f"data has sources for {[n for n in data if data[n]]}, expected them for each of {names}")
+    if model.config.layout is not None:
+        raise ValueError("records say nothing of characters' places, which this model's layout needs: expected none")
+    for stage in config.stages:
+        if "autoencoder" in stage.losses:
+            raise ValueError(f"stage {stage.name!r} trains the autoencoder, expected rendered words and not records")
+        _open_stream(data[stage.name], 0, model.config, config, accelerator)
+
+
+def _open_stream(
+    sources: Sequence[Source], seed: int, model_config: ModelConfig, config: TrainConfig, accelerator: Accelerator
+) -> SampleStream:
+    return SampleStream(
+        sources,
+        seed,
+        model_config.image_size,
+        model_config.target_size,
+        config.max_faults,
+        config.shuffle_buffer,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+
+def _keep(accelerator: Accelerator, model: TextHarmony, names: set[str]) -> None:
+    """Has checkpoints hold those of the model's tensors alone."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        for tensors in weights:
+            for name in [name for name in tensors if name.removeprefix("module.") not in names]:
+                del tensors[name]
+
+    def load(models: list[torch.nn.Module], folder: str) -> None:
+        models.clear()  # accelerate would look for all tensors
+        _load_weights(model, Path(folder), names)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _load_weights(model: TextHarmony, checkpoint: Path, names: set[str]) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    own = model.state_dict()
+    loaded = {own[name].data_ptr() for name in tensors if name in own}  # a tied tensor is written under one name
+    missing = sorted(name for name in names if own[name].data_ptr() not in loaded)
+    if missing or set(tensors) - set(own):
+        raise ValueError(f"{checkpoint} lacks {missing} and has {sorted(set(tensors) - set(own))} beside the model's")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _recompute(model: TextHarmony) -> None:
+    """Has ViT, language model and UNet compute their hidden states again on the way back."""
+    plain = {"use_reentrant": False}
+    for transformer, host, slide in (
+        (model.language, model.language, model.config.slide),
+        (model.visual_tokenizer.vit, model.visual_tokenizer, model.config.slide_vision),
+    ):
+        transformer.gradient_checkpointing_enable(plain if slide is None else slidelora.checkpoint_kwargs(host))
+    model.image_decoder.unet.enable_gradient_checkpointing()
 
 
 def _find_checkpoint(out: Path, run: dict[str, object]) -> tuple[int, int]:
@@ -72,16 +189,8 @@ def _find_checkpoint(out: Path, run: dict[str, object]) -> tuple[int, int]:
     return progress["stage"], progress["step"]
 
 
-def _run_stage(
-    model: TextHarmony,
-    stage: Stage,
-    number: int,
-    start: int,
-    config: TrainConfig,
-    run: dict[str, object],
-    out: Path,
-    accelerator: Accelerator,
-) -> None:
+def _run_stage(run: _Run, stage: Stage, number: int, start: int) -> None:
+    model, config, out, accelerator = run.model, run.config, run.out, run.accelerator
     trained = select_parameters(model, stage)
     optimizer = torch.optim.AdamW(trained, stage.learning_rate, config.betas, weight_decay=config.weight_decay)
     decay = int(stage.steps * stage.decay_share)
@@ -95,42 +204,99 @@ def _run_stage(
     prepared, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     if start:
         accelerator.load_state(str(out / "checkpoint"))
-    tasks = {Task(name): weight for name, weight in stage.tasks.items()}
-    data = SyntheticWords(config.seed * 1000 + number, "train", tasks)
-    collate = Collator(model.config, model.tokenizer)
+    stream = None if run.data is None else _resume_stream(run, run.data[stage.name], number, start)
+    words = _words(model.config, stage, config.seed * 1000 + number)
+    place: dict[str, Any] | None = None
+    collate = Collator(model.config, model.tokenizer, config.max_length)
     size = stage.batch_size // accelerator.num_processes
+    micro = size // config.gradient_accumulation_steps
     recent: list[list[float]] = []
-    with tqdm(range(start, stage.steps), stage.name, initial=start, total=stage.steps, mininterval=5) as bar:
-        for step in bar:
-            offset = step * stage.batch_size + accelerator.process_index * size
-            samples = [data[offset + i] for i in range(size)]
-            torch.manual_seed(((config.seed * 64 + number) * 10_000_000 + step) * 64 + accelerator.process_index)
-            prepared.train()
-            losses = _losses(prepared, stage, samples, collate, accelerator.device)
-            accelerator.backward(losses["total"])
-            accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            last = step + 1 == stage.steps
-            recent.append([float(value.detach()) for value in losses.values()])
-            saved = last or (step + 1) % config.save_every == 0
-            if saved or (step + 1) % _LOG_EVERY == 0:
-                means = {name: sum(c) / len(c) for name, c in zip(losses, zip(*recent, strict=True), strict=True)}
-                recent = []
-                if accelerator.is_main_process:
-                    _log(out, number, stage.name, step + 1, means)
-                bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
-            if last and "autoencoder" in stage.losses:
-                model.image_decoder.standardise(_pictures(data, stage.steps * stage.batch_size).to(accelerator.device))
-            if saved:
-                progress = (number + 1, 0) if last else (number, step + 1)
-                _save_checkpoint(accelerator, out, run, *progress)
-            shown = {"autoencoder", "image"} & set(stage.losses) and (last or (step + 1) % config.sample_every == 0)
-            if shown and accelerator.is_main_process:
-                model.eval()
-                _draw_samples(model, stage).save(out / f"samples-{number}-{stage.name}-{step + 1:05d}.png")
+    try:
+        with (
+            closing(_read_ahead(stream, size)) as records,
+            tqdm(range(start, stage.steps), stage.name, initial=start, total=stage.steps, mininterval=5) as bar,
+        ):
+            for step in bar:
+                if stream is None:
+                    offset = step * stage.batch_size + accelerator.process_index * size
+                    samples = [words[offset + i] for i in range(size)]
+                else:
+                    samples, place = next(records)
+                torch.manual_seed(((config.seed * 64 + number) * 10_000_000 + step) * 64 + accelerator.process_index)
+                prepared.train()
+                for first in range(0, size, micro):
+                    with accelerator.accumulate(prepared):
+                        losses = _losses(prepared, stage, samples[first : first + micro], collate, accelerator.device)
+                        accelerator.backward(losses["total"])
+                        if accelerator.sync_gradients:
+                            accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+                        optimizer.step()
+                        scheduler.step()
+                        optimizer.zero_grad()
+                    recent.append([float(value.detach()) for value in losses.values()])
+                last = step + 1 == stage.steps
+                saved = last or (step + 1) % config.save_every == 0
+                if saved or (step + 1) % LOG_EVERY == 0:
+                    means = {name: sum(c) / len(c) for name, c in zip(losses, zip(*recent, strict=True), strict=True)}
+                    recent = []
+                    if accelerator.is_main_process:
+                        log_losses(out, number, stage.name, step + 1, means)
+                    bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
+                if last and "autoencoder" in stage.losses:
+                    pictures = _pictures(words, stage.steps * stage.batch_size)
+                    model.image_decoder.standardise(pictures.to(accelerator.device))
+                if saved:
+                    reached = (number + 1, 0) if last else (number, step + 1)
+                    _save_checkpoint(run, reached, place)
+                    _list_faults(run, stream)
+                shown = {"autoencoder", "image"} & set(stage.losses) and (last or (step + 1) % config.sample_every == 0)
+                if shown and accelerator.is_main_process:
+                    model.eval()
+                    draw_samples(model, stage).save(out / f"samples-{number}-{stage.name}-{step + 1:05d}.png")
+    finally:
+        _list_faults(run, stream)
     accelerator.free_memory()
+
+
+def _words(config: ModelConfig, stage: Stage, seed: int, split: str = "train") -> SyntheticWords:
+    """Rendered words at the model's size, the tasks by the stage's weights."""
+    tasks = {Task(name): weight for name, weight in stage.tasks.items()}
+    return SyntheticWords(seed, split, tasks, config.image_size, config.target_size)
+
+
+def _resume_stream(run: _Run, sources: Sequence[Source], number: int, start: int) -> SampleStream:
+    """The records of a stage from a step on, as the checkpoint has it."""
+    stream = _open_stream(sources, run.config.seed * 1000 + number, run.model.config, run.config, run.accelerator)
+    if start:
+        states = sorted((run.out / "checkpoint").glob("stream-*.json"))
+        own = run.out / "checkpoint" / f"stream-{run.accelerator.process_index}.json"
+        # One of a process that is no more says how many there were as well.
+        stream.restore(json.loads((own if own.exists() else states[0]).read_text()))
+    return stream
+
+
+def _read_ahead(stream: SampleStream | None, size: int) -> Generator[tuple[list[Sample], dict[str, Any]], None, None]:
+    """Batches and where the stream stands after each, one read while the one before is trained on."""
+    if stream is None:
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(stream.take, size)
+        while True:
+            samples, state = coming.result(), stream.state()
+            coming = reader.submit(stream.take, size)
+            yield samples, state
+
+
+def _list_faults(run: _Run, stream: SampleStream | None) -> None:
+    """Adds what is corrupt to the list of this process, each fault once."""
+    found = stream.faults() if stream else []
+    if not found:
+        return
+    rank = run.accelerator.process_index
+    path = run.out / (f"faults-{rank}.txt" if rank else "faults.txt")
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = dict.fromkeys([*known, *(line.encode(errors="backslashreplace").decode() for line in found)])
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def select_parameters(model: torch.nn.Module, stage: Stage) -> list[torch.nn.Parameter]:
@@ -149,18 +315,23 @@ def _losses(
 ) -> dict[str, Tensor]:
     batch = {name: tensor.to(device) for name, tensor in collate(samples).items()}
     if "autoencoder" in stage.losses:
-        batch["target_pixel_values"], batch["target_weight"] = _crops(batch["target_pixel_values"], samples)
+        batch["target_pixel_values"], batch["target_weight"] = _crops(
+            batch["target_pixel_values"], samples, collate.config.image_size[1]
+        )
     losses: Losses = model(**batch, adapters=stage.adapters, losses=stage.losses)
     return {field.name: getattr(losses, field.name) for field in fields(losses)}
 
 
-def _crops(pixel_values: Tensor, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    """A crop about the word of each picture, and weights, four on the word and one elsewhere."""
+def _crops(pixel_values: Tensor, samples: list[Sample], layout_width: int) -> tuple[Tensor, Tensor]:
+    """A crop about the word of each picture, and weights, four on the word and one elsewhere.
+
+    layout_width: of pictures that the layouts are pixels of.
+    """
     width = pixel_values.shape[-1]
     pixels, weights = [], []
     for picture, sample in zip(pixel_values, samples, strict=True):
         assert sample.layout is not None
-        x1, y1, x2, y2 = word_box(sample.layout.boxes)
+        x1, y1, x2, y2 = word_box(sample.layout.boxes * (width / layout_width))
         weight = torch.ones_like(picture[:1])
         weight[:, max(0, y1 - 2) : y2 + 3, max(0, x1 - 2) : x2 + 2] = 4
         start = int(torch.randint(x1 - _CROP // 2, x2 - _CROP // 2 + 1, ()).clamp(0, width - _CROP))
@@ -175,69 +346,25 @@ def _pictures(data: SyntheticWords, start: int, count: int = 256) -> Tensor:
     return to_pixels([s.target for s in samples if s.target is not None])
 
 
-def _save_checkpoint(accelerator: Accelerator, out: Path, run: dict[str, object], stage: int, step: int) -> None:
-    """Replaces out/checkpoint whole, so that a run cut off here keeps the one before."""
+def _save_checkpoint(run: _Run, reached: tuple[int, int], place: dict[str, Any] | None) -> None:
+    """Replaces out/checkpoint whole, so that a run cut off here keeps the one before.
+
+    reached: stage, and steps in it; place: of this process in the records.
+    """
+    out, accelerator = run.out, run.accelerator
     partial = out / "checkpoint.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
+    if place is not None:
+        (partial / f"stream-{accelerator.process_index}.json").write_text(json.dumps(place))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps({"stage": stage, "step": step, "run": run}))
+        progress = {"stage": reached[0], "step": reached[1], "run": run.given}
+        (partial / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(out / "checkpoint.old", ignore_errors=True)
         if (out / "checkpoint").exists():
             (out / "checkpoint").rename(out / "checkpoint.old")
         partial.rename(out / "checkpoint")
         shutil.rmtree(out / "checkpoint.old", ignore_errors=True)
-
-
-def _draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
-    """A sheet of held-out words: drawn, then read; for the autoencoder, pictures and their reconstructions."""
-    cells: list[tuple[Image.Image, str]] = []
-    drawn = [SyntheticWords(1, "held_out", {Task.GENERATION: 1})[i] for i in range(18)]
-    if "autoencoder" in stage.losses:
-        pixels = to_pixels([s.target for s in drawn[:9] if s.target is not None]).to(model.device)
-        again = model.image_decoder.decode(model.image_decoder.encode(pixels))
-        for before, after in zip(pixels, again, strict=True):
-            cells += [(to_pil(before), "picture"), (to_pil(after), "reconstruction")]
-        return contact_sheet(cells, 6, "autoencoder")
-    prompts = [s.prompt for s in drawn]
-    cells += zip(model.draw(prompts), prompts, strict=True)
-    seen = [SyntheticWords(1, "held_out", {Task.PERCEPTION: 1})[i] for i in range(12)]
-    pictures = [Image.fromarray(s.image) for s in seen if s.image is not None]
-    answers = model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION)
-    cells += [(picture, f"says {answer}") for picture, answer in zip(pictures, answers, strict=True)]
-    return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words")
-
-
-def _log(out: Path, number: int, stage: str, step: int, means: dict[str, float]) -> None:
-    path = out / "losses.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [row for row in rows if (int(row["number"]), int(row["step"])) < (number, step)]
-    names = ["number", "stage", "step", *(field.name for field in fields(Losses))]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows([*rows, {"number": number, "stage": stage, "step": step, **means}])
-
-
-def _plot(out: Path) -> None:
-    """out/losses.png: each loss on its own axes, in the stages that minimised it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = list(csv.DictReader((out / "losses.csv").open()))
-    names = [field.name for field in fields(Losses)]
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 6), layout="constrained")
-    for axis, name in zip(axes.flat, names):
-        for stage in dict.fromkeys(row["stage"] for row in rows):
-            points = [(i, float(row[name])) for i, row in enumerate(rows) if row["stage"] == stage]
-            if any(value for _, value in points):
-                axis.plot([i * _LOG_EVERY for i, _ in points], [value for _, value in points], label=stage)
-        axis.set(title=name, xlabel="step", yscale="log")
-        if axis.lines:
-            axis.legend()
-    axes.flat[-1].set_axis_off()
-    figure.savefig(out / "losses.png", dpi=100)
-    pyplot.close(figure)

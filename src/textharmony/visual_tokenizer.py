@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
+import slidelora
+from textharmony.backbones import build_vision
 from textharmony.config import BOX_BINS, ModelConfig
 from textharmony.resampler import PerceiverResampler
 
@@ -55,19 +57,29 @@ class VisualTokenizer(nn.Module):
     beside, they stand in for a vision model's pretraining. What each token can be asked, the language model finds.
     """
 
-    def __init__(self, config: ModelConfig, width: int) -> None:
+    def __init__(self, config: ModelConfig, width: int, vit: Any = None, words: nn.Module | None = None) -> None:
+        """width: of the language model; vit: of transformers, made from the configuration where None; words: the
+        language model's embeddings, in which a gate of the ViT's experts reads the prompt."""
         super().__init__()
-        vision = AutoConfig.for_model(**config.vision)
-        self.vit = AutoModel.from_config(vision)
+        self.vit: Any = build_vision(config) if vit is None else vit
+        vision = self.vit.config
         if config.stem:
-            self.vit.embeddings.patch_embedding = ConvStem(config.stem, vision.hidden_size, vision.patch_size)
+            embeddings: Any = self.vit.embeddings
+            embeddings.patch_embedding = ConvStem(config.stem, vision.hidden_size, vision.patch_size)
         self.grid = (config.image_size[0] // vision.patch_size, config.image_size[1] // vision.patch_size)
         rows, columns = self.grid
-        self.positions = nn.Parameter(torch.randn(rows * columns, width) * 0.02)
+        between = config.visual_resampler.width or width
+        self.positions = nn.Parameter(torch.randn(rows * columns, between) * 0.02)
         self.resampler = PerceiverResampler(
-            vision.hidden_size, width, config.visual_tokens, config.visual_resampler.depth, config.visual_resampler.heads
+            vision.hidden_size,
+            between,
+            config.visual_tokens,
+            config.visual_resampler.depth,
+            config.visual_resampler.heads,
         )
-        self.project = nn.Linear(width, width)
+        self.project = nn.Linear(between, width)
+        self.mean, self.std = config.pixel_mean, config.pixel_std
+        self._words = (words,)  # not a part of this one
         self.heads = None
         if config.layout:
             if config.visual_tokens != 2 * columns:
@@ -78,25 +90,55 @@ class VisualTokenizer(nn.Module):
             self.heads = nn.ModuleDict(
                 {
                     "columns": nn.Linear(vision.hidden_size, 2 * characters),
-                    "tokens": nn.Linear(width, characters),
-                    "places": nn.Linear(width, config.layout.slots + 1),
-                    "colors": nn.Linear(width, 2 * len(config.layout.colors)),
-                    "box": nn.Linear(width, 4 * BOX_BINS),
+                    "tokens": nn.Linear(between, characters),
+                    "places": nn.Linear(between, config.layout.slots + 1),
+                    "colors": nn.Linear(between, 2 * len(config.layout.colors)),
+                    "box": nn.Linear(between, 4 * BOX_BINS),
                 }
             )
+        self.to(self.vit.dtype)
+        if config.slide_vision is not None:
+            slidelora.inject(self, **config.slide_vision)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Looks | None]:
-        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), and what the heads say."""
-        hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state[
-            :, 1:
-        ]  # (N, P, C)
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's, in which a learned gate reads the prompt."""
+        (words,) = self._words
+        if words is None:
+            raise NotImplementedError
+        return words
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Looks | None, Tensor]:
+        """pixel_values (N, 3, H, W) in -1..1 -> tokens (N, Q, D), what the heads say, the ViT's patches (N, P, C)."""
+        mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        pixel_values = (pixel_values * (0.5 / std) + (0.5 - mean) / std).to(self.positions.dtype)
+        rows, columns = self.grid
+        seen = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state
+        hidden = seen[:, -rows * columns :]  # (N, P, C), without a class token
         resampled = self.resampler(hidden, self.positions)
         tokens = self.project(resampled)
         if self.heads is None:
-            return tokens, None
+            return tokens, None, hidden
         pooled = hidden.unflatten(1, self.grid).mean(1)  # (N, columns, C)
         by_column = self.heads["columns"](pooled).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, Q, characters + 1)
         columns = torch.stack([by_column, self.heads["tokens"](resampled)], 1)
         colors = self.heads["colors"](resampled).unflatten(-1, (2, -1))
         box = self.heads["box"](resampled).unflatten(-1, (4, BOX_BINS))
-        return tokens, Looks(columns, self.heads["places"](resampled), colors, box)
+        return tokens, Looks(columns, self.heads["places"](resampled), colors, box), hidden
+
+
+def looks_loss(looks: Looks, columns: Tensor, colors: Tensor, box: Tensor) -> Tensor:
+    """The loss of what the heads say, over the pictures of which nothing is hidden.
+
+    columns: (N, 2, Q), colors: (N, 2), box: (N, 4), all long, as the collator makes them.
+    """
+    known = (columns != -100).all(-1).all(-1)  # (N,)
+    if not known.any():
+        return looks.box.new_zeros(())
+    character, place = columns[known].unbind(1)  # (K, Q) each
+    tokens = looks.colors.shape[1]
+    return (
+        F.cross_entropy(looks.columns[known].movedim(-1, 1), character[:, None].expand(-1, 2, -1))
+        + F.cross_entropy(looks.places[known].movedim(-1, 1), place)
+        + F.cross_entropy(looks.colors[known].movedim(-1, 1), colors[known][:, None].expand(-1, tokens, -1))
+        + F.cross_entropy(looks.box[known].movedim(-1, 1), box[known][:, None].expand(-1, tokens, -1))
+    )

@@ -2,7 +2,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import slidelora
 from slidelora import SlideLoRAConfig, released_gates
 from slidelora.gates import SequenceGate, TokenGate, given_gates
 
@@ -167,3 +169,22 @@ def test_token_gate_keeps_no_copy_of_its_input_for_backward() -> None:
     slopes = torch.autograd.grad(expected.square().sum(), [exact, gate.weight])
     assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], slopes[0].bfloat16())
     torch.testing.assert_close(found[1], slopes[1])
+
+
+@pytest.mark.parametrize("gate", ["sequence", "token"])
+def test_learned_gates_run_on_the_meta_device(gate: str) -> None:
+    with torch.device("meta"):
+        model = slidelora.inject(Tokens(), r=2, gate=gate)
+        assert model(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 8)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(7, 6), nn.Linear(6, 8)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.embed(input_ids))

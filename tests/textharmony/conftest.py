@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from chat_server import ChatServer, serve
+from miniatures import SETTINGS, WRITERS, Miniature
 from transformers import PreTrainedTokenizerFast
 
-from textharmony.config import TINY, LayoutConfig, ModelConfig
+from textharmony.config import PAPER, TINY, LayoutConfig, ModelConfig
 from textharmony.model import TextHarmony
 from textharmony.tokens import build_tokenizer
 
@@ -96,3 +97,29 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         CLIPModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", params=sorted(WRITERS))
+def miniature(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Miniature:
+    """Folders of three backbones, once for each layout."""
+    with torch.random.fork_rng():
+        return WRITERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def joined() -> ModelConfig:
+    """What joins the miniatures."""
+    return ModelConfig.from_dict(json.loads(json.dumps(PAPER.to_dict())) | SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def united(miniature: Miniature, joined: ModelConfig) -> TextHarmony:
+    """A model of a miniature's backbones; parameters that start at zero are random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TextHarmony.from_backbones(miniature.vision, miniature.language, miniature.image, joined)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name or "begin_" in name:
+                    parameter.normal_(0, 0.1)
+    return model

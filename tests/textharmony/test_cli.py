@@ -1,6 +1,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import textharmony.training
 from textharmony.cli import main
-from textharmony.config import TINY, TINY_TRAINING
+from textharmony.config import PAPER_TRAINING, TINY, TINY_TRAINING
+from textharmony.data.sources import Source
 from textharmony.model import TextHarmony
 
 Run = Callable[..., None]
@@ -86,7 +88,35 @@ def test_train_runs_the_preset(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     calls = []
     monkeypatch.setattr(textharmony.training, "train", lambda *arguments: calls.append(arguments))
     run("train", "--preset", "tiny", "--out", tmp_path)
-    assert calls == [(TINY, TINY_TRAINING, tmp_path)]
+    run("train")
+    assert calls == [(TINY, TINY_TRAINING, tmp_path, None), (TINY, TINY_TRAINING, Path("runs/tiny"), None)]
+
+
+def test_train_takes_a_model_through_stages(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    monkeypatch.setattr(textharmony.training, "train", lambda *arguments: calls.append(arguments))
+    sources = {stage: [{"name": "folder", "folder": "own", "weight": 2}] for stage in ("align", "tune")}
+    (tmp_path / "sources.json").write_text(json.dumps(sources))
+    model = ["train", "--model", tmp_path / "model"]
+    run(*model)
+    run(*model, "--stages", "paper", "--out", tmp_path / "run", "--data", tmp_path / "sources.json", "--steps", 2)
+    run(*model, "--batch-size", 8, "--mixed-precision", "no", "--gradient-accumulation-steps", 4)
+    source = Source("folder", str(tmp_path / "own"), weight=2)
+    few = replace(PAPER_TRAINING, stages=tuple(replace(stage, steps=2, warmup=0) for stage in PAPER_TRAINING.stages))
+    small = replace(
+        PAPER_TRAINING,
+        stages=tuple(replace(stage, batch_size=8) for stage in PAPER_TRAINING.stages),
+        mixed_precision="no",
+        gradient_accumulation_steps=4,
+    )
+    assert calls == [
+        (tmp_path / "model", PAPER_TRAINING, Path("runs/paper"), None),
+        (tmp_path / "model", few, tmp_path / "run", {"align": (source,), "tune": (source,)}),
+        (tmp_path / "model", small, Path("runs/paper"), None),
+    ]
+    assert capsys.readouterr().out.count("model after") == 3
 
 
 @pytest.fixture
@@ -163,6 +193,11 @@ def test_captions_build_with_a_local_model(run: Run, tmp_path: Path) -> None:
         (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "0"], "0"),
         (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "-3"], "-3"),
         (["train", "--preset", "huge"], "'huge'"),
+        (["train", "--preset", "paper"], "as --model"),
+        (["train", "--model", "nowhere", "-o", "OUT"], "nowhere has no config.json"),
+        (["train", "--model", "nowhere", "--stages", "huge"], "'huge'"),
+        (["train", "--model", "nowhere", "--data", "nofile.json"], "nofile.json"),
+        (["train", "--model", "nowhere", "--data", "NOTE"], "note.txt is not JSON"),
         (["captions", "build", "."], "--endpoint and --model, or --local"),
         (["captions", "build", ".", "--endpoint", "http://a/v1"], "--endpoint and --model, or --local"),
         (["captions", "build", ".", "--endpoint", "http://a/v1", "--model", "m", "--local", "."], "not both"),

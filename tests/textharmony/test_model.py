@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import slidelora
+import textharmony.checkpoint
 import textharmony.model
 from textharmony.config import ModelConfig
 from textharmony.data.collate import Collator
@@ -126,8 +127,8 @@ def test_embed_counts_the_image_tokens(model: TextHarmony) -> None:
         model.embed(ids, None)
     ids[:, count] = model.image_id
     pixels = torch.rand(2, 3, 32, 128)
-    embeds, _ = model.embed(ids, pixels)
-    tokens, _ = model.visual_tokenizer(pixels)
+    embeds, *_ = model.embed(ids, pixels)
+    tokens, *_ = model.visual_tokenizer(pixels)
     assert torch.equal(embeds[:, 1 : count + 1], tokens)
     assert torch.equal(embeds[:, 0], model.language.get_input_embeddings()(ids[:, 0]))
 
@@ -337,7 +338,7 @@ def test_an_interrupted_save_keeps_the_one_before(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(textharmony.model, "save_file", interrupted)
+    monkeypatch.setattr(textharmony.checkpoint, "save_torch_state_dict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_model(seed=1).save_pretrained(copy)
     kept = TextHarmony.from_pretrained(copy)

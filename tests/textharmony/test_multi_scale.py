@@ -13,7 +13,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from textharmony.multi_scale import Look, MultiScaleConfig, MultiScaleFeatures, Shown, deformable_attention
+from textharmony.config import MultiScaleConfig
+from textharmony.multi_scale import Look, MultiScaleFeatures, Shown, deformable_attention
 
 CONFIG = MultiScaleConfig(every=2, levels=(2.0, 1.0, 0.5), points=2, heads=2, width=8, pictures=2)
 GRID = (2, 4)

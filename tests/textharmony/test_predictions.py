@@ -129,9 +129,9 @@ def test_a_batch_that_was_cut_is_asked_whole(
     (tmp_path / ROWS).write_bytes(b"".join(lines[:4]))
     answer, asked = model.answer, []
 
-    def listen(images: list[Image.Image], questions: list[str]) -> Any:
+    def listen(images: list[Image.Image], questions: list[str], **settings: Any) -> Any:
         asked.append("".join(questions))
-        return answer(images, questions)
+        return answer(images, questions, **settings)
 
     monkeypatch.setattr(model, "answer", listen)
     run(model, tmp_path, records)

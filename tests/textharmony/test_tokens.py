@@ -57,7 +57,7 @@ def test_two_builds_agree(tokenizer: PreTrainedTokenizerFast) -> None:
 
 @pytest.mark.parametrize("task", list(Task))
 def test_compose(task: Task) -> None:
-    whole = compose(task, "some prompt", 5)
+    whole = compose(task, "some prompt", 5, "<s>")
     assert whole.startswith("<s>") and "some prompt" in whole
     images = 0 if task is Task.GENERATION else 5
     assert whole.count(IMAGE) == images and (BOI + IMAGE * 5 in whole) == bool(images)

@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import pickle
 import shutil
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from textharmony.config import TINY_TRAINING, ModelConfig, Stage, TrainConfig
+from textharmony.config import PAPER_TRAINING, TINY_TRAINING, ModelConfig, Stage, TrainConfig
+from textharmony.data.faults import TooManyFaults
+from textharmony.data.sources import Source
 from textharmony.model import TextHarmony
 from textharmony.tokens import build_tokenizer
 from textharmony.training import select_parameters, train
@@ -267,3 +271,254 @@ def test_only_the_autoencoder_stage_trains_the_vae(model: TextHarmony) -> None:
 def test_a_stage_names_an_unknown_loss() -> None:
     with pytest.raises(ValueError, match=r"stage 'x' has losses \['sound'\]"):
         Stage("x", ".", {"perception": 1}, 1, 1, 1e-3, losses=("text", "sound"))
+
+
+# From a folder: the paper's stages, a few steps of each.
+SHORT = replace(
+    PAPER_TRAINING,
+    stages=tuple(
+        replace(stage, steps=3, batch_size=4, warmup=1, learning_rate=1e-3) for stage in PAPER_TRAINING.stages
+    ),
+    save_every=2,
+    sample_every=1000,
+    mixed_precision=None,
+    gradient_checkpointing=False,
+    max_faults=0.2,
+    shuffle_buffer=4,
+)
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def folder(united: TextHarmony, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of real backbones' layouts, as save_pretrained writes it."""
+    path = tmp_path_factory.mktemp("united") / "model"
+    united.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Source, ...]]:
+    """Sources of both stages: captioned pictures, of which some are corrupt, and records of all tasks."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "captioned").mkdir()
+    for i in range(12):
+        Image.new("RGB", (40, 30), (20 * i, 0, 90)).save(root / "captioned" / f"{i}.png")
+        (root / "captioned" / f"{i}.txt").write_text(f"shade {i}")
+    (root / "captioned" / "3.png").write_bytes(b"cut off")
+    (root / "captioned" / "5.txt").write_text(" ")
+    (root / "own").mkdir()
+    Image.new("RGB", (40, 20), "white").save(root / "own" / "a.png")
+    lines: list[dict[str, object]] = [
+        {"task": "comprehension", "prompt": "what", "images": ["a.png"], "texts": ["HELLO"]},
+        {"task": "perception", "prompt": "where", "images": ["a.png"], "boxes": [[0, 0, 500, 999]]},
+        {"task": "editing", "prompt": "fill", "images": ["a.png"], "target": "a.png", "boxes": [[0, 0, 500, 999]]},
+    ]
+    (root / "own" / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    captioned, own = Source("captioned", str(root / "captioned")), Source("folder", str(root / "own"), weight=2)
+    return {"align": (captioned, own), "tune": (own, captioned)}
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    request: pytest.FixtureRequest,
+    folder: Path,
+    data: dict[str, tuple[Source, ...]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, tuple[Source, ...]] | None, Path, Weights]:
+    """A whole run through both stages: its data, folder and final weights."""
+    given, out = None if request.param == "words" else data, tmp_path_factory.mktemp("tuned")
+    with torch.random.fork_rng():
+        weights = dict(train(folder, SHORT, out, given).state_dict())
+    return given, out, weights
+
+
+Tuned = tuple[dict[str, tuple[Source, ...]] | None, Path, Weights]
+both = pytest.mark.parametrize(
+    ("miniature", "tuned"), [("clip-llama-sd", "records"), ("siglip-qwen-sdv", "words")], indirect=True
+)
+
+
+@both
+def test_both_stages_train_what_they_should_and_leave_the_rest_bit_for_bit(tuned: Tuned, folder: Path) -> None:
+    weights = tuned[2]
+    start = dict(TextHarmony.from_pretrained(folder).state_dict())
+    moved = changed(start, weights)
+    frozen = {n for n in start if n.startswith("language.") and not ("lora_" in n or "slidelora_gate" in n)}
+    frozen |= {n for n in start if n.startswith(("image_decoder.vae", "image_decoder.latent_"))}
+    assert len(frozen) > 40 and not moved & frozen
+    for part in (
+        r"visual_tokenizer.vit",
+        "visual_tokenizer.resampler",
+        "visual_tokenizer.project",
+        "image_decoder.unet",
+        "image_decoder.resampler",
+        "begin_image",
+        "begin_head",
+    ):
+        assert any(name.startswith(part) for name in moved), part
+    assert any("lora_A" in name for name in moved) and any("slidelora_gate" in name for name in moved)
+
+
+@both
+def test_the_model_is_written_in_the_dtype_of_its_weights(tuned: Tuned) -> None:
+    _, out, weights = tuned
+    written = dict(TextHarmony.from_pretrained(out / "model").state_dict())
+    assert changed(weights, written) == set()
+    tensors = load_file(out / "model" / "model.safetensors")
+    assert {tensor.dtype for name, tensor in tensors.items() if "weight" in name} == {torch.float32}
+
+
+@both
+def test_a_checkpoint_from_a_folder_leaves_out_what_stays_as_it_is(tuned: Tuned, folder: Path) -> None:
+    _, out, weights = tuned
+    held = load_file(out / "checkpoint" / "model.safetensors")
+    assert not any(n.startswith("image_decoder.vae.") for n in held)
+    assert all("lora_" in n or "slidelora_gate" in n for n in held if n.startswith("language."))
+    assert changed(dict(TextHarmony.from_pretrained(folder).state_dict()), weights) <= set(held) < set(weights)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in held.items())
+
+
+@both
+def test_stages_that_draw_show_what_a_model_without_layout_draws(tuned: Tuned) -> None:
+    for name in ("samples-0-align-00003.png", "samples-1-tune-00003.png"):
+        with Image.open(tuned[1] / name) as sheet:
+            assert sheet.width > 6 * 256
+
+
+@both
+def test_a_resumed_run_from_a_folder_ends_as_an_uninterrupted_one(
+    tuned: Tuned, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off in the first stage, and once more in the second."""
+    data, out, weights = tuned
+    for step in (3, 4):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, step)
+            train(folder, SHORT, tmp_path, data)
+        torch.manual_seed(step)
+    again = dict(train(folder, SHORT, tmp_path, data).state_dict())
+    assert changed(weights, again) == set()
+    assert (tmp_path / "losses.csv").read_text() == (out / "losses.csv").read_text()
+    if data is not None:
+        lines = (tmp_path / "faults.txt").read_text().splitlines()
+        assert sorted(lines) == sorted((out / "faults.txt").read_text().splitlines())
+        assert len(lines) == 2 and any("3.png" in line for line in lines) and any("5.png" in line for line in lines)
+    else:
+        assert not (tmp_path / "faults.txt").exists()
+
+
+@pytest.mark.parametrize("miniature", ["clip-llama-sd"], indirect=True)
+def test_a_stage_without_adapters_leaves_vit_and_experts_alone(folder: Path, tmp_path: Path) -> None:
+    config = replace(SHORT, stages=SHORT.stages[:1])
+    start = dict(TextHarmony.from_pretrained(folder).state_dict())
+    moved = changed(start, dict(train(folder, config, tmp_path).state_dict()))
+    assert moved and not any("lora_" in n or "slidelora_gate" in n or ".vit." in n for n in moved)
+    assert {n.split(".")[0] for n in moved} == {"visual_tokenizer", "image_decoder", "begin_image", "begin_head"}
+
+
+@pytest.mark.parametrize("miniature", ["clip-llama-sd"], indirect=True)
+def test_too_many_corrupt_records_stop_the_run_with_the_list(folder: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(60):
+        (pictures / f"{i}.png").write_bytes(b"no picture")
+        (pictures / f"{i}.txt").write_text("x")
+    sources = (Source("captioned", str(pictures)),)
+    with pytest.raises(TooManyFaults, match="21 of 21 records are corrupt"):
+        train(folder, SHORT, tmp_path / "out", {"align": sources, "tune": sources})
+    lines = (tmp_path / "out" / "faults.txt").read_text().splitlines()
+    assert len(lines) == 21 and all("is not a picture" in line for line in lines)
+
+
+@pytest.mark.parametrize("miniature", ["siglip-qwen-sdv"], indirect=True)
+def test_gradient_checkpointing_changes_no_bit(
+    folder: Path, data: dict[str, tuple[Source, ...]], tmp_path: Path
+) -> None:
+    config, data = replace(SHORT, stages=SHORT.stages[1:]), {"tune": data["tune"]}
+    assert SHORT.stages[1].adapters
+    plain = dict(train(folder, config, tmp_path / "plain", data).state_dict())
+    again = dict(train(folder, replace(config, gradient_checkpointing=True), tmp_path / "again", data).state_dict())
+    assert changed(dict(TextHarmony.from_pretrained(folder).state_dict()), plain)
+    assert changed(plain, again) == set()
+
+
+@pytest.mark.parametrize("miniature", ["siglip-qwen-sdv"], indirect=True)
+def test_half_batches_add_up(folder: Path, data: dict[str, tuple[Source, ...]], tmp_path: Path) -> None:
+    """A loss that draws no noise and weighs samples alike."""
+    config = replace(SHORT, stages=(replace(SHORT.stages[0], losses=("text",)),))
+    given = {"align": data["align"][1:]}
+    start = dict(TextHarmony.from_pretrained(folder).state_dict())
+    whole = dict(train(folder, config, tmp_path / "whole", given).state_dict())
+    config = replace(config, gradient_accumulation_steps=2)
+    halves = dict(train(folder, config, tmp_path / "halves", given).state_dict())
+    moved = sum(float((whole[name] - tensor).square().sum()) for name, tensor in start.items())
+    apart = sum(float((whole[name] - tensor).square().sum()) for name, tensor in halves.items())
+    assert moved > 1e-6 and apart < 0.01 * moved, (moved, apart)
+
+
+@pytest.mark.parametrize("miniature", ["clip-llama-sd"], indirect=True)
+def test_mixed_precision_computes_in_bf16_and_keeps_fp32(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By accelerate, which holds one precision for a process: it is set back on both sides."""
+    seen = set()
+    config = replace(PAPER_TRAINING, stages=SHORT.stages, save_every=2, sample_every=1000)
+    assert config.mixed_precision == "bf16" and config.gradient_checkpointing
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loss = TextHarmony._hidden_states
+
+    def hidden_states(self: TextHarmony, *args: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return loss(self, *args)
+
+    monkeypatch.setattr(TextHarmony, "_hidden_states", hidden_states)
+    try:
+        model = train(folder, config, tmp_path)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == {True, False}  # training, and drawing samples
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    rows = list(csv.DictReader((tmp_path / "losses.csv").open()))
+    assert all(0 < float(row["total"]) < 1e3 for row in rows)
+    assert "forward" not in model.__dict__ or not hasattr(model.forward, "__wrapped__")
+
+
+@pytest.mark.parametrize("miniature", ["clip-llama-sd"], indirect=True)
+def test_what_cannot_be_trained_is_refused_before_anything_is_done(
+    config: ModelConfig, folder: Path, data: dict[str, tuple[Source, ...]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"sources for \['align'\], expected them for each of \['align', 'tune'\]"):
+        train(folder, SHORT, out, {"align": data["align"], "tune": ()})
+    with pytest.raises(ValueError, match=r"sources for \['align', 'tune', 'later'\]"):
+        train(folder, SHORT, out, data | {"later": data["tune"]})
+    with pytest.raises(ValueError, match="data set is 'nonesuch'"):
+        train(folder, SHORT, out, data | {"tune": (Source("nonesuch", "x"),)})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(folder, SHORT, out, data | {"tune": (Source("folder", "nowhere"),)})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(tmp_path / "nowhere", SHORT, out)
+    with pytest.raises(ValueError, match="'align' has batch_size 4, expected a multiple of 3"):
+        train(folder, replace(SHORT, gradient_accumulation_steps=3), out)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps is 0"):
+        replace(SHORT, gradient_accumulation_steps=0)
+    with pytest.raises(ValueError, match="this model's layout"):
+        train(config, SHORT, out, data)
+    autoencoder = replace(CONFIG, stages=CONFIG.stages[:1])
+    with pytest.raises(ValueError, match="'autoencoder' trains the autoencoder, expected rendered words"):
+        train(folder, autoencoder, out, {"autoencoder": data["tune"]})
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("miniature", ["clip-llama-sd"], indirect=True)
+def test_a_checkpoint_of_other_data_is_refused(
+    folder: Path, data: dict[str, tuple[Source, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 3)
+        train(folder, SHORT, tmp_path, data)
+    with pytest.raises(ValueError, match="checkpoint is of another configuration"):
+        train(folder, SHORT, tmp_path)
+    with pytest.raises(ValueError, match="checkpoint is of another configuration"):
+        train(folder, SHORT, tmp_path, data | {"tune": data["tune"][:1]})

@@ -13,8 +13,8 @@ def pixels() -> torch.Tensor:
 
 
 def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
-    tokens, looks = VisualTokenizer(config, 24)(pixels)
-    assert tokens.shape == (3, config.visual_tokens, 24)
+    tokens, looks, patches = VisualTokenizer(config, 24)(pixels)
+    assert tokens.shape == (3, config.visual_tokens, 24) and patches.shape == (3, 4 * 16, 32)
     assert looks is not None and looks.columns.shape == (3, 2, 32, 37) and looks.places.shape == (3, 32, 7)
     assert looks.colors.shape == (3, 32, 2, 8) and looks.box.shape == (3, 32, 4, 32)
 
@@ -28,9 +28,9 @@ def test_no_head_without_a_layout(config: ModelConfig, pixels: torch.Tensor) -> 
 def test_pictures_do_not_see_each_other(config: ModelConfig, pixels: torch.Tensor, stem: tuple[int, ...]) -> None:
     tokenizer = VisualTokenizer(replace(config, stem=stem), 24).eval()
     with torch.no_grad():
-        tokens, looks = tokenizer(pixels)
+        tokens, looks, _ = tokenizer(pixels)
         for i in range(len(pixels)):
-            alone, alone_looks = tokenizer(pixels[i : i + 1])
+            alone, alone_looks, _ = tokenizer(pixels[i : i + 1])
             torch.testing.assert_close(alone[0], tokens[i], atol=1e-5, rtol=1e-4)
             for said, together in zip(alone_looks, looks, strict=True):
                 torch.testing.assert_close(said[0], together[i], atol=1e-5, rtol=1e-4)
@@ -44,7 +44,7 @@ def test_where_something_stands_is_seen(config: ModelConfig) -> None:
     pictures[0, :, 8:16, 8:16] = 1
     pictures[1, :, 8:16, 96:104] = 1
     with torch.no_grad():
-        tokens, _ = tokenizer(pictures)
+        tokens, *_ = tokenizer(pictures)
     assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
 
 

@@ -53,8 +53,9 @@ def gated_lora(
     dropout: the probability with which an element of x is dropped, one mask for all experts.
     Raises ValueError naming what does not fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
             return gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, backend, overwrite_base, dropout)
     if x.shape[:-1] != base.shape[:-1]:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected {(*base.shape[:-1], x.shape[-1])} to fit base")
@@ -88,7 +89,8 @@ def gated_linear(
     `gated_lora`.
     """
     gates, experts = _check(x, lora_A, lora_B, gates, r, experts, "fused")
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return fused.gated_lora(None, x, lora_A, lora_B, gates, r, scaling, experts, dropout, weight, bias)

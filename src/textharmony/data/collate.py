@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from textharmony.config import BOX_BINS, ModelConfig
 from textharmony.data.sample import Sample
@@ -17,17 +17,27 @@ _IGNORE = -100
 
 
 class Collator:
-    """Pads prompts and answers on the right and stacks pictures, layouts and labels."""
+    """Pads prompts and answers on the right and stacks pictures, layouts and labels.
 
-    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    Samples have their input pictures at the model's image_size, their targets at its target_size. max_length: tokens
+    that a row may have; a longer one loses the end of its answer, or of the prompt where a picture is the answer.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+        self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Samples -> input_ids, attention_mask, labels (B, T), targets (B,), and what pictures there are."""
         rows, labels = [], []
         for sample in samples:
-            prompt = self._encode(compose(sample.task, sample.prompt, self.config.visual_tokens))
+            bos = self.tokenizer.bos_token or ""
+            prompt = self._encode(compose(sample.task, sample.prompt, self.config.visual_tokens, bos))
             answer = self._encode(BOI if sample.answer is None else sample.answer + self.tokenizer.eos_token)
+            over = 0 if self.max_length is None else max(0, len(prompt) + len(answer) - self.max_length)
+            if sample.answer is None:
+                prompt = prompt[: len(prompt) - over]
+            else:
+                answer = answer[: max(1, len(answer) - over)]
             rows.append(prompt + answer)
             labels.append([_IGNORE] * len(prompt) + answer)
         length = max(map(len, rows))
@@ -58,13 +68,14 @@ class Collator:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _drawn(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        targets = [s.target for s in samples if s.target is not None]
-        sources = [t if s.image is None else s.image for s, t in zip(samples, targets, strict=True)]
+        targets = to_pixels([s.target for s in samples if s.target is not None])
         nowhere = (float("nan"),) * 4
+        # Pixels of the input picture, and of the target.
+        scale = self.config.target_size[0] / self.config.image_size[0]
         batch = {
-            "target_pixel_values": to_pixels(targets),
-            "source_pixel_values": to_pixels(sources),
-            "region": torch.tensor([s.region or nowhere for s in samples], dtype=torch.float32),
+            "target_pixel_values": targets,
+            "source_pixel_values": targets,  # what an edit leaves is in the target too, and there at its size
+            "region": torch.tensor([s.region or nowhere for s in samples], dtype=torch.float32) * scale,
         }
         if self.config.layout is None:
             return batch
@@ -73,7 +84,7 @@ class Collator:
         boxes = np.zeros((len(samples), slots, 4), np.float32)
         characters = torch.full((len(samples), slots), len(alphabet))
         for i, (sample, layout) in enumerate(zip(samples, layouts, strict=True)):
-            boxes[i, : len(layout.boxes)] = layout.boxes
+            boxes[i, : len(layout.boxes)] = layout.boxes * scale
             characters[i, : len(sample.text)] = torch.tensor([alphabet.index(c) for c in sample.text])
         return batch | {
             "layout_boxes": torch.from_numpy(boxes),

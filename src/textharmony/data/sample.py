@@ -13,8 +13,8 @@ from textharmony.tokens import Task
 class Layout:
     """Where the characters of a picture stand.
 
-    boxes: (n, 4) float32 x1, y1, x2, y2 in pixels, one row a character, from cap line to baseline; font: index into
-    the source's fonts; ink and ground: (3,) float32 RGB in 0..255.
+    boxes: (n, 4) float32 x1, y1, x2, y2 in pixels of the input picture's size, one row a character, from cap line to
+    baseline; font: index into the source's fonts; ink and ground: (3,) float32 RGB in 0..255.
     """
 
     boxes: np.ndarray
@@ -27,8 +27,9 @@ class Layout:
 class Sample:
     """One training or evaluation sample.
 
-    image and target: (H, W, 3) uint8, input and output picture; region: x1, y1, x2, y2 in pixels, the masked place of
-    an editing sample; text: the word in the picture (in the target where there is one).
+    image and target: (H, W, 3) uint8, input and output picture, each at its size; region: x1, y1, x2, y2 in pixels of
+    the input picture, the masked place of an editing sample; text: the word in the picture (in the target where there
+    is one).
     """
 
     task: Task

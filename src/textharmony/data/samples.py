@@ -11,32 +11,42 @@ from textharmony.data.faults import Faults
 from textharmony.data.record import Record
 from textharmony.data.sample import Sample
 from textharmony.pictures import Box, Frame
-from textharmony.tokens import Task
+from textharmony.tokens import Task, check_plain
 
 
-def load_samples(records: Iterable[Record], faults: Faults, size: tuple[int, int] | None = None) -> Iterator[Sample]:
+def load_samples(
+    records: Iterable[Record],
+    faults: Faults,
+    size: tuple[int, int] | None = None,
+    target_size: tuple[int, int] | None = None,
+) -> Iterator[Sample]:
     """Samples of the records; one whose pictures do not decode is skipped and listed in faults.
 
     Count reading and decoding apart: give other faults here than to read_dataset. faults.seen is how many records were
-    taken, so a run over a Mixture resumes at mixture.iterate(faults.seen). Raises TooManyFaults.
+    taken, so a run over a Mixture resumes at mixture.iterate(faults.seen). size, target_size: as of to_sample. Raises
+    TooManyFaults.
     """
     for record in records:
         sample = None
         with faults.skipping(f"{record.source} {record.id}"):
-            sample = to_sample(record, size)
+            sample = to_sample(record, size, target_size)
         if sample is not None:
             yield sample
 
 
-def to_sample(record: Record, size: tuple[int, int] | None = None) -> Sample:
+def to_sample(
+    record: Record, size: tuple[int, int] | None = None, target_size: tuple[int, int] | None = None
+) -> Sample:
     """One record as the collator reads it.
 
-    size: height and width to which pictures are fitted, the rest filled, as TextHarmony's verbs do; None: as they are.
-    An editing record's region is the box about its mask. Raises ValueError for more than one input image, for a text
-    task without an answer, for pictures that do not decode; FileNotFoundError.
+    size: height and width to which pictures are fitted, the rest filled, as TextHarmony's verbs do; None: as they are;
+    target_size: that of targets, where it is another. An editing record's region is the box about its mask. Raises
+    ValueError for more than one input image, for a text task without an answer, for text that holds a picture's tokens,
+    for pictures that do not decode; FileNotFoundError.
     """
     if len(record.images) > 1:
         raise ValueError(f"{len(record.images)} images, expected one at most")
+    check_plain(record.prompt)
     image = record.load() if record.images else None
     target = record.load_target()
     region = answer = None
@@ -44,6 +54,7 @@ def to_sample(record: Record, size: tuple[int, int] | None = None) -> Sample:
         region = _region(record, image, size)
     if record.task.modality == "text":
         answer = next(filter(str.strip, record.texts), None) or _format_boxes(record, image, size)
+        check_plain(answer)
     return Sample(
         record.task,
         record.prompt,
@@ -51,7 +62,7 @@ def to_sample(record: Record, size: tuple[int, int] | None = None) -> Sample:
         source=record.source,
         image=_pixels(image, size),
         answer=answer,
-        target=_pixels(target, size),
+        target=_pixels(target, target_size or size),
         region=region,
     )
 

@@ -1,10 +1,10 @@
-"""Words in colour on 32 x 128 pictures, drawn from (seed, index) alone, for the four tasks."""
+"""Words in colour on strips of 32 x 128 pixels, drawn from (seed, index) alone, for the four tasks."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from textharmony.data.sample import Layout, Sample
+from textharmony.pictures import Frame, to_pil
 from textharmony.tokens import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -193,9 +194,9 @@ def word_box(boxes: np.ndarray) -> tuple[int, int, int, int]:
     return int(low[0]), int(low[1]), int(high[2]), int(high[3])
 
 
-def format_box(box: tuple[float, float, float, float]) -> str:
-    """A pixel box as "(x1,y1)(x2,y2)" in thousandths of the picture, three digits each."""
-    scale = (999 / WIDTH, 999 / HEIGHT) * 2
+def format_box(box: tuple[float, float, float, float], size: tuple[int, int] = (HEIGHT, WIDTH)) -> str:
+    """A box in pixels of a picture of size (height, width) as "(x1,y1)(x2,y2)" in thousandths, three digits each."""
+    scale = (999 / size[1], 999 / size[0]) * 2
     x1, y1, x2, y2 = (min(999, round(v * s)) for v, s in zip(box, scale, strict=True))
     return f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
 
@@ -217,11 +218,21 @@ CAPTIONS = (
 class SyntheticWords:
     """An endless map of index to Sample, a pure function of (seed, index).
 
-    split: "train" or "held_out"; tasks: weights by task, drawn per index; questions: the comprehension questions.
+    split: "train" or "held_out"; tasks: weights by task, drawn per index; size, target_size: (height, width) of input
+    pictures and of targets, in the middle of which the strip is scaled to fit; None: as it is, and as size.
     """
 
-    def __init__(self, seed: int, split: str, tasks: dict[Task, float]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        split: str,
+        tasks: dict[Task, float],
+        size: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+    ) -> None:
         self.seed, self.split = seed, split
+        self._size = size or (HEIGHT, WIDTH)
+        self._target_size = target_size or self._size
         self._tasks = list(tasks)
         weights = np.asarray(list(tasks.values()), np.float64)
         if not self._tasks or weights.min() < 0 or weights.sum() <= 0:
@@ -229,6 +240,11 @@ class SyntheticWords:
         self._edges = np.cumsum(weights / weights.sum())
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self._strip(index)
+        strip = (HEIGHT, WIDTH)
+        return sample if strip == self._size == self._target_size else _fit(sample, self._size, self._target_size)
+
+    def _strip(self, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, index, 0 if self.split == "train" else 1))
         task = self._tasks[min(int(np.searchsorted(self._edges, rng.random())), len(self._tasks) - 1)]
         word = draw_word(rng, self.split)
@@ -279,6 +295,35 @@ class SyntheticWords:
             ink=ink,
             ground=ground,
         )
+
+
+def _fit(sample: Sample, size: tuple[int, int], target_size: tuple[int, int]) -> Sample:
+    """The sample with its strips in the middle of larger or smaller pictures, and all that has a place moved along."""
+    given = sample.image if sample.image is not None else sample.target
+    assert given is not None and sample.layout is not None
+    frame = Frame.of(given, size)
+    place = np.asarray(frame.offset * 2, np.float32)
+    layout = replace(sample.layout, boxes=(sample.layout.boxes * frame.scale + place).astype(np.float32))
+    region = sample.region
+    if region is not None:
+        x1, y1, x2, y2 = (v * frame.scale + o for v, o in zip(region, frame.offset * 2, strict=True))
+        region = math.floor(x1), math.floor(y1), min(size[1], math.ceil(x2)), min(size[0], math.ceil(y2))
+    answer = sample.answer
+    if sample.prompt == LOCATE_QUESTION.format(text=sample.text):
+        (x1, y1), (x2, y2) = layout.boxes[:, :2].min(0), layout.boxes[:, 2:].max(0)
+        answer = format_box((float(x1), float(y1), float(x2), float(y2)), size)
+
+    def fitted(picture: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+        return None if picture is None else np.asarray(to_pil(Frame.of(picture, size).pixels))
+
+    return replace(
+        sample,
+        image=fitted(sample.image, size),
+        target=fitted(sample.target, target_size),
+        answer=answer,
+        region=region,
+        layout=layout,
+    )
 
 
 def ask(rng: np.random.Generator, word: str, ink: str, ground: str) -> tuple[str, str]:

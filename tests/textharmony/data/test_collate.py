@@ -43,6 +43,23 @@ def test_labels_are_on_answers_only(
         assert sample.prompt in tokenizer.decode(row[: places[0]], skip_special_tokens=True)
 
 
+def test_a_long_row_is_cut_where_it_harms_least(
+    samples: list[Sample], config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reading = next(sample for sample in samples if sample.task is Task.PERCEPTION)
+    drawing = next(sample for sample in samples if sample.task is Task.GENERATION)
+    reading, drawing = replace(reading, answer="ABCDEF" * 20), replace(drawing, prompt="ABCDEF" * 20)
+    batch = Collator(config, tokenizer, 80)([reading, drawing])
+    assert batch["input_ids"].shape == (2, 80) and batch["attention_mask"].all()
+    read, drawn = batch["labels"]
+    said = tokenizer.decode(read[read != -100])
+    assert reading.answer.startswith(said) and len(said) > 20
+    assert drawn[-1] == tokenizer.convert_tokens_to_ids(BOI) and (drawn[:-1] == -100).all()
+    assert (batch["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE)).sum() == config.visual_tokens
+    whole = Collator(config, tokenizer, 80)([replace(reading, answer="AB")])
+    assert torch.equal(whole["input_ids"], Collator(config, tokenizer)([replace(reading, answer="AB")])["input_ids"])
+
+
 def test_the_longest_row_sets_the_length(batch: dict[str, torch.Tensor]) -> None:
     assert batch["attention_mask"].all(1).any()
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
@@ -100,6 +117,25 @@ def test_regions_and_layouts(samples: list[Sample], batch: dict[str, torch.Tenso
         colors = (batch["layout_colors"][row] + 1) * 127.5
         truth = np.concatenate([sample.layout.ink, sample.layout.ground])
         assert np.abs(colors.numpy() - truth).max() < 1e-3
+
+
+def test_regions_and_layouts_are_scaled_to_the_target(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, batch: dict[str, torch.Tensor]
+) -> None:
+    data = SyntheticWords(1, "train", {task: 1 for task in Task}, (32, 128), (64, 256))
+    larger = Collator(replace(config, drawing_size=(64, 256)), tokenizer)([data[i] for i in range(24)])
+    assert larger["target_pixel_values"].shape[2:] == larger["source_pixel_values"].shape[2:] == (64, 256)
+    torch.testing.assert_close(larger["region"], batch["region"] * 2, equal_nan=True)
+    torch.testing.assert_close(larger["layout_boxes"], batch["layout_boxes"] * 2)
+    for name in ("input_ids", "pixel_values", "column_labels", "box_labels"):
+        assert torch.equal(larger[name], batch[name])
+    # The picture shrunk again is that of the strip: nothing moved.
+    shrunk = torch.nn.functional.avg_pool2d(larger["target_pixel_values"], 2)
+    assert (shrunk - batch["target_pixel_values"]).abs().mean() < 0.05
+
+
+def test_what_an_edit_leaves_is_that_of_the_target(samples: list[Sample], batch: dict[str, torch.Tensor]) -> None:
+    assert torch.equal(batch["source_pixel_values"], batch["target_pixel_values"])
 
 
 def test_column_labels_name_the_character_that_stands_there_and_its_place(

@@ -46,6 +46,15 @@ def test_an_edit_has_a_region_in_pixels_and_its_target() -> None:
     assert sample.answer is None and sample.target.shape == (32, 128, 3)
 
 
+def test_a_target_may_have_a_size_of_its_own() -> None:
+    record = Record(
+        "1", Task.EDITING, "s", "fill", images=(WIDE,), target=WIDE, boxes=((250, 250, 500, 500),), texts=("A",)
+    )
+    sample = to_sample(record, (32, 128), (64, 256))
+    assert sample.image.shape == (32, 128, 3) and sample.target.shape == (64, 256, 3)
+    assert np.allclose(sample.region, (32, 8, 64, 16), atol=1)  # of the image
+
+
 def test_a_drawing_has_a_target_alone() -> None:
     sample = to_sample(Record("1", Task.GENERATION, "s", "a sign", target=WIDE, texts=("A", "B")), (32, 128))
     assert (sample.image, sample.answer, sample.text) == (None, None, "A B")
@@ -56,6 +65,9 @@ def test_what_cannot_be_a_sample() -> None:
         to_sample(Record("1", Task.PERCEPTION, "s", "?", images=(WIDE, WIDE), texts=("a",)))
     with pytest.raises(ValueError, match="neither an answer"):
         to_sample(Record("1", Task.PERCEPTION, "s", "?", images=(WIDE,)))
+    for prompt, answer in (("a <|image|>", "b"), ("a", "b <|beginofimage|>")):
+        with pytest.raises(ValueError, match="pictures are given beside it"):
+            to_sample(Record("1", Task.PERCEPTION, "s", prompt, images=(WIDE,), texts=(answer,)))
     empty = Image.new("L", WIDE.size)
     with pytest.raises(ValueError, match="mask of an editing record is empty"):
         to_sample(Record("1", Task.EDITING, "s", "?", images=(WIDE,), target=WIDE, mask=empty))

@@ -189,12 +189,61 @@ def test_editing_changes_nothing_outside_the_region() -> None:
         assert f'"{sample.text}"' in sample.prompt
 
 
+@pytest.mark.parametrize(
+    ("size", "target_size"), [((64, 64), (32, 32)), ((96, 64), None), ((16, 64), (32, 128)), ((40, 200), (80, 400))]
+)
+def test_strips_are_fitted_to_other_sizes_with_all_that_has_a_place(
+    size: tuple[int, int], target_size: tuple[int, int] | None
+) -> None:
+    """Ink is where the layout says, edits are inside the region, and what is said of places is true there."""
+    strips, fitted = (SyntheticWords(3, "train", ALL_TASKS, *sizes) for sizes in ((), (size, target_size)))
+    drawn = target_size or size
+    located = 0
+    for index in range(120):
+        strip, sample = strips[index], fitted[index]
+        assert (sample.task, sample.prompt, sample.text) == (strip.task, strip.prompt, strip.text)
+        assert sample.image is None or sample.image.shape == (*size, 3)
+        assert sample.target is None or sample.target.shape == (*drawn, 3)
+        assert sample.layout is not None and strip.layout is not None
+        scale = min(size[0] / HEIGHT, size[1] / WIDTH)
+        margin = np.array([size[1] - WIDTH * scale, size[0] - HEIGHT * scale]) / 2
+        expected = strip.layout.boxes * scale + np.tile(margin, 2)
+        assert np.allclose(sample.layout.boxes, expected, atol=0.51)
+        if sample.region is not None:
+            assert sample.image is not None and strip.region is not None
+            low, high = np.array(strip.region[:2]) * scale + margin, np.array(strip.region[2:]) * scale + margin
+            assert np.abs(np.array(sample.region) - [*low, *high]).max() <= 1.5
+        if sample.answer is not None and sample.prompt.startswith("where"):
+            located += 1
+            numbers = [int(v) for v in re.findall(r"\d+", sample.answer)]
+            x1, y1 = expected[:, :2].min(0)
+            x2, y2 = expected[:, 2:].max(0)
+            truth = np.array([x1, y1, x2, y2]) * 999 / np.array([size[1], size[0]] * 2)
+            assert np.abs(numbers - truth).max() <= 0.51 * 999 / min(size) + 0.51
+        else:
+            assert sample.answer == strip.answer
+    assert located > 5
+
+
+def test_the_ink_of_a_fitted_strip_is_in_its_box() -> None:
+    data = SyntheticWords(3, "train", {Task.GENERATION: 1}, (64, 64), (128, 128))
+    for index in range(40):
+        sample = data[index]
+        assert sample.target is not None and sample.layout is not None
+        x1, y1, x2, y2 = word_box(sample.layout.boxes * 2)
+        color = sample.layout.ink
+        near = np.abs(sample.target.astype(float) - color).sum(-1) < 60  # (H, W)
+        rows, columns = near.nonzero()
+        inside = (columns >= x1 - 3) & (columns <= x2 + 3) & (rows >= y1 - 4) & (rows <= y2 + 8)
+        assert len(inside) and inside.mean() > 0.9, (index, sample.text)
+
+
 def test_every_token_is_known(tokenizer: PreTrainedTokenizerFast) -> None:
     for split in ("train", "held_out"):
         data = SyntheticWords(5, split, ALL_TASKS)
         for index in range(1500):
             sample = data[index]
-            whole = compose(sample.task, sample.prompt, 4) + (sample.answer or "")
+            whole = compose(sample.task, sample.prompt, 4, "<s>") + (sample.answer or "")
             ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
             assert tokenizer.unk_token_id not in ids, whole
             assert len(ids) < 120

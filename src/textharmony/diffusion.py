@@ -1,0 +1,135 @@
+"""Noise on latents and off again: what training adds, what the UNet is asked for, and the steps of sampling."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from torch import Tensor
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Diffusion(Protocol):
+    """What the image decoder needs of a noise schedule; indices count the steps of the last `times`."""
+
+    mask_first: bool  # where a UNet is told what is to be filled in: the mask before the rest, or after
+
+    def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents (B, C, h, w) -> noisy ones, the times (B,) that the UNet is told, what it shall predict."""
+        ...
+
+    def times(self, steps: int, device: torch.device) -> Tensor:
+        """Begins to sample: the times (steps,) that the UNet is told."""
+        ...
+
+    def begin(self, noise: Tensor) -> Tensor:
+        """Standard normal noise -> the latents to begin with."""
+        ...
+
+    def scaled(self, latents: Tensor, index: int) -> Tensor:
+        """The latents as the UNet wants them."""
+        ...
+
+    def step(self, predicted: Tensor, index: int, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """The latents after a step, from what the UNet predicted."""
+        ...
+
+    def noised(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean latents with as much of a noise as those after a step have."""
+        ...
+
+
+class RectifiedFlow:
+    """Straight paths from noise to latents (Liu et al. 2023); the UNet predicts the clean latents.
+
+    center, spread: of the normal distribution whose sigmoid training draws noise levels from (Esser et al. 2024).
+    """
+
+    mask_first = False
+
+    def __init__(self, values: Mapping[str, Any], center: float, spread: float) -> None:
+        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(dict(values))
+        self.center, self.spread = center, spread
+        self.unit = self.scheduler.config.num_train_timesteps
+
+    def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        level = torch.sigmoid(torch.randn(len(latents), device=latents.device) * self.spread + self.center)
+        noisy = latents.lerp(torch.randn_like(latents), level[:, None, None, None].to(latents.dtype))
+        return noisy, level * self.unit, latents
+
+    def times(self, steps: int, device: torch.device) -> Tensor:
+        self.scheduler.set_timesteps(steps, device=device)
+        return self.scheduler.sigmas[:-1] * self.unit
+
+    def begin(self, noise: Tensor) -> Tensor:
+        return noise
+
+    def scaled(self, latents: Tensor, index: int) -> Tensor:
+        return latents
+
+    def step(self, predicted: Tensor, index: int, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        velocity = (latents - predicted) / self.scheduler.sigmas[index]
+        return self.scheduler.step(velocity, self.scheduler.timesteps[index], latents).prev_sample
+
+    def noised(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
+        return latents.lerp(noise, self.scheduler.sigmas[index + 1].to(latents.dtype))
+
+
+class NoiseSchedule:
+    """Denoising diffusion as Stable Diffusion has it (Ho et al. 2020), sampled by any of diffusers' schedulers.
+
+    The UNet predicts the noise, the velocity (Salimans and Ho 2022) or the clean latents, as the scheduler's
+    prediction_type says. Raises ValueError for another.
+    """
+
+    mask_first = True
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.scheduler = getattr(diffusers, values["_class_name"]).from_config(dict(values))
+        self.training = diffusers.DDPMScheduler.from_config(dict(values))
+        self.prediction = self.scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction_type is {self.prediction!r}, expected one of {PREDICTIONS}")
+        self.draws = "generator" in inspect.signature(self.scheduler.step).parameters
+
+    def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        steps = self.training.config.num_train_timesteps
+        times = torch.randint(steps, (len(latents),), device=latents.device)
+        noise = torch.randn_like(latents)
+        targets = {"epsilon": noise, "sample": latents}
+        if self.prediction == "v_prediction":
+            targets["v_prediction"] = self.training.get_velocity(latents, noise, times)
+        return self.training.add_noise(latents, noise, times), times, targets[self.prediction]
+
+    def times(self, steps: int, device: torch.device) -> Tensor:
+        self.scheduler.set_timesteps(steps, device=device)
+        return self.scheduler.timesteps
+
+    def begin(self, noise: Tensor) -> Tensor:
+        return noise * self.scheduler.init_noise_sigma
+
+    def scaled(self, latents: Tensor, index: int) -> Tensor:
+        return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[index])
+
+    def step(self, predicted: Tensor, index: int, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        drawn: dict[str, Any] = {"generator": list(generators)} if self.draws else {}
+        return self.scheduler.step(predicted, self.scheduler.timesteps[index], latents, **drawn).prev_sample
+
+    def noised(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
+        if index + 1 == len(self.scheduler.timesteps):
+            return latents
+        return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index + 1 : index + 2])
+
+
+def build_diffusion(values: Mapping[str, Any], center: float, spread: float) -> Diffusion:
+    """The noise schedule of a diffusers scheduler's configuration, by its `_class_name`. Raises ValueError."""
+    name = values.get("_class_name")
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return RectifiedFlow(values, center, spread)
+    if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise ValueError(f"the scheduler's _class_name is {name!r}, expected one of diffusers' schedulers")
+    return NoiseSchedule(values)
