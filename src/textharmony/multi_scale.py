@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,7 @@ def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: T
     values: of each of L levels (N, H, D, h, w); locations: (N, Q, H, L, P, 2) x and y in 0..1 from edge to edge, so
     that a map's first cell has its middle at 0.5 / w; weights: (N, Q, H, L, P). Gives (N, Q, H * D).
     """
-    batch, queries, heads = locations.shape[:3]
+    batch, queries = locations.shape[:2]
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, N * H, Q, P, 2)
     shares = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, N * H, 1, Q, P)
     found = [
@@ -87,38 +87,42 @@ class Look(nn.Module):
             self.order.weight.zero_()
 
     def forward(self, x: Tensor, shown: Shown, reference: Tensor, columns: Tensor) -> Tensor:
-        """What is added to x (B, Q, C), whose queries look from reference (Q, 2) in 0..1 and stand in columns (Q,)."""
-        batch, queries, _ = x.shape
-        pictures, places = shown.pictures.to(x.device), shown.places.to(x.device)  # (B, K)
-        if batch != len(pictures):
+        """What is added to x (B, Q, C), whose queries look from reference (Q, 2) in 0..1 and stand in columns (Q,).
+
+        It is made where this module is, and given where x is.
+        """
+        device = self.gate.device
+        reference, columns = reference.to(device), columns.to(device)
+        pictures, places = shown.pictures.to(device), shown.places.to(device)  # (B, K)
+        if len(x) != len(pictures):
             raise ValueError(
-                f"got {batch} rows, expected {len(pictures)}: batch times repeats, as the pictures were shown for"
+                f"got {len(x)} rows, expected {len(pictures)}: batch times repeats, as the pictures were shown for"
             )
-        count, (heads, levels, points) = pictures.shape[1], self.shape
+        count = pictures.shape[1]
         before = places[..., None] <= columns  # (B, K, Q)
-        nearer = before.sum(1, keepdim=True) - 1 - torch.arange(count, device=x.device)[:, None]  # pictures between
+        nearer = before.sum(1, keepdim=True) - 1 - torch.arange(count, device=device)[:, None]  # pictures between
         seen = before & (nearer < self.order.num_embeddings)
-        said = self.to_points(self.norm(x.to(self.norm.weight.dtype)))[:, None]
+        said = self.to_points(self.norm(x.to(self.norm.weight)))[:, None]
         said = said + self.order(nearer.clamp(0, self.order.num_embeddings - 1))  # (B, K, Q, 3 * H * L * P)
         said = said.unflatten(-1, (*self.shape, 3)).to(torch.promote_types(said.dtype, torch.float32))
         logits = said[..., 2].masked_fill(~seen[..., None, None, None], -math.inf)
         logits = logits.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, Q, H, K * L * P)
-        weights = F.pad(logits, (0, 1)).softmax(-1)[..., :-1].unflatten(-1, (count, levels, points))
-        values = [value[pictures.flatten()].to(said.dtype) for value in self._values(shown, x.device)]
-        cells = torch.tensor([value.shape[:-3:-1] for value in values], device=x.device)[:, None]  # (L, 1, 2) w and h
+        weights = F.pad(logits, (0, 1)).softmax(-1)[..., :-1].unflatten(-1, (count, *self.shape[1:]))
+        values = [value[pictures.flatten()].to(said.dtype) for value in self._values(shown)]
+        cells = torch.tensor([value.shape[:-3:-1] for value in values], device=device)[:, None]  # (L, 1, 2) w and h
         locations = reference.to(said.dtype)[:, None, None, None] + said[..., :2] / cells
         found = deformable_attention(values, locations.flatten(0, 1), weights.movedim(3, 1).flatten(0, 1))
-        found = found.unflatten(0, (batch, count)).sum(1)  # (B, Q, width)
-        return (self.to_out(found.to(self.to_out.weight.dtype)) * self.gate.tanh()).to(x.dtype)
+        found = found.unflatten(0, (-1, count)).sum(1)  # (B, Q, width)
+        return (self.to_out(found.to(self.to_out.weight.dtype)) * self.gate.tanh()).to(x)
 
-    def _values(self, shown: Shown, device: torch.device) -> list[Tensor]:
+    def _values(self, shown: Shown) -> list[Tensor]:
         """Of each level (P, H, D, h, w)."""
         if not torch.is_grad_enabled() and self in shown.values:
             return shown.values[self]
         values = []
         for level in shown.features:
-            level = level.to(device, self.to_values.weight.dtype)
-            value = self.to_values(self.norm_features(level.movedim(1, -1))).movedim(-1, 1)
+            level = level.to(self.to_values.weight).movedim(1, -1)
+            value = self.to_values(self.norm_features(level)).movedim(-1, 1)
             values.append(value.unflatten(1, (self.shape[0], -1)))
         if not torch.is_grad_enabled():
             shown.values[self] = values
@@ -163,7 +167,10 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def _scale(channels: int, width: int, level: float) -> nn.Sequential:
-    """The ViT's map (N, channels, rows, columns) to one of `level` times its size (ViTDet, Li et al. 2022, section 3)."""
+    """The ViT's map (N, channels, rows, columns) to one of `level` times its size.
+
+    As in the simple feature pyramid of ViTDet (Li et al. 2022, section 3).
+    """
     layers: list[nn.Module] = []
     while level > 1:
         layers += [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2), ChannelNorm(channels // 2), nn.GELU()]
@@ -227,7 +234,7 @@ class MultiScaleFeatures(nn.Module):
     def attach_unet(self, unet: Any) -> None:
         """Registers hooks on a diffusers UNet's down blocks and mid block, once; raises ValueError for another number
         of them."""
-        blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block])]
+        blocks = [block for block in (*unet.down_blocks, unet.mid_block) if block is not None]
         self._attach("unet", len(blocks), self._blocks)
         for look, block in zip(self.unet, blocks, strict=True):
             assert isinstance(look, Look)
@@ -240,7 +247,6 @@ class MultiScaleFeatures(nn.Module):
             raise ValueError(f"the {name} model has {count} layers or blocks, expected {expected}")
         self._attached.add(name)
 
-    @contextmanager
     def looking_language(
         self,
         pyramid: Sequence[Tensor],
@@ -248,7 +254,7 @@ class MultiScaleFeatures(nn.Module):
         places: Tensor | Sequence[int],
         batch: int,
         repeats: int = 1,
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Within it, tokens see the pictures of their row that begin no later than they do, the nearest of them.
 
         pyramid: features (P, width, h, w) of each level, of P pictures; rows: (P,) the row of each in the batch, -1 for
@@ -257,14 +263,13 @@ class MultiScaleFeatures(nn.Module):
         It is in force in this thread (as a ContextVar is) for the forward pass; a backward pass may come after it.
         Raises ValueError where lengths or rows are wrong.
         """
-        with self._showing(self.language, pyramid, rows, places, batch, repeats):
-            yield
+        return self._showing(self.language, pyramid, rows, places, batch, repeats)
 
-    @contextmanager
-    def looking_unet(self, pyramid: Sequence[Tensor], rows: Tensor | Sequence[int], batch: int) -> Iterator[None]:
+    def looking_unet(
+        self, pyramid: Sequence[Tensor], rows: Tensor | Sequence[int], batch: int
+    ) -> AbstractContextManager[None]:
         """Within it, a UNet's cells see the pictures of their row, the last the nearest; as in `looking_language`."""
-        with self._showing(self.unet, pyramid, rows, [0] * len(rows), batch, 1):
-            yield
+        return self._showing(self.unet, pyramid, rows, [0] * len(rows), batch, 1)
 
     @contextmanager
     def _showing(
@@ -291,8 +296,9 @@ class MultiScaleFeatures(nn.Module):
             return
         of_row = [[(place, i) for row, place, i in in_order if row == wanted] for wanted in range(batch)]
         most = max(map(len, of_row))
-        filled = torch.tensor([found + [(_NEVER, 0)] * (most - len(found)) for found in of_row])  # (B, K, 2)
-        shown = Shown(pyramid, *filled.repeat_interleave(repeats, 0).unbind(-1)[::-1])
+        filled = [found + [(_NEVER, 0)] * (most - len(found)) for found in of_row for _ in range(repeats)]
+        places_of, pictures_of = torch.tensor(filled, device=pyramid[0].device).unbind(-1)  # (B * repeats, K) each
+        shown = Shown(pyramid, pictures_of, places_of)
         token = _SHOWN.set({**_SHOWN.get(), **dict.fromkeys(looks, shown)})
         try:
             yield
