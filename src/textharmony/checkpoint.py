@@ -83,11 +83,12 @@ def load_weights(folder: Path, model: nn.Module, kept: Collection[str] = ()) -> 
             # Copied, since results depend on how memory is aligned, and a file's is not.
             loaded = tensor.to(expected[name].dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             found |= dict.fromkeys(twins[id(expected[name])], loaded)
-    found |= {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in kept}
     try:
-        model.load_state_dict(found, assign=True)
+        lacking = model.load_state_dict(found, strict=False, assign=True).missing_keys
     except RuntimeError as error:
         raise ValueError(f"{folder / _WEIGHTS} does not fit {folder / 'config.json'}: {error}") from error
+    if lacking := [name for name in lacking if name not in kept]:
+        raise ValueError(f"{folder / _WEIGHTS} does not fit {folder / 'config.json'}: it lacks {', '.join(lacking)}")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -93,7 +93,7 @@ class TextHarmony(Verbs):
                 width,
                 len(layers),
                 self.image_decoder.unet.config.block_out_channels,
-            ).to(dtype_of(dtype, "vision"))
+            )
             self.multi_scale.attach_language(layers)
             self.multi_scale.attach_unet(self.image_decoder.unet)
         self.begin_image = nn.Parameter(torch.zeros(width))  # added at every BOI
