@@ -54,7 +54,7 @@ def gated_lora(
     Raises ValueError naming what does not fit.
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):  # base's dtype is the compute dtype; gates stay fp32
             return gated_lora(base, x, lora_A, lora_B, gates, r, scaling, experts, backend, overwrite_base, dropout)
     if x.shape[:-1] != base.shape[:-1]:
@@ -90,7 +90,7 @@ def gated_linear(
     """
     gates, experts = _check(x, lora_A, lora_B, gates, r, experts, "fused")
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return fused.gated_lora(None, x, lora_A, lora_B, gates, r, scaling, experts, dropout, weight, bias)
