@@ -113,7 +113,9 @@ def drawing_size(image: str | Path) -> tuple[int, int]:
     """(height, width) in pixels that a Stable Diffusion folder was trained at."""
     unet = diffusers.UNet2DConditionModel.load_config(image, subfolder="unet")
     vae = diffusers.AutoencoderKL.load_config(image, subfolder="vae")
-    size = unet["sample_size"]
+    size = unet.get("sample_size")
+    if not size:
+        raise ValueError(f"the UNet of {image} does not say its sample_size, expected a drawing_size")
     height, width = (size, size) if isinstance(size, int) else size
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
     return height * cell, width * cell

@@ -122,8 +122,8 @@ class TextHarmony(Verbs):
     def _raise_begin(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         """What begin_head says of BOI, added to the head's logits (..., V)."""
         assert self.begin_head is not None
-        said = args[0] @ self.begin_head.to(args[0])
-        return logits.index_add(-1, torch.tensor([self.boi_id], device=logits.device), said[..., None].to(logits))
+        logits[..., self.boi_id] += (args[0] @ self.begin_head.to(args[0])).to(logits)
+        return logits
 
     # Training
 

@@ -226,8 +226,8 @@ class Verbs(nn.Module):
 
         The model writes until its text ends or it asks for a picture by the begin-of-image token; the picture is drawn
         from all before, the n-th from seed + n, is read in its turn, and the model goes on, until max_pictures are
-        drawn. The gate looks at the parts. A reply among the parts of a next call goes on with the conversation.
-        No template is put around the parts. max_new_tokens: of each text.
+        drawn. A learned gate looks at the parts; by a table, words are text and pictures image. A reply among the parts
+        of a next call goes on with the conversation. No template is put around the parts. max_new_tokens: of each text.
         """
         if not parts or max_pictures < 0:
             raise ValueError(f"parts are {parts!r} and max_pictures {max_pictures}, expected parts and 0 or more")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ from miniatures import Miniature, write_clip_llama_sd
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
 import slidelora
 from textharmony.backbones import drawing_size, dtype_of
@@ -304,6 +315,32 @@ def test_multi_scale_features_train(miniature: Miniature, joined: ModelConfig) -
     model(**Collator(model.config, model.tokenizer)(samples)).total.backward()
     gates = {name: p.grad for name, p in model.multi_scale.named_parameters() if name.endswith("gate")}
     assert len(gates) == 2 + 3 and all(grad is not None and grad.abs().sum() > 0 for grad in gates.values())
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "Mistral": lambda sizes: MistralConfig(**sizes, num_key_value_heads=2, sliding_window=16),
+    "Qwen3": lambda sizes: Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8),
+    "Phi3": lambda sizes: Phi3Config(**sizes, pad_token_id=0),
+    "GPT-NeoX": lambda sizes: GPTNeoXConfig(**sizes),
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_language_models_of_other_families(
+    folder: Miniature, joined: ModelConfig, picture: Image.Image, tmp_path: Path, family: str
+) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = FAMILIES[family](sizes | {"num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder.language)
+    slide = {**(joined.slide or {}), "target_modules": "all-linear", "r": 2}
+    model = join(folder, replace(joined, slide=slide))
+    model.save_pretrained(tmp_path / "model")
+    again = TextHarmony.from_pretrained(tmp_path / "model")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(model.language(input_ids=ids).logits, again.language(input_ids=ids).logits)
+    assert again.answer(picture, "what", num_beams=2) == model.answer(picture, "what", num_beams=2)
+    assert np.array_equal(again.draw("a sign"), model.draw("a sign"))
 
 
 # What does not fit
