@@ -62,18 +62,18 @@ def train(
     Checkpoints of a run from a folder leave out what no stage trains: it is read from the folder again.
     """
     out = Path(out)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # batch_size is that of all processes
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
     torch.manual_seed(config.seed)
     fresh = isinstance(start, ModelConfig)
     if isinstance(start, ModelConfig):
         model = TextHarmony(start, build_tokenizer())
     else:
         model = TextHarmony.from_pretrained(start, {"language": getattr(torch, config.language_dtype)})
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # batch_size is that of all processes
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     _check(model, config, data, accelerator)
     given = {
         "start": None if fresh else str(start),

@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,8 @@ def run(monkeypatch: pytest.MonkeyPatch, model: TextHarmony) -> Run:
     """The command line as typed, with the tests' model as the embedded one."""
     from_pretrained = TextHarmony.from_pretrained
 
-    def load(path: str | Path) -> TextHarmony:
-        return model if path == "tiny" else from_pretrained(path)
+    def load(path: str | Path, dtype: Any = None) -> TextHarmony:
+        return model if path == "tiny" else from_pretrained(path, dtype)
 
     def run(*arguments: object) -> None:
         monkeypatch.setattr(TextHarmony, "from_pretrained", load)
