@@ -123,6 +123,22 @@ def test_new_tokens(united: TextHarmony, miniature: Miniature) -> None:
     assert rows.shape[0] >= len(tokenizer) and rows[united.boi_id].isfinite().all()
 
 
+def test_prompts_and_labels_of_its_tokenizer(united: TextHarmony) -> None:
+    """A begin token where the tokenizer has one, and its own end token after the answer alone."""
+    tokenizer, picture = united.tokenizer, np.zeros((56, 56, 3), np.uint8)
+    sample = Sample(Task.COMPREHENSION, "what is it", "sign", "test", picture, "a sign")
+    batch = Collator(united.config, tokenizer)([sample])
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert (tokenizer.bos_token is not None) == (int(ids[0]) == tokenizer.bos_token_id)
+    assert ids.tolist().count(tokenizer.bos_token_id) <= 1
+    asked = labels != -100
+    assert labels[asked].tolist() == [*united._encode("a sign"), tokenizer.eos_token_id]
+    image = BOI + IMAGE * 6
+    prompt = f"Based on the image, please answer the question. {image}what is it The answer is: "
+    assert ids[~asked].tolist() == united._encode((tokenizer.bos_token or "") + prompt)
+    assert ids[~asked].tolist() == united._composed(Request(Task.COMPREHENSION, "what is it", picture))
+
+
 def test_begin_head_speaks_of_one_token(united: TextHarmony) -> None:
     ids = torch.arange(5)[None]
     with torch.no_grad(), slidelora.disabled(united.language):
