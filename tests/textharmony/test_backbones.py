@@ -23,10 +23,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPTNeoXConfig,
     MistralConfig,
     Phi3Config,
+    QuantoConfig,
     Qwen3Config,
+    TorchAoConfig,
 )
 
 import slidelora
@@ -331,6 +334,37 @@ def test_multi_scale_features_train(miniature: Miniature, joined: ModelConfig) -
     model(**Collator(model.config, model.tokenizer)(samples)).total.backward()
     gates = {name: p.grad for name, p in model.multi_scale.named_parameters() if name.endswith("gate")}
     assert len(gates) == 2 + 3 and all(grad is not None and grad.abs().sum() > 0 for grad in gates.values())
+
+
+def quantisation(library: str) -> Any:
+    """Of transformers, in eight bits; skips where its library is not there."""
+    pytest.importorskip(library)
+    if library == "bitsandbytes":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if library == "torchao":
+        return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    return QuantoConfig(weights="int8")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao", "optimum.quanto"])
+def test_a_quantised_language_model(
+    miniature: Miniature, joined: ModelConfig, picture: Image.Image, tmp_path: Path, library: str
+) -> None:
+    model = join(miniature, joined, quantization_config=quantisation(library), device_map={"": "cpu"})
+    said = model.read(picture)
+    model.save_pretrained(tmp_path)
+    names = {name for name in load_file(tmp_path / "model.safetensors") if name.startswith("language.")}
+    assert names and all("lora_" in name or "slidelora_gate" in name for name in names)
+    again = TextHarmony.from_pretrained(tmp_path)
+    assert again.language.is_quantized and again.read(picture) == said
+    assert np.array_equal(again.draw("a sign"), model.draw("a sign"))
+    experts = [p for name, p in model.named_parameters() if "lora_B" in name]
+    for parameter in experts:
+        parameter.requires_grad_(True)
+    sample = Sample(Task.PERCEPTION, "read", "A", "test", np.zeros((56, 56, 3), np.uint8), "A")
+    model.train()(**Collator(model.config, model.tokenizer)([sample]), losses=("text",)).total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in experts)
 
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
