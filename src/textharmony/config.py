@@ -74,7 +74,9 @@ class ModelConfig:
     proportion. slide, slide_vision: fields of slidelora's configuration for the language model and for the ViT, None
     for no experts there. stem: channels of a convolution stem in place of the ViT's single patch convolution.
     pixel_mean, pixel_std: of what the ViT was trained on, of pixels in 0..1. begin_head: a learned vector that raises
-    or lowers the begin-of-image token's logit, for a language model whose head is frozen. max_new_tokens: after which
+    or lowers the begin-of-image token's logit, for a language model whose head is frozen. feed_back: in training, the
+    picture to be drawn is read after its begin-of-image token, and the text ends after it; not with a layout.
+    max_new_tokens: after which
     an answer ends unless the caller says otherwise. time_center, time_spread: of rectified flow's noise levels.
     multi_scale: image features that language model and UNet look at beside the visual tokens, None for none.
     language_from, quantization: where a quantised language model, which is not saved with the rest, is loaded from, and
@@ -98,6 +100,7 @@ class ModelConfig:
     visual_resampler: ResamplerConfig = ResamplerConfig()
     context_resampler: ResamplerConfig = ResamplerConfig()
     begin_head: bool = False
+    feed_back: bool = False
     layout: LayoutConfig | None = None
     multi_scale: MultiScaleConfig | None = None
     text_weight: float = 1.0
@@ -112,6 +115,8 @@ class ModelConfig:
     quantization: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.feed_back and self.layout is not None:
+            raise ValueError("feed_back is True beside a layout, expected one of them: layouts are of input pictures")
         (height, width), (drawn_height, drawn_width) = self.image_size, self.target_size
         if height * drawn_width != width * drawn_height:
             raise ValueError(
@@ -209,6 +214,7 @@ PAPER = ModelConfig(
     visual_resampler=ResamplerConfig(depth=12, heads=12, width=768),
     context_resampler=ResamplerConfig(depth=1, heads=16),
     begin_head=True,
+    feed_back=True,
     guidance_scale=7.5,
     inference_steps=30,
 )

@@ -210,7 +210,9 @@ class TextHarmony(Verbs):
         arguments in the same order; target_weight: (M, 1, H, W) of the autoencoder's loss, which is nothing without;
         adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
         """
-        prompt = attention_mask.bool() & (labels == -100)
+        # Answers begin at their first label, and a picture's begin-of-image token is the first of its answer.
+        begins = torch.where((labels != -100).any(1), (labels != -100).int().argmax(1), labels.shape[1])  # (B,)
+        prompt = attention_mask.bool() & (torch.arange(labels.shape[1], device=labels.device) < begins[:, None])
         modalities = self._modalities(targets)
         embeds, looks, shown = self.embed(input_ids, pixel_values, prompt, modalities, adapters)
         zero = embeds.new_zeros(())
@@ -238,10 +240,10 @@ class TextHarmony(Verbs):
                     assert layout_fonts is not None and layout_colors is not None
                     present = characters != len(self.config.layout.characters)
                     layouts = Layouts(layout_boxes, present, layout_fonts, *layout_colors.split(3, dim=-1))
-                with self._showing(shown, image_rows):
+                with self._showing(shown, image_rows, begins):
                     found["image"], found["layout"] = self.image_decoder.loss(
                         hidden[image_rows],
-                        attention_mask[image_rows].sum(1) - 1,
+                        begins[image_rows],
                         target_pixel_values,
                         source_pixel_values,
                         region,
@@ -275,12 +277,21 @@ class TextHarmony(Verbs):
                 stack.enter_context(self.multi_scale.looking_language(*shown, repeats=repeats))
             yield
 
-    def _showing(self, shown: Pictures | None, drawn: Sequence[int] | Tensor) -> AbstractContextManager[None]:
-        """Puts pictures in force on the UNet, each in the row of those drawn (rows of the batch) that it goes with."""
+    def _showing(
+        self, shown: Pictures | None, drawn: Sequence[int] | Tensor, begins: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Puts pictures in force on the UNet, each in the row of those drawn (rows of the batch) that it goes with.
+
+        begins: (B,) column of each row at which what is drawn begins: pictures after it are not seen.
+        """
         if self.multi_scale is None or shown is None:
             return nullcontext()
         order = {int(row): i for i, row in enumerate(drawn)}
-        return self.multi_scale.looking_unet(shown.pyramid, [order.get(row, -1) for row in shown.rows], len(drawn))
+        rows = [
+            order.get(row, -1) if begins is None or place < begins[row] else -1
+            for row, place in zip(shown.rows, shown.places, strict=True)
+        ]
+        return self.multi_scale.looking_unet(shown.pyramid, rows, len(drawn))
 
     def _gate_loss(self, targets: Tensor, zero: Tensor, seen: bool) -> Tensor:
         found = zero

@@ -252,8 +252,8 @@ class Verbs(nn.Module):
             ids += written[: written.index(self.boi_id) + 1]
             (picture,) = self._draw([ids], _stack(pixels), asked, None, None, [seed + drawn], settings)
             replies.append(to_pil(picture))
-            if drawn + 1 == max_pictures:
-                break
+            if drawn + 1 == max_pictures and not self.config.feed_back:
+                break  # nothing was learned of what follows the last
             ids += [self.image_id] * self.config.visual_tokens
             pixels.append(self._frame(replies[-1]).pixels)
         return replies

@@ -320,6 +320,36 @@ def test_multi_scale_features(
     assert np.array_equal(again.perform(asked[1:])[0], model.perform(asked[1:])[0])
 
 
+def test_a_picture_is_drawn_before_it_is_read(miniature: Miniature, joined: ModelConfig) -> None:
+    """What feeds back changes neither gates nor what the image decoder is told."""
+    scales = MultiScaleConfig(every=1, levels=(1.0,), points=2, heads=2, width=8)
+    model = join(miniature, experts_on(replace(joined, multi_scale=scales), "both"))
+    assert model.multi_scale is not None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "begin_" in name or name.endswith("gate"):
+                parameter.normal_(0, 0.5)
+    rng = np.random.default_rng(0)
+    seen, drawn = (rng.integers(0, 256, (size, size, 3), np.uint8) for size in (56, 32))
+    samples = [
+        Sample(Task.GENERATION, "a sign", "A", "test", target=drawn),
+        Sample(Task.PERCEPTION, "read", "A", "test", seen, "A"),
+        Sample(Task.EDITING, "fill", "A", "test", seen, target=drawn, region=(7, 7, 40, 40)),
+    ]
+    found = []
+    for feeds in (True, False):
+        model.config = replace(model.config, feed_back=feeds)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses = model(**Collator(model.config, model.tokenizer)(samples))
+        found.append((losses, slidelora.routing(model.language).weights))
+    (fed, gates), (plain, same) = found
+    torch.testing.assert_close(gates, same)
+    torch.testing.assert_close(fed.image, plain.image)
+    torch.testing.assert_close(fed.gate, plain.gate)
+    assert fed.text != plain.text
+
+
 def test_multi_scale_features_train(miniature: Miniature, joined: ModelConfig) -> None:
     scales = MultiScaleConfig(every=1, levels=(1.0, 0.5), points=2, heads=2, width=8)
     model = join(miniature, replace(joined, multi_scale=scales)).train()

@@ -85,7 +85,7 @@ def test_a_training_step(paper: TextHarmony) -> None:
         Sample(Task.EDITING, "fill", "A", "test", seen, target=drawn, region=(7, 7, 700, 140)),
     ]
     batch = Collator(paper.config, paper.tokenizer)(samples)
-    assert batch["pixel_values"].shape == (2, 3, 896, 896)
+    assert batch["pixel_values"].shape == (4, 3, 896, 896)  # two of them are read again once they are drawn
     assert batch["target_pixel_values"].shape == batch["source_pixel_values"].shape == (2, 3, 512, 512)
     torch.testing.assert_close(batch["region"][1], torch.tensor([4.0, 4, 400, 80]))
     for name, parameter in paper.named_parameters():

@@ -63,3 +63,19 @@ def test_padding_has_no_label(config: ModelConfig, tokenizer: PreTrainedTokenize
     padded = batch["attention_mask"] == 0
     assert padded.any() and (batch["input_ids"][padded] == tokenizer.pad_token_id).all()
     assert (batch["labels"][padded] == -100).all()
+
+
+@pytest.mark.parametrize("task", [Task.GENERATION, Task.EDITING])
+def test_a_picture_that_feeds_back(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, task: Task) -> None:
+    """Its tokens follow, and the end token; neither its tokens nor the prompt have labels."""
+    sample, prompt, _ = GOLDEN[task]
+    sample = replace(sample, target=np.full((32, 128, 3), 200, np.uint8))
+    batch = Collator(replace(config, layout=None, feed_back=True), tokenizer)([sample, GOLDEN[Task.PERCEPTION][0]])
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    ids, labels = ids[batch["attention_mask"][0] == 1], labels[batch["attention_mask"][0] == 1]
+    assert tokenizer.decode(ids) == prompt + IMAGE + "</s>"
+    assert tokenizer.decode(ids[labels != -100]) == "<|beginofimage|></s>"
+    assert bool((labels[labels != -100] == ids[labels != -100]).all())
+    pictures = [1] * (task is Task.EDITING) + [200, 0]  # the input, what was drawn, the next row's
+    greys = [round(float(p.mean() + 1) * 127.5) for p in batch["pixel_values"]]
+    assert greys[-2:] == pictures[-2:] and len(greys) == len(pictures)

@@ -149,12 +149,12 @@ def test_a_text_in_reply(united: TextHarmony, pictures: list[Image.Image], monke
 
 
 def test_pictures_in_reply_feed_back(united: TextHarmony, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Text, a picture, text, a picture: each is among what comes before the next."""
+    """Text, a picture, text, a picture, text: each is among what comes before the next."""
     first, second, boi = united._encode("see"), united._encode("and"), united.boi_id
-    given = saying(united, monkeypatch, [*first, boi], [*second, boi, united.tokenizer.pad_token_id], [9])
+    given = saying(united, monkeypatch, [*first, boi], [*second, boi, united.tokenizer.pad_token_id], first)
     replies = united.chat(["draw"], max_pictures=2, seed=3)
-    assert [type(reply).__name__ for reply in replies] == ["str", "Image", "str", "Image"]
-    assert replies[::2] == ["see", "and"]
+    assert [type(reply).__name__ for reply in replies] == ["str", "Image", "str", "Image", "str"]
+    assert replies[::2] == ["see", "and", "see"]
     start = united._encode((united.tokenizer.bos_token or "") + "draw")
     image = [united.image_id] * united.config.visual_tokens
     with torch.no_grad():
@@ -166,9 +166,9 @@ def test_pictures_in_reply_feed_back(united: TextHarmony, monkeypatch: pytest.Mo
         row = [*start, *first, boi, *image, *second, boi]
         drawn = united._draw([row], pixels, len(start), None, None, [4], GenerationSettings())
         assert far(Image.fromarray(((drawn[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()), replies[3]) == 0
-    assert len(given) == 2
+    assert len(given) == 3
     # What was said goes on as parts of the next call.
-    saying(united, monkeypatch, [boi])
+    saying(united, monkeypatch, [boi], [united.tokenizer.eos_token_id])
     assert len(united.chat(["draw", *replies, "again"])) == 1
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from textharmony.config import BOX_BINS, ModelConfig
 from textharmony.data.sample import Sample
-from textharmony.tokens import BOI, compose
+from textharmony.tokens import BOI, IMAGE, compose, picture_tokens
 
 _IGNORE = -100
 
@@ -25,6 +26,7 @@ class Collator:
 
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Samples -> input_ids, attention_mask, labels (B, T), targets (B,), and what pictures there are."""
@@ -32,14 +34,14 @@ class Collator:
         for sample in samples:
             bos = self.tokenizer.bos_token or ""
             prompt = self._encode(compose(sample.task, sample.prompt, self.config.visual_tokens, bos))
-            answer = self._encode(BOI if sample.answer is None else sample.answer + self.tokenizer.eos_token)
+            answer = self._answer(sample)
             over = 0 if self.max_length is None else max(0, len(prompt) + len(answer) - self.max_length)
             if sample.answer is None:
                 prompt = prompt[: len(prompt) - over]
             else:
                 answer = answer[: max(1, len(answer) - over)]
             rows.append(prompt + answer)
-            labels.append([_IGNORE] * len(prompt) + answer)
+            labels.append([_IGNORE] * len(prompt) + [_IGNORE if token == self.image_id else token for token in answer])
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         batch = {
@@ -48,10 +50,10 @@ class Collator:
             "labels": torch.tensor([row + [_IGNORE] * (length - len(row)) for row in labels]),
             "targets": torch.tensor([int(sample.task.modality == "image") for sample in samples]),
         }
-        seen = [sample for sample in samples if sample.image is not None]
-        if seen:
-            batch["pixel_values"] = to_pixels([hide(s.image, s.region) for s in seen if s.image is not None])
+        if pictures := [picture for sample in samples for picture in self._pictures(sample)]:
+            batch["pixel_values"] = to_pixels(pictures)
             if self.config.layout:
+                seen = [sample for sample in samples if sample.image is not None]
                 batch["column_labels"] = torch.stack([self._columns(sample) for sample in seen])
                 names = self.config.layout.colors
                 batch["color_labels"] = torch.tensor(
@@ -63,6 +65,22 @@ class Collator:
             batch |= self._drawn([samples[i] for i in drawn])
             batch["image_rows"] = torch.tensor(drawn)
         return batch
+
+    def _answer(self, sample: Sample) -> list[int]:
+        """What the language model is to say, a picture's tokens among it where they feed back."""
+        if sample.answer is not None:
+            return self._encode(sample.answer + self.tokenizer.eos_token)
+        if not self.config.feed_back:
+            return self._encode(BOI)
+        return self._encode(picture_tokens(self.config.visual_tokens) + self.tokenizer.eos_token)
+
+    def _pictures(self, sample: Sample) -> Iterator[np.ndarray]:
+        """(H, W, 3) uint8 each: what the language model reads of a sample, in order."""
+        if sample.image is not None:
+            yield hide(sample.image, sample.region)
+        if sample.target is not None and self.config.feed_back:
+            height, width = self.config.image_size
+            yield np.asarray(Image.fromarray(sample.target).resize((width, height)))
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
