@@ -94,6 +94,8 @@ def _open(picture: Picture) -> Image.Image:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
             raise ValueError(f"picture is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3)")
         return Image.fromarray(picture)
+    if not isinstance(picture, (str, Path)):
+        raise ValueError(f"picture is {picture!r}, expected a PIL image, a numpy array or a path")
     try:
         with Image.open(picture) as file:
             return file.convert("RGB")

@@ -269,6 +269,8 @@ class Verbs(nn.Module):
 
     def _checked(self, request: Request) -> Request:
         """The request with its text as the prompt has it; raises ValueError for what cannot be done."""
+        if not isinstance(request.prompt, str):
+            raise ValueError(f"prompt is {request.prompt!r}, expected text")
         if (request.image is None) != (request.task is Task.GENERATION):
             raise ValueError(
                 f"a request for {request.task.value} has image {request.image!r}, expected "

@@ -69,6 +69,7 @@ def test_a_request_that_lacks_something_is_named(model: TextHarmony, pictures: l
     wrong("request for generation has image", task=Task.GENERATION, prompt='"A"', image=pictures[0])
     wrong("box is None", task=Task.EDITING, prompt="A", image=pictures[0])
     wrong(r"holds <\|beginofimage\|> or", task=Task.PERCEPTION, prompt=f"read {IMAGE}", image=pictures[0])
+    wrong("prompt is 3, expected text", task=Task.PERCEPTION, prompt=3, image=pictures[0])
     wrong("cannot draw", task=Task.EDITING, prompt=" ", image=pictures[0], box=(0, 0, 9, 9))
 
 
@@ -194,5 +195,7 @@ def test_chat_checks_its_parts(united: TextHarmony, tmp_path: Path) -> None:
         united.chat(["a"], max_pictures=-1)
     with pytest.raises(ValueError, match=r"holds <\|beginofimage\|> or"):
         united.chat([f"a {BOI}"])
+    with pytest.raises(ValueError, match="picture is 3, expected"):
+        united.chat(["a", 3])
     with pytest.raises(FileNotFoundError):
         united.chat(["a", tmp_path / "nothing.png"])
