@@ -56,23 +56,24 @@ def log_losses(out: Path, number: int, stage: str, step: int, means: dict[str, f
 
 
 def plot_losses(out: Path) -> None:
-    """out/losses.png: each loss on its own axes, in the stages that minimised it."""
+    """out/losses.png: each loss that was minimised on its own axes, by stage."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = list(csv.DictReader((out / "losses.csv").open()))
-    names = [field.name for field in fields(Losses)]
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 6), layout="constrained")
+    names = [field.name for field in fields(Losses) if any(float(row[field.name]) for row in rows)]
+    figure, axes = pyplot.subplots(-(-len(names) // 4), 4, figsize=(16, 3 * -(-len(names) // 4)), layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
     for axis, name in zip(axes.flat, names):
+        axis.set_axis_on()
         for stage in dict.fromkeys(row["stage"] for row in rows):
-            points = [(i, float(row[name])) for i, row in enumerate(rows) if row["stage"] == stage]
+            points = [(i, float(row[name])) for i, row in enumerate(rows, 1) if row["stage"] == stage]
             if any(value for _, value in points):
-                axis.plot([i * LOG_EVERY for i, _ in points], [value for _, value in points], label=stage)
+                axis.plot([i * LOG_EVERY for i, _ in points], [value for _, value in points], ".-", label=stage)
         axis.set(title=name, xlabel="step", yscale="log")
-        if axis.lines:
-            axis.legend()
-    axes.flat[-1].set_axis_off()
+        axis.legend()
     figure.savefig(out / "losses.png", dpi=100)
     pyplot.close(figure)
