@@ -29,7 +29,7 @@ def _torchmetrics_fid() -> Any:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise ImportError("FID needs torchmetrics: pip install 'slidelora[fid]'") from error
+        raise ImportError(f"FID needs torchmetrics: pip install 'slidelora[fid]' ({error})") from error
     return FrechetInceptionDistance
 
 

@@ -1,11 +1,14 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import CLIPModel, CLIPProcessor
 
 from textharmony.fidelity import check_weights, clip_score, frechet_inception_distance
@@ -56,6 +59,74 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path, clip: Path) -> Non
         check_weights(None, tmp_path / "nowhere")
 
 
+def test_clip_score_is_that_of_torchmetrics(clip: Path) -> None:
+    torchmetrics = pytest.importorskip("torchmetrics.multimodal", exc_type=ImportError)
+
+    class Clip(CLIPModel):
+        """With features in the form that torchmetrics takes: transformers gives more than them since version 5."""
+
+        def get_image_features(self, *args: Any) -> Tensor:
+            return super().get_image_features(*args).pooler_output
+
+        def get_text_features(self, *args: Any) -> Tensor:
+            return super().get_text_features(*args).pooler_output
+
+    metric = torchmetrics.CLIPScore(lambda: (Clip.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)))
+    pairs = [(picture, " ".join("abcdefghij"[i % 10 : i % 10 + 3])) for i, picture in enumerate(pictures(12))]
+    pairs = [pair for pair in pairs if clip_score([pair], clip) > 5]
+    for picture, caption in pairs:
+        metric.update(torch.from_numpy(np.array(picture)).permute(2, 0, 1), caption)
+    assert len(pairs) > 2 and clip_score(pairs, clip) == pytest.approx(float(metric.compute()), abs=1e-3)
+
+
+def frechet_distance(real: Tensor, drawn: Tensor) -> float:
+    """By the definition in float64, exact for fewer pictures than features: the trace of the root of the product of
+    two covariances A'A and B'B is the sum of the singular values of AB'."""
+    a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (real.double(), drawn.double()))
+    mean = (real.double().mean(0) - drawn.double().mean(0)).square().sum()
+    return float(mean + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
+
+
+def write_inception(path: Path) -> Path:
+    """Random weights of the Inception that torchmetrics wants; skips where its libraries are not there."""
+    pytest.importorskip("torchmetrics.image.fid", exc_type=ImportError)
+    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError)
+
+    class Unloaded(library.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
+        def load_state_dict(self, *args: Any) -> None:
+            """Leaves the weights that it was made with."""
+
+    torch.save({}, path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Unloaded("inception", ["2048"], str(path))
+        for weight in network.parameters():
+            if weight.ndim == 4:
+                nn.init.kaiming_normal_(weight)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_fid_is_the_frechet_distance_of_inception_features(tmp_path: Path) -> None:
+    inception = write_inception(tmp_path / "inception.pth")
+    dark = [picture.point(lambda value: value // 2) for picture in pictures(8)]
+    seen: list[Tensor] = []
+    hook = register_module_forward_hook(
+        lambda module, _, out: seen.append(out.flatten(1)) if isinstance(module, nn.AdaptiveAvgPool2d) else None
+    )
+    try:
+        found = frechet_inception_distance(pictures(6), dark, inception)
+    finally:
+        hook.remove()
+    features = torch.cat(seen)
+    assert features.shape == (6 + 8, 2048) and features.std(0).mean() > 0.01
+    assert found == pytest.approx(frechet_distance(features[:6], features[6:]), rel=1e-6)
+    assert frechet_inception_distance(pictures(6), pictures(6), inception) == pytest.approx(0, abs=1e-6 * found)
+    for real, drawn, side in ((1, 2, "real"), (2, 0, "drawn")):
+        with pytest.raises(ValueError, match=f"{min(real, drawn)} {side} pictures, FID needs two or more"):
+            frechet_inception_distance(pictures(real), pictures(drawn), inception)
+
+
 def test_fid_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "inception.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
@@ -63,5 +134,7 @@ def test_fid_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         lambda: check_weights(tmp_path / "inception.pth", None),
         lambda: frechet_inception_distance(pictures(2), pictures(2), tmp_path / "inception.pth"),
     ):
-        with pytest.raises(ImportError, match=r"FID needs torchmetrics: pip install 'slidelora\[fid\]'"):
+        with pytest.raises(
+            ImportError, match=r"FID needs torchmetrics: pip install 'slidelora\[fid\]' \(.*torchmetrics"
+        ):
             call()
