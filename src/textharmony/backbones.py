@@ -102,7 +102,7 @@ def load_backbones(
         language=_values(llm.config),
         unet=_plain(unet.config),
         vae=_plain(vae.config),
-        scheduler=_plain(scheduler.config),
+        scheduler=_plain(scheduler),
         pixel_mean=mean,
         pixel_std=std,
     )
@@ -164,14 +164,10 @@ def _tower(config: Any) -> Any:
 
 
 def _load_image(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """UNet, VAE and scheduler of a folder in the layout of Stable Diffusion."""
+    """UNet, VAE and the scheduler's configuration of a folder in the layout of Stable Diffusion."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype)
     vae = diffusers.AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype)
-    values = diffusers.DDPMScheduler.load_config(path, subfolder="scheduler")
-    name = values.get("_class_name")
-    if not isinstance(name, str) or not hasattr(diffusers, name):
-        raise ValueError(f"{path} has a scheduler {name!r}, expected one of diffusers'")
-    return unet, vae, getattr(diffusers, name).from_config(values)
+    return unet, vae, diffusers.DDPMScheduler.load_config(path, subfolder="scheduler")
 
 
 def _pixel_statistics(vision: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -262,10 +262,10 @@ def _run_stage(run: _Run, stage: Stage, number: int, start: int) -> None:
     accelerator.free_memory()
 
 
-def _words(config: ModelConfig, stage: Stage, seed: int, split: str = "train") -> SyntheticWords:
+def _words(config: ModelConfig, stage: Stage, seed: int) -> SyntheticWords:
     """Rendered words at the model's size, the tasks by the stage's weights."""
     tasks = {Task(name): weight for name, weight in stage.tasks.items()}
-    return SyntheticWords(seed, split, tasks, config.image_size, config.target_size)
+    return SyntheticWords(seed, "train", tasks, config.image_size, config.target_size)
 
 
 def _resume_stream(run: _Run, sources: Sequence[Source], number: int, start: int) -> SampleStream:

@@ -375,7 +375,9 @@ class Verbs(nn.Module):
         source = torch.zeros(len(requests), 3, *self.config.target_size)
         region = torch.full((len(requests), 4), torch.nan)
         for i, picture, box in edited:
-            seen, frames[i] = self._frame(picture), Frame.of(picture, self.config.target_size)
+            seen = self._frame(picture)
+            same = self.config.target_size == self.config.image_size
+            frames[i] = seen if same else Frame.of(seen.original, self.config.target_size)
             x1, y1, x2, y2 = seen.inward(box)
             hidden.append(seen.pixels.clone())
             hidden[-1][:, y1:y2, x1:x2] = 0
@@ -432,7 +434,7 @@ def _seeds(seed: int | Sequence[int], generator: torch.Generator | None, *argume
     if generator is not None:
         drawn = [
             int(torch.randint(2**62, (), generator=generator, device=generator.device))
-            for _ in range(*lengths[:1] or [1])
+            for _ in range(lengths[0] if lengths else 1)
         ]
         return drawn if lengths else drawn[0]
     if not isinstance(seed, int):
