@@ -8,8 +8,8 @@ if _MISSING:
     raise ImportError(f"textharmony needs {', '.join(_MISSING)}: pip install 'slidelora[textharmony]'")
 
 from textharmony.config import ModelConfig, Stage, TrainConfig  # noqa: E402
-from textharmony.model import TextHarmony  # noqa: E402
-from textharmony.tokens import Task  # noqa: E402
-from textharmony.verbs import GenerationSettings, Request  # noqa: E402
+from textharmony.model.core import TextHarmony  # noqa: E402
+from textharmony.prompts import Task  # noqa: E402
+from textharmony.pipeline import GenerationSettings, Request  # noqa: E402
 
 __all__ = ["ModelConfig", "Request", "GenerationSettings", "Stage", "Task", "TextHarmony", "TrainConfig"]

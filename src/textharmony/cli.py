@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from textharmony.model import TextHarmony
+from textharmony.model.core import TextHarmony
 
 Model = Annotated[str, tyro.conf.arg(help="'tiny', the embedded model, or a folder that save_pretrained wrote")]
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"], help="where to write")]
@@ -136,7 +136,7 @@ def init(
     """
     import torch
 
-    from textharmony.backbones import drawing_size as size_of
+    from textharmony.model.backbones import drawing_size as size_of
     from textharmony.config import MODELS, ModelConfig
     from textharmony.config import experts_on as put_experts
 
@@ -177,8 +177,8 @@ def train(
     given is as the stages have it. LANGUAGE_DTYPE: of the frozen language model's weights, in memory and in OUT/model.
     """
     from textharmony.config import MODELS, TRAININGS
-    from textharmony.data.sources import load_sources
-    from textharmony.training import train as run
+    from textharmony.data.loading import load_sources
+    from textharmony.train.loop import train as run
 
     name = preset if model is None else stages
     if name not in TRAININGS:
@@ -235,14 +235,14 @@ def evaluate(
     if benchmark is None:
         if data is not None or score_only:
             raise ValueError("--data is of a --benchmark, and --score-only too: name one")
-        from textharmony.evaluation import evaluate as run
-        from textharmony.evaluation import table
+        from textharmony.evaluate.tiny import evaluate as run
+        from textharmony.evaluate.tiny import table
 
         out = out or Path("runs/evaluation")
         print(table(run(TextHarmony.from_pretrained(preset), out)))
         print(f"\n{time.monotonic() - started:.0f} s; sheets in {out}")
         return
-    from textharmony.benchmarks import evaluate_benchmark, find_benchmark
+    from textharmony.evaluate.benchmarks import evaluate_benchmark, find_benchmark
 
     find_benchmark(benchmark)
     if data is None:
@@ -299,9 +299,9 @@ def build_captions(
     A multimodal model writes them, told what OCR reads: MODEL behind an OpenAI-compatible ENDPOINT such as
     http://localhost:8000/v1 (its key in the environment, TEXTHARMONY_API_KEY), or a LOCAL folder of transformers.
     """
-    from textharmony.captions import Prompt, build
-    from textharmony.chat import Chat, Endpoint, LocalChat
-    from textharmony.evaluation import read_text
+    from textharmony.captions.build import Prompt, build
+    from textharmony.captions.endpoint import Chat, Endpoint, LocalChat
+    from textharmony.evaluate.tiny import read_text
 
     words = Prompt() if prompt is None else Prompt.load(prompt)
     chat: Chat

@@ -39,7 +39,7 @@ class ResamplerConfig:
 
 @dataclass(frozen=True)
 class MultiScaleConfig:
-    """Multi-scale features (textharmony.multi_scale): which scales there are, and how they are looked at.
+    """Multi-scale features (textharmony.model.multi_scale): which scales there are, and how they are looked at.
 
     every: decoder layers from one that looks to the next, the first looks; levels: sizes of the feature maps over that
     of the ViT's grid, powers of two; points: sampled by each head in each level; width: channels of features;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from textharmony.model import TextHarmony
+from textharmony.model.core import TextHarmony
 from textharmony.sheets import contact_sheet
 
 PICTURES = Path(__file__).parent / "pictures_to_read"

@@ -11,11 +11,11 @@ import tiny_llava
 from chat_server import ChatServer, answer, status
 from PIL import Image, ImageDraw, ImageFont
 
-import textharmony.training
+import textharmony.train.loop
 from textharmony.cli import main
 from textharmony.config import PAPER_TRAINING, TINY, TINY_TRAINING
-from textharmony.data.sources import Source
-from textharmony.model import TextHarmony
+from textharmony.data.loading import Source
+from textharmony.model.core import TextHarmony
 
 Run = Callable[..., None]
 
@@ -87,7 +87,7 @@ def test_demo_writes_a_sheet(run: Run, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_train_runs_the_preset(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(textharmony.training, "train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(textharmony.train.loop, "train", lambda *arguments: calls.append(arguments))
     run("train", "--preset", "tiny", "--out", tmp_path)
     run("train")
     assert calls == [(TINY, TINY_TRAINING, tmp_path, None), (TINY, TINY_TRAINING, Path("runs/tiny"), None)]
@@ -97,7 +97,7 @@ def test_train_takes_a_model_through_stages(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
-    monkeypatch.setattr(textharmony.training, "train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(textharmony.train.loop, "train", lambda *arguments: calls.append(arguments))
     sources = {stage: [{"name": "folder", "folder": "own", "weight": 2}] for stage in ("align", "tune")}
     (tmp_path / "sources.json").write_text(json.dumps(sources))
     model = ["train", "--model", tmp_path / "model"]

@@ -7,9 +7,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from textharmony.config import ModelConfig
-from textharmony.data.collate import Collator
+from textharmony.data.batch import Collator
 from textharmony.data.sample import Sample
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 PICTURE = np.zeros((32, 128, 3), np.uint8)
 IMAGE = "<|beginofimage|>" + "<|image|>" * 32

@@ -13,8 +13,8 @@ from PIL import Image
 
 from textharmony.cli import main
 from textharmony.data.synthetic import SyntheticWords
-from textharmony.model import TextHarmony
-from textharmony.tokens import Task
+from textharmony.model.core import TextHarmony
+from textharmony.prompts import Task
 
 Run = Callable[..., str]
 

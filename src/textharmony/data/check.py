@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from textharmony.data.faults import Fault, Faults
 from textharmony.data.readers import READERS, detect, read_dataset
 from textharmony.data.record import Record
-from textharmony.pictures import Box
+from textharmony.images import Box
 from textharmony.sheets import contact_sheet
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 _CELLS, _COLUMNS, _SIDE, _LETTERS = 24, 4, 300, 44
 _LISTED = 20

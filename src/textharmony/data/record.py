@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from textharmony.pictures import Box
-from textharmony.tokens import Task
+from textharmony.images import Box
+from textharmony.prompts import Task
 
 ImageSource = Path | bytes | Image.Image
 Polygon = tuple[tuple[float, float], ...]

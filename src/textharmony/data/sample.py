@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from PIL import Image
 from textharmony.data.faults import Faults
 from textharmony.data.record import Record
 from textharmony.data.sample import Sample
-from textharmony.pictures import Box, Frame
-from textharmony.tokens import Task, check_plain
+from textharmony.images import Box, Frame
+from textharmony.prompts import Task, check_plain
 
 
 def load_samples(

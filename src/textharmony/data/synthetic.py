@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from textharmony.data.sample import Layout, Sample
-from textharmony.pictures import Frame, to_pil
-from textharmony.tokens import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
+from textharmony.images import Frame, to_pil
+from textharmony.prompts import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 MAX_LENGTH = 6

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from textharmony.data.record import Record
-from textharmony.tokens import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
+from textharmony.prompts import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
 
 # A scene is itself a record: images[0] is the picture, words, boxes and polygons what stands in it, in the data set's
 # order; extra["caption"] a caption where there is one.

@@ -6,7 +6,7 @@ import pytest
 
 from textharmony.data.mixture import Mixture
 from textharmony.data.record import Record
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 def records(source: str, count: int) -> list[Record]:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from textharmony.data.record import Record, bounding_box, draw_mask, image_size, open_image, thousandths
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 def png(size: tuple[int, int], color: object = "red", mode: str = "RGB") -> bytes:

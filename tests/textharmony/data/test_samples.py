@@ -8,12 +8,12 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from textharmony.config import ModelConfig
-from textharmony.data.collate import Collator
+from textharmony.data.batch import Collator
 from textharmony.data.faults import Faults, TooManyFaults
 from textharmony.data.mixture import Mixture
 from textharmony.data.record import Record
 from textharmony.data.samples import load_samples, to_sample
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 WIDE = Image.new("RGB", (200, 50), "white")  # fitted to 32 x 128: scaled by .64, to 32 x 128 exactly
 TALL = Image.new("RGB", (50, 100), "black")  # scaled by .32 to 16 x 32, in the middle of 128

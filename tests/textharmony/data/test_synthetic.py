@@ -26,7 +26,7 @@ from textharmony.data.synthetic import (
     render,
     word_box,
 )
-from textharmony.tokens import LOCATE_QUESTION, READ_QUESTION, Task, compose
+from textharmony.prompts import LOCATE_QUESTION, READ_QUESTION, Task, compose
 
 ALL_TASKS = {task: 1.0 for task in Task}
 seeds = st.integers(0, 2**32 - 1)

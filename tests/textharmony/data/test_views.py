@@ -4,7 +4,7 @@ from PIL import Image
 
 from textharmony.data.record import Record
 from textharmony.data.views import draw, edit, locate, read
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 PICTURE = Image.new("RGB", (100, 100))
 SCENE = Record(

@@ -14,8 +14,8 @@ from typing import Any
 
 from textharmony.data.readers.reader import Entry, Reader, existing, parse_object, read_jsonl, text
 from textharmony.data.record import Record
-from textharmony.pictures import Box, check_box
-from textharmony.tokens import Task
+from textharmony.images import Box, check_box
+from textharmony.prompts import Task
 
 _CHAT = (
     "X-PLUG/mPLUG-DocOwl, DocOwl1.5/README.md, one line each: image (a list of paths), messages (user with <|image|>, "

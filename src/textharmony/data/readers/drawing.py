@@ -20,7 +20,7 @@ from textharmony.data.readers.reader import (
     text,
 )
 from textharmony.data.record import Record
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 _TEST_INDEX = "mario-laion-test-index.txt"
 _SIZE = (512, 512)

@@ -13,8 +13,8 @@ from typing import Any
 from textharmony.data.readers.reader import Entry, Reader, existing, parse_object, read_jsonl, text
 from textharmony.data.record import ImageSource, Record
 from textharmony.data.shards import read_shard
-from textharmony.pictures import check_box
-from textharmony.tokens import Task
+from textharmony.images import check_box
+from textharmony.prompts import Task
 
 _RECORDS = "records.jsonl"
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")

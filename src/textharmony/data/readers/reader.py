@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from textharmony.data.record import ImageSource, Polygon, Record, bounding_box, image_size, thousandths
-from textharmony.tokens import READ_QUESTION, Task
+from textharmony.prompts import READ_QUESTION, Task
 
 # Where an item stands, and what makes its record, raising an error where the item is corrupt.
 Entry = tuple[str, Callable[[], Record]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from textharmony.data.readers.reader import Entry, Reader, existing, first_existing, read_json, text
 from textharmony.data.record import Record
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 _SPLITS = ("val", "train", "test")
 

@@ -5,7 +5,7 @@ import pytest
 
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 def mark(text: str, **changes: object) -> dict[str, object]:

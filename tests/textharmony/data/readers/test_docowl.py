@@ -2,7 +2,7 @@ from pathlib import Path
 
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 def line(image: str, question: str, answer: str, task: str, data: str) -> dict[str, object]:

@@ -6,7 +6,7 @@ import pytest
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
 from textharmony.data.readers.drawing import quoted
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 @pytest.fixture

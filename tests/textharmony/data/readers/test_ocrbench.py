@@ -4,7 +4,7 @@ from pathlib import Path
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
 from textharmony.data.readers.ocrbench import PARTS
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 def item(kind: str, answers: object, path: str = "IIIT5K/test/5864_1.png") -> dict[str, object]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 def png(color: str = "red") -> bytes:

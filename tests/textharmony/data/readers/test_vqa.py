@@ -4,7 +4,7 @@ import pytest
 
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
-from textharmony.tokens import Task
+from textharmony.prompts import Task
 
 
 def test_textvqa(tmp_path: Path, paint, dump) -> None:

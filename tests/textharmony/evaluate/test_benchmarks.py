@@ -1,0 +1,153 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from textharmony.evaluate.benchmarks import BENCHMARKS, evaluate_benchmark
+from textharmony.data.readers import READERS
+from textharmony.evaluate.fidelity import clip_score
+from textharmony.evaluate.measures import MEASURES
+from textharmony.model.core import TextHarmony
+from textharmony.evaluate.run import load_rows
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_has_its_reader_and_measures(name: str) -> None:
+    benchmark = BENCHMARKS[name]
+    reader = READERS[benchmark.dataset]
+    assert benchmark.split is None or benchmark.split in reader.splits
+    assert benchmark.view in (reader.views or (None,))
+    assert set(benchmark.measures) <= MEASURES.keys() and benchmark.samples >= 1
+
+
+def paint(path: Path, text: str, size: tuple[int, int] = (128, 64)) -> None:
+    picture = Image.new("RGB", size, "white")
+    ImageDraw.Draw(picture).text((20, 12), text, fill="black", font=ImageFont.load_default(32))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def evaluate(name: str, data: Path, out: Path, model: TextHarmony | None, **settings: Any) -> dict[str, Any]:
+    evaluate_benchmark(name, data, out, model, "test", **settings)
+    found = json.loads((out / "report.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def textvqa(tmp_path: Path) -> Path:
+    """Three questions of TextVQA, of which one has nine answers and is no use."""
+    items = []
+    for i, answers in enumerate((["cab"] * 10, ["7"] * 10, ["ok"] * 9)):
+        paint(tmp_path / "TextVQA" / "train_images" / f"{i}.jpg", "CAB")
+        items.append({"question_id": i, "question": "what is it", "image_id": f"{i}", "answers": answers})
+    (tmp_path / "TextVQA" / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": items}))
+    return tmp_path / "TextVQA"
+
+
+def test_predictions_score_the_same_without_a_model(model: TextHarmony, textvqa: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = evaluate("textvqa", textvqa, out, model)
+    assert report["means"].keys() == {"TextVQA accuracy", "containment", "containment, released"}
+    assert report["means"]["TextVQA accuracy"]["count"] == 2
+    assert [fault["where"] for fault in report["faults"]] == ["textvqa 2"]
+    assert "9 answers, expected those of 10" in report["faults"][0]["reason"]
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    (out / "report.md").unlink()
+    evaluate("textvqa", textvqa, out, None)
+    assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
+
+
+def test_what_the_rows_say_is_what_is_scored(model: TextHarmony, textvqa: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    evaluate("textvqa", textvqa, out, model)
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "answer" in row:
+            row["answer"] = {"0": "The cab!", "1": "8"}[row["id"]]
+    (out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    means = evaluate("textvqa", textvqa, out, None)["means"]
+    assert [means[name]["sum"] for name in means] == [1, 1, 1] and means["containment"]["count"] == 2
+
+
+def test_limit_and_going_on(model: TextHarmony, textvqa: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert evaluate("textvqa", textvqa, out, model, limit=1)["records"] == 1
+    assert evaluate("textvqa", textvqa, out, None)["missing"] == 2
+    assert evaluate("textvqa", textvqa, out, model)["missing"] == 0 and len(load_rows(out)) == 3
+
+
+def test_a_split_without_answers_is_predicted_and_not_scored(model: TextHarmony, textvqa: Path, tmp_path: Path) -> None:
+    content = json.loads((textvqa / "TextVQA_0.5.1_val.json").read_text())
+    (textvqa / "TextVQA_0.5.1_test.json").write_text(
+        json.dumps({"data": [{k: v for k, v in item.items() if k != "answers"} for item in content["data"]]})
+    )
+    (textvqa / "train_images").rename(textvqa / "test_images")
+    report = evaluate("textvqa", textvqa, tmp_path / "out", model, split="test")
+    assert (report["records"], report["unscored"], report["means"]) == (3, 3, {})
+    assert "3 have no gold, and do not count." in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(ValueError, match="not of textvqa, split None"):
+        evaluate("textvqa", textvqa, tmp_path / "out", None)
+
+
+@pytest.fixture
+def anytext(tmp_path: Path) -> Path:
+    """AnyText-benchmark's English part: two pictures, one of them with words that the tests' model can draw."""
+    items = []
+    for i, words in enumerate((["HI", "A1"], ["OK"])):
+        paint(tmp_path / "laion_word" / "imgs" / f"{i}.jpg", " ".join(words), (512, 512))
+        marks = [
+            {"polygon": [[20, 12 + 50 * j], [120, 12 + 50 * j], [120, 52 + 50 * j], [20, 52 + 50 * j]], "text": word}
+            for j, word in enumerate(words)
+        ]
+        items.append({"img_name": f"{i}.jpg", "caption": "a sign", "annotations": marks})
+    content = {"data_root": "", "data_list": items}
+    (tmp_path / "laion_word" / "test1k.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_drawing_by_four_samples(model: TextHarmony, anytext: Path, tmp_path: Path) -> None:
+    report = evaluate("anytext-benchmark", anytext, tmp_path / "out", model)
+    # 'a sign, that reads "HI", "A1"' quotes two words, and this model draws one.
+    assert len(report["refused"]) == 4 and report["ocr"].startswith("rapidocr ")
+    assert report["means"]["NED, AnyText"]["count"] == report["means"]["Sen.Acc, AnyText"]["count"] == 4 * 2 + 4 * 1
+    assert report["means"]["NED, released"]["count"] == 2 + 1
+    assert report["whole"] == {"FID": "not measured: needs --inception", "CLIP score": "not measured: needs --clip"}
+
+
+def test_clip_score_of_what_was_drawn(model: TextHarmony, anytext: Path, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = evaluate("anytext-benchmark", anytext, out, model, clip=clip, samples=2)
+    drawn = [row for row in load_rows(out).values() if "picture" in row]
+    assert len(drawn) == 2
+    pairs = [(Image.open(out / row["picture"]), row["prompt"]) for row in drawn]
+    assert report["whole"]["CLIP score"] == pytest.approx(clip_score(pairs, clip))
+    assert report["whole"]["FID"] == "not measured: needs --inception"
+
+
+def test_editing(model: TextHarmony, anytext: Path, tmp_path: Path) -> None:
+    report = evaluate("anytext-benchmark-edit", anytext, tmp_path / "out", model, samples=1)
+    assert report["means"]["outside unchanged"] == {"mean": 1, "sum": 3, "count": 3} and not report["refused"]
+    assert evaluate("anytext-benchmark-edit", anytext, tmp_path / "out", None) == report
+
+
+def test_places(model: TextHarmony, tmp_path: Path) -> None:
+    (tmp_path / "ch4_test_images").mkdir()
+    paint(tmp_path / "ch4_test_images" / "img_1.jpg", "HI")
+    truths = tmp_path / "Challenge4_Test_Task1_GT"
+    truths.mkdir()
+    (truths / "gt_img_1.txt").write_text("20,12,60,12,60,44,20,44,HI\n", encoding="utf-8-sig")
+    report = evaluate("icdar2015-locate", tmp_path, tmp_path / "out", model)
+    assert report["means"].keys() == {"Acc@0.5", "IoU"} and report["means"]["IoU"]["count"] == 1
+
+
+def test_names_and_weights_are_checked_before_anything_runs(textvqa: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="benchmark is 'nothing', expected one of textvqa, docvqa"):
+        evaluate("nothing", textvqa, tmp_path / "out", None)
+    with pytest.raises(FileNotFoundError, match="expected one of transformers' CLIP"):
+        evaluate("mario-eval", textvqa, tmp_path / "out", None, clip=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"predictions\.jsonl does not exist"):
+        evaluate("textvqa", textvqa, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,74 @@
+import itertools
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from textharmony.data.synthetic import CHARACTERS, COLORS
+from textharmony.prompts import BOI, IMAGE, SPECIALS, Task, build_tokenizer, compose
+
+PRINTABLE = "".join(c for c in string.printable if c not in string.whitespace) + " \n"
+TOKENIZER = build_tokenizer()
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+@settings(deadline=None)
+@given(st.text(PRINTABLE).filter(lambda text: not any(special in text for special in SPECIALS)))
+def test_round_trip_of_every_printable_text(text: str) -> None:
+    ids = ids_of(text)
+    assert TOKENIZER.unk_token_id not in ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*COLORS, "a", "ground", "the", "in", "A", "THE", '"', " ", "1", "redd", "ina"])))
+def test_round_trip_of_words_run_together(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert TOKENIZER.decode(ids_of(text)) == text
+
+
+def test_a_word_to_draw_is_its_characters() -> None:
+    for word in [*CHARACTERS, *map("".join, itertools.product("A0ZI", repeat=4)), "THE", "IN", "AND", "RED"]:
+        ids = ids_of(f'"{word}"')
+        assert [TOKENIZER.decode(i) for i in ids] == ['"', *word, '"']
+
+
+@pytest.mark.parametrize("name", COLORS)
+def test_a_color_is_one_token(name: str) -> None:
+    assert len(ids_of(name)) == len(ids_of(f" {name}")) == 1
+    assert len(ids_of(f'"A" in {name} on {name}')) == 3 + 4
+
+
+def test_specials_are_single_and_skipped() -> None:
+    for special in SPECIALS:
+        assert len(ids_of(special)) == 1
+    assert TOKENIZER.decode(ids_of(f"<s>A{BOI}{IMAGE}</s>"), skip_special_tokens=True) == "A"
+    assert len({TOKENIZER.pad_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id, TOKENIZER.unk_token_id}) == 4
+
+
+def test_two_builds_agree(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_compose(task: Task) -> None:
+    whole = compose(task, "some prompt", 5, "<s>")
+    assert whole.startswith("<s>") and "some prompt" in whole
+    images = 0 if task is Task.GENERATION else 5
+    assert whole.count(IMAGE) == images and (BOI + IMAGE * 5 in whole) == bool(images)
+    assert not whole.endswith(BOI)
+    assert whole.endswith("The answer is: ") == (task.modality == "text")
+
+
+def test_modalities() -> None:
+    assert {task.value: task.modality for task in Task} == {
+        "generation": "image",
+        "editing": "image",
+        "comprehension": "text",
+        "perception": "text",
+    }
