@@ -1,121 +1,209 @@
-"""Pictures of any size to the model's own and back."""
+"""Pictures: opened, fitted to a model, pasted back, outlined, and shown on sheets. The one place that decodes files."""
 
 from __future__ import annotations
 
-import math
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-Picture = Image.Image | np.ndarray | str | Path
-Box = tuple[float, float, float, float]
+from textharmony.boxes import Box, covered_pixels, from_pixels, to_pixels
+
+Picture = (
+    Image.Image | np.ndarray | bytes | str | Path
+)  # an open picture, uint8 (H, W, 3), an encoded file, or its path
+
+# The grey that hides a region from the vision model: 127 of 255, in -1..1 and rounded as other pixels are.
+HIDDEN = float(np.float32(127) / np.float32(127.5) - np.float32(1))
+
+
+def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
+    """Decode a picture as people see it: turned upright by its EXIF orientation, transparency on white.
+
+    Args:
+        source: A PIL image, an array uint8 (height, width, 3), an encoded file as bytes, or a path.
+        mode: The mode of the result, "RGB" or "L".
+
+    Returns:
+        A new picture.
+
+    Raises:
+        ValueError: Pillow cannot read the picture.
+        FileNotFoundError: There is no such file.
+    """
+    with _decoding(source), _open(source) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if mode == "RGB" and picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert(mode)
+
+
+def image_size(source: Picture) -> tuple[int, int]:
+    """(width, height) of a picture as `open_image` turns it, from the file's header; raises as `open_image` does."""
+    with _decoding(source), _open(source) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (height, width) if turned else (width, height)
+
+
+@contextmanager
+def _decoding(source: Picture) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything at corrupt files, struct.error among it
+        reason = re.sub(r" object at 0x\w+", "", str(error))  # the same fault in the same words
+        raise ValueError(f"{_describe(source)} is not a picture that Pillow reads: {reason}") from error
+
+
+def _describe(source: Picture) -> str:
+    if isinstance(source, bytes):
+        return f"an image of {len(source)} bytes"
+    return f"a PIL image of {source.width} x {source.height}" if isinstance(source, Image.Image) else f"{source}"
+
+
+def _open(source: Picture) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.copy()
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source))
+    return Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+
+
+def check_picture(picture: object) -> None:
+    """Raise ValueError for what is no Picture: another type, or an array of another shape or dtype."""
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+            raise ValueError(f"picture is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3)")
+    elif not isinstance(picture, (Image.Image, bytes, str, Path)):
+        raise ValueError(f"picture is {picture!r}, expected a PIL image, a numpy array, bytes or a path")
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A picture scaled to fit the model's size, the rest filled with its border's colour.
-
-    pixels: (3, H, W) float32 in -1..1; offset and scale: model pixels = picture pixels * scale + offset.
-    """
+class FittedImage:
+    """A picture scaled to fit a model's size, the margins filled with the median colour of its border."""
 
     original: Image.Image
-    pixels: Tensor
-    scale: float
-    offset: tuple[int, int]
+    pixels: Tensor  # (3, H, W) float32 in -1..1
+    scale: float  # pixels of the model = pixels of the original * scale + offset
+    offset: tuple[int, int]  # x and y
 
-    @classmethod
-    def of(cls, picture: Picture, size: tuple[int, int]) -> Frame:
-        """size: (height, width) of the model. A file that is no picture raises ValueError."""
-        original = _open(picture)
-        height, width = size
-        scale = min(width / original.width, height / original.height)
-        fitted = original
-        if scale != 1:
-            fitted = original.resize((max(1, round(original.width * scale)), max(1, round(original.height * scale))))
-        pixels = np.asarray(fitted)
-        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        canvas = np.empty((height, width, 3), np.uint8)
-        canvas[:] = np.median(border, axis=0).astype(np.uint8)
-        x, y = (width - fitted.width) // 2, (height - fitted.height) // 2
-        canvas[y : y + fitted.height, x : x + fitted.width] = pixels
-        return cls(original, torch.from_numpy(canvas).permute(2, 0, 1).float() / 127.5 - 1, scale, (x, y))
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of `pixels`."""
+        return self.pixels.shape[2], self.pixels.shape[1]
 
-    def outward(self, box: Box) -> Box:
-        """A box in thousandths of the model's picture, in thousandths of the original."""
-        height, width = self.pixels.shape[1:]
-        x, y = self.offset
-        sides = self.original.width * self.scale, self.original.height * self.scale
+    def to_model(self, box: Box) -> Box:
+        """Convert a box in thousandths of the original to one in thousandths of `pixels`."""
+        return from_pixels(self._model_pixels(box), self.size)
+
+    def to_original(self, box: Box) -> Box:
+        """Convert a box in thousandths of `pixels` to one in thousandths of the original, clipped to it."""
         moved = (
-            (box[0] * width / 999 - x) / sides[0],
-            (box[1] * height / 999 - y) / sides[1],
-            (box[2] * width / 999 - x) / sides[0],
-            (box[3] * height / 999 - y) / sides[1],
+            (side - start) / self.scale for side, start in zip(to_pixels(box, self.size), self.offset * 2, strict=True)
         )
-        x1, y1, x2, y2 = (round(min(max(v, 0.0), 1.0) * 999, 1) for v in moved)
+        x1, y1, x2, y2 = (round(min(max(side, 0.0), 999.0), 1) for side in from_pixels(moved, self.original.size))
         return x1, y1, x2, y2
 
-    def inward(self, box: Box) -> tuple[int, int, int, int]:
-        """A box in thousandths of the original, in whole pixels of the model's picture."""
-        height, width = self.pixels.shape[1:]
-        x1, y1, x2, y2 = (
-            v / 999 * side * self.scale + start
-            for v, side, start in zip(box, self.original.size * 2, self.offset * 2, strict=True)
-        )
-        left, top = max(0, round(x1)), max(0, round(y1))
-        return left, top, min(width, max(left + 1, round(x2))), min(height, max(top + 1, round(y2)))
+    def region(self, box: Box) -> tuple[int, int, int, int]:
+        """Convert a box in thousandths of the original to whole pixels x1, y1, x2, y2 of `pixels`, at least one each."""
+        x1, y1, x2, y2 = (round(side) for side in self._model_pixels(box))
+        left, top = max(0, x1), max(0, y1)
+        return left, top, min(self.size[0], max(left + 1, x2)), min(self.size[1], max(top + 1, y2))
+
+    def _model_pixels(self, box: Box) -> Box:
+        x1, y1, x2, y2 = to_pixels(box, self.original.size)
+        x, y = self.offset
+        return x1 * self.scale + x, y1 * self.scale + y, x2 * self.scale + x, y2 * self.scale + y
 
     def paste(self, painted: Tensor, box: Box) -> Image.Image:
-        """The original with the box, in thousandths of it, taken from painted (3, H, W) in -1..1."""
-        x1, y1, x2, y2 = covered(box, self.original.size)
+        """Copy the original and take the pixels that a box (thousandths) touches from `painted` (3, H, W) in -1..1."""
+        x1, y1, x2, y2 = covered_pixels(box, self.original.size)
         x, y = self.offset
-        source = ((x1 * self.scale) + x, (y1 * self.scale) + y, (x2 * self.scale) + x, (y2 * self.scale) + y)
+        source = (x1 * self.scale + x, y1 * self.scale + y, x2 * self.scale + x, y2 * self.scale + y)
         edited = self.original.copy()
         resample = Image.Resampling.NEAREST if self.scale == 1 else Image.Resampling.BICUBIC
         edited.paste(to_pil(painted).resize((x2 - x1, y2 - y1), resample, box=source), (x1, y1))
         return edited
 
 
-def covered(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The whole pixels that a box, in thousandths, touches in a picture of size (width, height): x1, y1, x2, y2."""
-    left, top, right, bottom = (v / 999 * side for v, side in zip(box, size * 2, strict=True))
-    x1, y1 = math.floor(left + 1e-6), math.floor(top + 1e-6)
-    return x1, y1, max(x1 + 1, math.ceil(right - 1e-6)), max(y1 + 1, math.ceil(bottom - 1e-6))
+def fit_image(source: Picture, size: tuple[int, int]) -> FittedImage:
+    """Decode a picture and scale it to fit a model's size (height, width); raises as `open_image` and `check_picture`."""
+    check_picture(source)
+    original = open_image(source)
+    height, width = size
+    scale = min(width / original.width, height / original.height)
+    fitted = original
+    if scale != 1:
+        fitted = original.resize((max(1, round(original.width * scale)), max(1, round(original.height * scale))))
+    pixels = np.asarray(fitted)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = np.median(border, axis=0).astype(np.uint8)
+    x, y = (width - fitted.width) // 2, (height - fitted.height) // 2
+    canvas[y : y + fitted.height, x : x + fitted.width] = pixels
+    return FittedImage(original, torch.from_numpy(canvas).permute(2, 0, 1).float() / 127.5 - 1, scale, (x, y))
 
 
-def _open(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-            raise ValueError(f"picture is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3)")
-        return Image.fromarray(picture)
-    if not isinstance(picture, (str, Path)):
-        raise ValueError(f"picture is {picture!r}, expected a PIL image, a numpy array or a path")
-    try:
-        with Image.open(picture) as file:
-            return file.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture} is not a picture that Pillow reads: {error}") from error
+def hide(pixels: Tensor, region: tuple[int, int, int, int]) -> Tensor:
+    """Copy pixels (3, H, W) with grey in a region (x1, y1, x2, y2, in pixels)."""
+    x1, y1, x2, y2 = region
+    hidden = pixels.clone()
+    hidden[:, y1:y2, x1:x2] = HIDDEN
+    return hidden
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in -1..1 -> PIL."""
+    """Convert pixels (3, H, W) in -1..1 to a PIL image."""
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def check_box(box: Any) -> Box:
-    """The box if it is x1, y1, x2, y2 in thousandths, 0 <= x1 < x2 <= 999 and so for y; else ValueError."""
-    try:
-        x1, y1, x2, y2 = (float(v) for v in box)
-    except (TypeError, ValueError):
-        raise ValueError(f"box is {box!r}, expected four numbers x1, y1, x2, y2 in thousandths") from None
-    if not (0 <= x1 < x2 <= 999 and 0 <= y1 < y2 <= 999):
-        raise ValueError(f"box is {box!r}, expected 0 <= x1 < x2 <= 999 and 0 <= y1 < y2 <= 999 (thousandths)")
-    return x1, y1, x2, y2
+def outline(picture: Image.Image, boxes: Iterable[Box], color: str = "red", width: int = 1) -> Image.Image:
+    """Copy a picture and draw the outlines of boxes (thousandths), `width` pixels wide."""
+    outlined = picture.copy()
+    pen = ImageDraw.Draw(outlined)
+    for box in boxes:
+        pen.rectangle(to_pixels(box, (picture.width - 1, picture.height - 1)), outline=color, width=width)
+    return outlined
+
+
+def pad_square(picture: Image.Image, side: int) -> Image.Image:
+    """Scale a picture to fit a square of `side` pixels, with light grey margins."""
+    return ImageOps.pad(picture, (side, side), color="lightgray")
+
+
+def shorten(text: str, length: int) -> str:
+    """Cut a text to at most `length` characters; a cut text ends in an ellipsis."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+_GAP, _CAPTION = 8, 18  # pixels
+
+
+def contact_sheet(
+    cells: Sequence[tuple[Image.Image, str]], columns: int, title: str = "", zoom: int = 2
+) -> Image.Image:
+    """Draw pictures row by row in a grid, each `zoom` times its size with its caption below."""
+    width = max(picture.width for picture, _ in cells) * zoom
+    height = max(picture.height for picture, _ in cells) * zoom
+    rows = -(-len(cells) // columns)
+    top = 28 if title else 0
+    sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, top + rows * (height + _CAPTION + _GAP) + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+    pen.text((_GAP, 6), title, fill="black", font=ImageFont.load_default(16))
+    for i, (picture, caption) in enumerate(cells):
+        x = _GAP + (i % columns) * (width + _GAP)
+        y = top + _GAP + (i // columns) * (height + _CAPTION + _GAP)
+        sheet.paste(picture.resize((picture.width * zoom, picture.height * zoom)), (x, y))
+        pen.text((x, y + picture.height * zoom + 1), caption, fill="black", font=font)
+    return sheet

@@ -1,90 +1,138 @@
-"""The tiny model's tokenizer, the special tokens, and the prompts."""
+"""What is asked of the model: the tasks, requests of users, the prompts, and the special tokens of pictures."""
 
 from __future__ import annotations
 
-import re
-import string
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from textharmony.boxes import Box, check_box
+from textharmony.config import LayoutConfig
+
+if TYPE_CHECKING:
+    from textharmony.images import Picture
 
 BOI = "<|beginofimage|>"
 IMAGE = "<|image|>"
-SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", BOI, IMAGE)
 
-# The released prompts (bytedance/TextHarmony). Text answers end in </s>, drawings begin with BOI.
+# The released prompts (bytedance/TextHarmony). A text answer ends in the end-of-text token, a drawing begins with BOI.
 TEXT_PROMPT = "Based on the image, please answer the question. {image}{question} The answer is: "
-GENERATION_PROMPT = "Generate an image according to the caption. {caption}"
-EDITING_PROMPT = "{image}{question}"
+DRAW_PROMPT = "Generate an image according to the caption. {caption}"
+EDIT_PROMPT = "{image}{question}"
 READ_QUESTION = "read all the text"
 LOCATE_QUESTION = 'where is "{text}"'
 FILL_QUESTION = 'Fill the masked part in this image with "{text}"'
 
 
 class Task(str, Enum):
-    """What a sample asks for; it decides prompt, loss and target modality."""
+    """What is asked of the model."""
 
-    GENERATION = "generation"
-    EDITING = "editing"
-    COMPREHENSION = "comprehension"
-    PERCEPTION = "perception"
+    READ = "read"  # all the text in a picture
+    ANSWER = "answer"  # a question about a picture
+    LOCATE = "locate"  # the box of a word in a picture
+    DRAW = "draw"  # a picture of a caption
+    EDIT = "edit"  # a picture whose box is filled with a new text
 
     @property
     def modality(self) -> str:
-        """The modality of the output, "image" or "text"."""
-        return "image" if self in (Task.GENERATION, Task.EDITING) else "text"
+        """The modality of the output: "text" or "image"."""
+        return "image" if self in (Task.DRAW, Task.EDIT) else "text"
+
+    @property
+    def paper_class(self) -> str:
+        """The paper's class of the task: "perception", "comprehension", "generation" or "editing"."""
+        return _PAPER_CLASSES[self]
 
 
-_WORDS = re.findall(
-    r"[A-Za-z]+",
-    """Based on the image please answer question The is Generate an according to caption Fill masked part in this
-    with read all text where what color ground character how many characters are there sign word a
-    black white red green blue yellow orange purple""",
-)
+_PAPER_CLASSES = {
+    Task.READ: "perception",
+    Task.LOCATE: "perception",
+    Task.ANSWER: "comprehension",
+    Task.DRAW: "generation",
+    Task.EDIT: "editing",
+}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A character tokenizer whose instruction words, with or without a leading space, are single tokens."""
-    words = [prefix + word for word in dict.fromkeys(_WORDS) if len(word) > 1 for prefix in ("", " ")]
-    characters = [c for c in string.printable if c not in string.whitespace or c in " \n"]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys([*SPECIALS, *characters, " a", *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    longest_first = "|".join(sorted((w for w in dict.fromkeys(_WORDS)), key=len, reverse=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf" ?\b(?:{longest_first})\b|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=[BOI, IMAGE],
-        clean_up_tokenization_spaces=False,
-    )
+@dataclass(frozen=True)
+class Request:
+    """One thing that a user asks for."""
+
+    task: Task
+    prompt: str = ""  # to read: the question, "" for the usual one; the question, word, caption, or text to fill in
+    image: Picture | None = None  # for all tasks but drawing
+    box: Box | None = None  # of an edit, in thousandths of the picture
+    seed: int = 0  # of a drawing or an edit
+
+    def completed(self, layout: LayoutConfig | None) -> Request:
+        """Check the request and write its prompt out as the whole question, caption or instruction.
+
+        Args:
+            layout: Of a model that plans layouts, which draws one quoted word of certain characters.
+
+        Raises:
+            ValueError: Something is missing or superfluous, or the model cannot draw the text.
+        """
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt is {self.prompt!r}, expected text")
+        if (self.image is None) != (self.task is Task.DRAW):
+            wanted = "none" if self.task is Task.DRAW else "a picture"
+            raise ValueError(f"a request to {self.task.value} has image {self.image!r}, expected {wanted}")
+        check_plain(self.prompt)
+        if self.task is Task.READ:
+            return replace(self, prompt=self.prompt or READ_QUESTION)
+        if self.task is Task.LOCATE:
+            return replace(self, prompt=LOCATE_QUESTION.format(text=self.prompt))
+        if self.task is Task.ANSWER:
+            return self
+        caption = _caption(self.prompt, layout)
+        if self.task is Task.DRAW:
+            return replace(self, prompt=caption)
+        word, rest = caption.split('"')[1:] if caption.count('"') == 2 and caption[0] == '"' else (caption, "")
+        return replace(self, prompt=FILL_QUESTION.format(text=word) + rest, box=check_box(self.box))
+
+
+def _caption(text: str, layout: LayoutConfig | None) -> str:
+    """The caption, with its word in quotes where layouts are planned."""
+    if not text.strip():
+        raise ValueError(f"cannot draw {text!r}, expected a text")
+    if layout is None:
+        return text
+    caption = text if '"' in text else f'"{text}"'
+    if caption.count('"') != 2:
+        raise ValueError(f"{text!r} has {caption.count(chr(34))} double quotes, expected one quoted text")
+    word = caption.split('"')[1]
+    if not 1 <= len(word) <= layout.slots or set(word) - set(layout.characters):
+        raise ValueError(f"cannot draw {word!r}, expected 1 to {layout.slots} characters of {layout.characters}")
+    return caption
 
 
 def compose(task: Task, prompt: str, visual_tokens: int, bos: str) -> str:
-    """The whole prompt of a task, up to where the answer (or BOI, for a picture) follows.
+    """Compose the whole prompt of a task, up to where the answer (BOI for a drawing) follows.
 
-    bos: the token that texts begin with, "" for a tokenizer without. Raises ValueError for a prompt with a picture's
-    tokens in it.
+    Args:
+        task: What is asked.
+        prompt: The question, the caption or the instruction.
+        visual_tokens: How many tokens stand for a picture.
+        bos: The token that texts begin with; "" for a tokenizer without one.
+
+    Raises:
+        ValueError: The prompt holds a picture's special tokens.
     """
     check_plain(prompt)
-    image = picture_tokens(visual_tokens)
-    if task is Task.GENERATION:
-        return bos + GENERATION_PROMPT.format(caption=prompt)
-    if task is Task.EDITING:
-        return bos + EDITING_PROMPT.format(image=image, question=prompt)
+    image = image_tokens(visual_tokens)
+    if task is Task.DRAW:
+        return bos + DRAW_PROMPT.format(caption=prompt)
+    if task is Task.EDIT:
+        return bos + EDIT_PROMPT.format(image=image, question=prompt)
     return bos + TEXT_PROMPT.format(image=image, question=prompt)
 
 
-def picture_tokens(visual_tokens: int) -> str:
-    """What stands for a picture in a prompt."""
+def image_tokens(visual_tokens: int) -> str:
+    """The tokens that stand for a picture in a prompt."""
     return BOI + IMAGE * visual_tokens
 
 
 def check_plain(text: str) -> None:
-    """Raises ValueError for text with a picture's tokens in it."""
+    """Raise ValueError for a text that holds a picture's special tokens."""
     if BOI in text or IMAGE in text:
-        raise ValueError(f"{text!r} holds {BOI} or {IMAGE}, expected text: pictures are given beside it")
+        raise ValueError(f"{text!r} holds {BOI} or {IMAGE}, expected plain text: pass pictures as pictures")

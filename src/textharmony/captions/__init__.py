@@ -1,0 +1,1 @@
+"""Captions for pictures of one's own, written by a multimodal model."""

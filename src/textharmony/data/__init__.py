@@ -1,0 +1,1 @@
+"""Records, the renderer and readers that make them, and their way to a batch."""

@@ -1,4 +1,4 @@
-"""What was wrong with the records that were skipped, and when there are too many of them to go on."""
+"""What is wrong with the records that are skipped, and when there are too many of them to go on."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+# What reading a corrupt record may raise.
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RecursionError, OverflowError)
 _LISTED = 20
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One skipped record: where it stands (file and line or key), and why it was skipped."""
+    """One skipped record."""
 
-    where: str
+    where: str  # file and line, or data set and id
     reason: str
 
     def __str__(self) -> str:
@@ -22,23 +23,30 @@ class Fault:
 
 
 class TooManyFaults(ValueError):
-    """More records are corrupt than was allowed; the message lists the first of them, `faults` all."""
+    """More records are corrupt than allowed; the message lists the first of them, `faults` holds all."""
 
     def __init__(self, faults: list[Fault], seen: int, allowed: float) -> None:
-        listed = "; ".join(map(str, faults[:_LISTED]))
-        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        super().__init__(f"{len(faults)} of {seen} records are corrupt, at most {allowed:.2%} may be: {listed}{more}")
-        self.faults = list(faults)
+        super().__init__(faults, seen, allowed)  # so that it can be pickled
+        self.faults, self.seen, self.allowed = list(faults), seen, allowed
+
+    def __str__(self) -> str:
+        listed = "; ".join(map(str, self.faults[:_LISTED]))
+        more = f"; and {len(self.faults) - _LISTED} more" if len(self.faults) > _LISTED else ""
+        return (
+            f"{len(self.faults)} of {self.seen} records are corrupt, at most {self.allowed:.2%} may be: {listed}{more}"
+        )
 
 
 class Faults:
-    """Counts records and lists those that were skipped.
-
-    max_share: share of the records seen so far that may be corrupt, 0..1; grace: as many are let pass before the share
-    is looked at.
-    """
+    """Counts records and lists the corrupt ones, which are skipped."""
 
     def __init__(self, max_share: float = 0.01, grace: int = 20) -> None:
+        """Start to count.
+
+        Args:
+            max_share: The share of the records seen so far that may be corrupt, 0..1.
+            grace: Faults tolerated before max_share applies.
+        """
         if not 0 <= max_share <= 1 or grace < 0:
             raise ValueError(f"max_share is {max_share!r} and grace {grace!r}, expected 0..1 and at least 0")
         self.max_share, self.grace = max_share, grace
@@ -47,19 +55,23 @@ class Faults:
 
     @property
     def seen(self) -> int:
-        """Records seen, good and corrupt."""
+        """How many records were seen, good and corrupt."""
         return self.good + len(self.listed)
 
     def skip(self, where: str, error: BaseException) -> None:
-        """Lists one corrupt record. Raises TooManyFaults past the threshold."""
+        """List a corrupt record; raise TooManyFaults past the threshold."""
         reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        self.listed.append(Fault(where, " ".join(reason.split())))
+        self.add(Fault(where, " ".join(reason.split())))
+
+    def add(self, fault: Fault) -> None:
+        """List a fault; raise TooManyFaults past the threshold."""
+        self.listed.append(fault)
         if len(self.listed) > self.grace and len(self.listed) > self.max_share * self.seen:
             raise TooManyFaults(self.listed, self.seen, self.max_share)
 
     @contextmanager
     def skipping(self, where: str) -> Iterator[None]:
-        """Counts its body as one good record, or lists it where the body raises what a corrupt record raises."""
+        """Count the body as one good record, or list it if it raises what a corrupt record raises."""
         try:
             yield
         except TooManyFaults:

@@ -1,4 +1,4 @@
-"""What the stages of training read from disk, and the samples that come of it, endless and resumable."""
+"""Batches for training: records of rendered words or of data sets, decoded and collated in worker processes."""
 
 from __future__ import annotations
 
@@ -6,46 +6,52 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from textharmony.data.batch import Collator, Encoded
 from textharmony.data.faults import Fault, Faults
-from textharmony.data.mixture import Mixture
+from textharmony.data.mixture import Mixture, Shard
 from textharmony.data.readers import read_dataset
 from textharmony.data.record import Record
-from textharmony.data.sample import Sample
-from textharmony.data.samples import load_samples
+from textharmony.prompts import Task
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set that a stage reads; name, folder, split and view as of read_dataset, weight as of Mixture."""
+    """A data set that a stage of training reads."""
 
-    name: str
+    name: str  # of a reader
     folder: str
-    split: str | None = None
-    view: str | None = None
-    weight: float = 1.0
+    split: str | None = None  # None: the reader's first
+    task: str | None = None  # of a data set of scenes: what is asked about them; None: the reader's first
+    weight: float = 1.0  # its share of the records, relative to the other sources
 
     def __str__(self) -> str:
-        said = ", ".join(value for value in (self.split, self.view) if value)
-        return f"{self.name} of {self.folder}" + (f" ({said})" if said else "")
+        details = ", ".join(value for value in (self.split, self.task) if value)
+        return f"{self.name} of {self.folder}" + (f" ({details})" if details else "")
 
 
 def load_sources(path: Path) -> dict[str, tuple[Source, ...]]:
-    """Sources by stage from a JSON file: {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], ...}.
+    """Load the sources of each stage from a JSON file.
 
-    The fields are Source's; a folder that is not absolute is looked for beside the file. Raises ValueError for what is
-    not laid out so, FileNotFoundError for no file.
+    Args:
+        path: A file such as {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], ...} with the fields of
+            Source. A relative folder is relative to the file.
+
+    Raises:
+        ValueError: The file has another form.
+        FileNotFoundError: There is no file.
     """
     try:
         stages = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(stages, dict) or not all(isinstance(items, list) for items in stages.values()):
-        raise ValueError(f"{path} is not laid out as sources, expected an object of lists, one for each stage")
+        raise ValueError(f"{path} does not hold sources, expected an object with a list for each stage")
     return {stage: tuple(_source(item, path, stage) for item in items) for stage, items in stages.items()}
 
 
@@ -53,7 +59,7 @@ _KINDS: dict[str, Any] = {
     "name": str,
     "folder": str,
     "split": (str, type(None)),
-    "view": (str, type(None)),
+    "task": (str, type(None)),
     "weight": (int, float),
 }
 
@@ -66,80 +72,177 @@ def _source(item: Any, path: Path, stage: str) -> Source:
         if field not in _KINDS:
             raise ValueError(f"{where} has a field {field!r}, expected some of {list(_KINDS)}")
         if not isinstance(value, _KINDS[field]):
-            raise ValueError(f"{where} has {field} {value!r}, expected {'a number' if field == 'weight' else 'a text'}")
+            raise ValueError(f"{where} has {field} {value!r}, expected {'a number' if field == 'weight' else 'text'}")
     return Source(**item | {"folder": str(path.parent / item["folder"])})
 
 
-class SampleStream:
-    """Samples of several sources mixed by weight: endless, shuffled, corrupt records skipped and listed.
+class RecordStream(Protocol):
+    """An endless stream of numbered records."""
 
-    size, target_size: as of to_sample; max_faults: the share of records that may be corrupt, of what each source's
-    annotations say and of the pictures; buffer: as of Mixture. Of several processes each reads all annotations but
-    decodes its own records alone: the one of rank r those with numbers r, r + processes, and so on. What comes is a
-    function of these arguments and of how many records were taken. Raises ValueError for sources that are not there or
-    not known, and TooManyFaults as samples are taken.
+    def records(self, shard: Shard, start: int = 0) -> Iterator[Record]:
+        """The records of a shard, from its `start`-th on."""
+        ...
+
+    def faults(self) -> list[Fault]:
+        """What was found corrupt while records were read, each fault once."""
+        ...
+
+
+class SourceStream:
+    """The records of several sources, mixed by weight and shuffled, without the corrupt ones."""
+
+    def __init__(self, sources: Sequence[Source], seed: int, max_faults: float = 0.01, buffer: int = 1000) -> None:
+        """Open the sources.
+
+        Args:
+            sources: At least one, each once.
+            seed: Of the mixture and of shuffling.
+            max_faults: The share of each source's records that may be corrupt.
+            buffer: How many records are held in memory to shuffle a source that is streamed.
+
+        Raises:
+            ValueError: A source is unknown or given twice.
+            FileNotFoundError: A source's folder is missing.
+        """
+        names = {str(source): source for source in sources}
+        if len(names) < len(sources):
+            raise ValueError(f"sources are {list(map(str, sources))}, expected each one once, with a weight")
+        self._max_faults = max_faults
+        self._reading: dict[Source, Faults] = {}
+        self._listed: dict[Fault, None] = {}
+        for source in sources:
+            self._read(source)
+        streams = {name: partial(self._read, source) for name, source in names.items()}
+        self._mixture = Mixture(streams, {name: source.weight for name, source in names.items()}, seed, buffer)
+
+    def records(self, shard: Shard, start: int = 0) -> Iterator[Record]:
+        """The records of a shard, from its `start`-th on; raise TooManyFaults where too many are corrupt."""
+        return self._mixture.records(shard, start)
+
+    def faults(self) -> list[Fault]:
+        """What was found corrupt in annotations, each fault once."""
+        reading = [fault for faults in self._reading.values() for fault in faults.listed]
+        return list(dict.fromkeys([*self._listed, *reading]))
+
+    def _read(self, source: Source) -> Iterator[Record]:
+        """The records of one epoch of a source."""
+        if source in self._reading:
+            self._listed |= dict.fromkeys(self._reading[source].listed)
+        faults = self._reading[source] = Faults(self._max_faults)
+        task = None if source.task is None else Task(source.task)
+        return read_dataset(source.name, Path(source.folder), source.split, task, faults)
+
+
+class _Item(NamedTuple):
+    """What a worker sends: a batch, or, if it gives up, an error."""
+
+    worker: int
+    batch: dict[str, Any]
+    taken: int  # records that the worker has taken so far, corrupt ones too
+    annotations: list[Fault]  # all that it has found in annotations
+    pictures: list[Fault]  # those that it has found in pictures and texts since its last item
+    error: Exception | None = None
+
+
+class BatchLoader(IterableDataset[_Item]):
+    """The batches of one training process, made by worker processes, always in the same order.
+
+    Batch k comes from worker k modulo the number of workers. Which records it holds depends on the arguments alone, not
+    on how fast the workers are.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
-        seed: int,
-        size: tuple[int, int],
-        target_size: tuple[int, int],
-        max_faults: float = 0.01,
-        buffer: int = 1000,
+        stream: RecordStream,
+        collator: Collator,
+        size: int,
+        workers: int = 1,
         rank: int = 0,
         processes: int = 1,
+        max_faults: float = 0.01,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        weights = {str(source): source.weight for source in sources}
-        if len(weights) < len(sources):
-            raise ValueError(f"a source is given twice, expected each once: {', '.join(map(str, sources))}")
-        for source in sources:
-            read_dataset(source.name, Path(source.folder), source.split, source.view)  # looks at no record yet
-        self._mixture = Mixture({str(s): partial(self._read, s) for s in sources}, weights, seed, buffer)
-        self._size, self._target_size, self._max_faults = size, target_size, max_faults
-        self._rank, self._processes = rank, processes
-        self._reading: dict[Source, Faults] = {}
-        self._listed: dict[str, None] = {}  # faults of annotations read to their end
-        self._decoded = Faults(max_faults)
-        self._samples: Iterator[Sample] | None = None
-        self._lock = Lock()
+        """Prepare to load.
 
-    def take(self, count: int) -> list[Sample]:
-        """The next samples; another thread may take them."""
-        with self._lock:
-            if self._samples is None:
-                start = self._rank + self._processes * self._decoded.seen
-                records = islice(self._mixture.iterate(start), 0, None, self._processes)
-                self._samples = load_samples(records, self._decoded, self._size, self._target_size)
-            return list(islice(self._samples, count))
+        Args:
+            stream: Where the records come from.
+            collator: Makes batches of them.
+            size: Records in a batch.
+            workers: Worker processes; 0: batches are made in this process.
+            rank: Of this training process.
+            processes: How many training processes share the records.
+            max_faults: The share of the records that may be corrupt.
+            state: Of a loader with the same arguments, to go on from.
 
-    def faults(self) -> list[str]:
-        """What was found corrupt so far, each once, in annotations and then in pictures."""
-        with self._lock:
-            reading = [str(fault) for faults in self._reading.values() for fault in faults.listed]
-            return list(dict.fromkeys([*self._listed, *reading, *map(str, self._decoded.listed)]))
+        Raises:
+            ValueError: The state is of another number of processes or workers.
+        """
+        self.stream, self.collator, self.size = stream, collator, size
+        self.workers, self.rank, self.processes, self.max_faults = workers, rank, processes, max_faults
+        self._taken = [0] * max(1, workers)
+        self._next = 0  # the worker that makes the next batch
+        self._annotations: dict[Fault, None] = {}
+        self._pictures = Faults(max_faults)
+        if state is not None:
+            self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if (state["processes"], len(state["taken"])) != (self.processes, len(self._taken)):
+            raise ValueError(
+                f"the checkpoint is of {state['processes']} processes with {len(state['taken'])} workers each, expected "
+                f"{self.processes} with {len(self._taken)}, which share the records in the same way"
+            )
+        self._taken, self._next, self._pictures.good = list(state["taken"]), state["next"], state["good"]
+        self._pictures.listed = [Fault(where, reason) for where, reason in state["faults"]]
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON values."""
-        listed = [[fault.where, fault.reason] for fault in self._decoded.listed]
-        return {"processes": self._processes, "good": self._decoded.good, "listed": listed}
+        """Where the batches end that were given out so far, as JSON values."""
+        faults = [[fault.where, fault.reason] for fault in self._pictures.listed]
+        state = {"processes": self.processes, "taken": list(self._taken), "next": self._next}
+        return state | {"good": self._pictures.good, "faults": faults}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state. Raises ValueError for one of another number of processes."""
-        if state["processes"] != self._processes:
-            raise ValueError(
-                f"the checkpoint is of {state['processes']} processes that share the records, expected as many: "
-                f"there are {self._processes}"
-            )
-        self._decoded = Faults(self._max_faults)
-        self._decoded.good = state["good"]
-        self._decoded.listed = [Fault(where, reason) for where, reason in state["listed"]]
-        self._samples = None
+    def faults(self) -> list[str]:
+        """What was found corrupt so far, each fault once: in annotations, then in pictures and texts."""
+        return list(dict.fromkeys(map(str, [*self._annotations, *self._pictures.listed])))
 
-    def _read(self, source: Source) -> Iterator[Record]:
-        """One epoch's records of a source."""
-        if source in self._reading:
-            self._listed |= dict.fromkeys(map(str, self._reading[source].listed))
-        faults = self._reading[source] = Faults(self._max_faults)
-        return read_dataset(source.name, Path(source.folder), source.split, source.view, faults)
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The batches, without end; raise TooManyFaults where too many records are corrupt."""
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else it would draw from the generator of the training
+        )
+        for item in loader:
+            self._annotations |= dict.fromkeys(item.annotations)
+            for fault in item.pictures:
+                self._pictures.add(fault)
+            if item.error is not None:
+                raise item.error
+            self._pictures.good += self.size
+            self._taken[item.worker], self._next = item.taken, (item.worker + 1) % len(self._taken)
+            yield item.batch
+
+    def __iter__(self) -> Iterator[_Item]:
+        info = get_worker_info()
+        worker = ((0 if info is None else info.id) + self._next) % len(self._taken)
+        shard = Shard(worker * self.processes + self.rank, len(self._taken) * self.processes, self.size)
+        taken, faults, rows = self._taken[worker], Faults(self.max_faults), list[Encoded]()
+        sent = 0  # faults
+        try:
+            for record in self.stream.records(shard, taken):
+                taken += 1
+                with faults.skipping(f"{record.source} {record.id}"):
+                    rows.append(self.collator.encode(record))
+                if len(rows) == self.size:
+                    batch = self.collator.stack(rows)
+                    yield _Item(worker, batch, taken, self.stream.faults(), faults.listed[sent:])
+                    rows, sent = [], len(faults.listed)
+        except (ValueError, OSError) as error:  # sent as it is: the DataLoader would wrap it in a traceback
+            yield _Item(worker, {}, taken, self.stream.faults(), faults.listed[sent:], error)
+
+
+def _as_it_is(item: _Item) -> _Item:
+    return item

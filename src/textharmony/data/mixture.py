@@ -1,46 +1,72 @@
-"""Several sources of records in one stream, by weight."""
+"""Several sources of records mixed by weight into one stream, which processes and workers share."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from textharmony.data.record import Record
 
-# A sequence is shuffled anew each epoch and sought in; a function is called for an iterator each epoch, which is
-# shuffled within a buffer.
+# A sequence is shuffled anew in each epoch. A function is called in each epoch for an iterator, which is shuffled within
+# a buffer.
 Source = Sequence[Record] | Callable[[], Iterator[Record]]
 _BLOCK = 4096
 
 
-class Mixture:
-    """An endless stream of records, a pure function of its sources, weights, seed and where it starts.
+class Shard(NamedTuple):
+    """A part of a stream: every `count`-th block of its records, starting with block `index`."""
 
-    sources and weights: by name; a weight is the source's share of the records, not of its own size; buffer: records
-    that are held to shuffle what a function yields, 1 to take them as they come (records of shards hold their pictures'
-    bytes). Raises ValueError for weights that are no shares.
-    """
+    index: int = 0
+    count: int = 1
+    block: int = 1  # records in a block
+
+    def number(self, n: int) -> int:
+        """The number in the whole stream of the shard's n-th record."""
+        return (n // self.block * self.count + self.index) * self.block + n % self.block
+
+
+class Mixture:
+    """An endless stream of records: a pure function of its sources, weights and seed."""
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], seed: int, buffer: int = 1) -> None:
+        """Mix sources.
+
+        Args:
+            sources: By name.
+            weights: By name: a source's share of the records, whatever its size.
+            seed: Of the mixture and of shuffling.
+            buffer: How many records of a function are held to shuffle them; 1: they come in their own order. Records of
+                shards hold the bytes of their pictures.
+
+        Raises:
+            ValueError: Weights or buffer are out of range.
+        """
         if buffer < 1:
             raise ValueError(f"buffer is {buffer}, expected at least 1")
         if set(sources) != set(weights) or not sources:
             raise ValueError(f"weights are for {sorted(weights)}, expected them for {sorted(sources)}")
         shares = np.asarray([weights[name] for name in sources], np.float64)
         if not np.isfinite(shares).all() or shares.min() < 0 or shares.sum() <= 0:
-            raise ValueError(f"weights is {dict(weights)!r}, expected none below 0 and one above")
+            raise ValueError(f"weights is {dict(weights)!r}, expected none below 0 and at least one above")
         self.seed, self.names, self.buffer = seed, list(sources), buffer
         self._sources = list(sources.values())
         self._edges = np.cumsum(shares / shares.sum())
 
-    def iterate(self, start: int = 0) -> Iterator[Record]:
-        """The records from number start on, to resume a run.
+    def records(self, shard: Shard = Shard(), start: int = 0) -> Iterator[Record]:
+        """The records of a shard, from its `start`-th on.
 
-        Sequences are sought in; what functions yield before start is read again and dropped. Raises ValueError where a
-        source that is drawn from is empty.
+        Sequences are sought in; what functions yield before is read again and dropped. Raises ValueError where a source
+        that is drawn from is empty.
         """
+        first = shard.number(start)
+        for number, record in enumerate(self._iterate(first), first):
+            if number // shard.block % shard.count == shard.index:
+                yield record
+
+    def _iterate(self, start: int) -> Iterator[Record]:
         counts = self._counts(start)
         streams = [self._stream(i, int(count)) for i, count in enumerate(counts)]
         while True:
@@ -49,7 +75,7 @@ class Mixture:
             start += _BLOCK - start % _BLOCK
 
     def _choices(self, block: int) -> np.ndarray:
-        """(_BLOCK,) int: which source each record of a block comes from."""
+        """(_BLOCK,) int: the source that each record of a block comes from."""
         drawn = np.random.default_rng((0, self.seed, block)).random(_BLOCK)
         return np.searchsorted(self._edges, drawn, side="right").clip(max=len(self._sources) - 1)
 
@@ -92,14 +118,14 @@ class Mixture:
 
 
 def _shuffled_within(records: Iterator[Record], buffer: int, rng: np.random.Generator) -> Iterator[Record]:
-    """Each record in turn takes the place of one of those held, which is given; those held last come in any order."""
+    """Hold `buffer` records; each further one replaces a random one, which is yielded; the rest follows at random."""
     held: list[Record] = []
     for record in records:
         if len(held) < buffer:
             held.append(record)
             continue
-        place = int(rng.integers(buffer))
-        given, held[place] = held[place], record
-        yield given
+        index = int(rng.integers(buffer))
+        replaced, held[index] = held[index], record
+        yield replaced
     for index in rng.permutation(len(held)):
         yield held[index]

@@ -1,10 +1,12 @@
-"""Words in colour on strips of 32 x 128 pixels, drawn from (seed, index) alone, for the four tasks."""
+"""The renderer: words in colour on strips of 32 x 128 pixels, as records of all tasks, from (seed, index) alone."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from textharmony.data.sample import Layout, Sample
-from textharmony.images import Frame, to_pil
+from textharmony.boxes import from_pixels
+from textharmony.data.faults import Fault
+from textharmony.data.mixture import Shard
+from textharmony.data.record import Record, TextLayout
 from textharmony.prompts import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -51,12 +55,12 @@ _HELD_OUT_SHARE = 10
 
 
 def is_held_out(word: str) -> bool:
-    """Whether a word is kept for evaluation: one word in ten by hash, never a single character."""
+    """Whether a word is reserved for evaluation: one word in ten, by its hash; never a single character."""
     return len(word) > 1 and zlib.crc32(word.encode()) % _HELD_OUT_SHARE == 0
 
 
 def draw_word(rng: np.random.Generator, split: str) -> str:
-    """A word of 1-6 characters of the split "train" or "held_out": letters (half), digits (a quarter) or both."""
+    """Draw a word of 1-6 characters of the split "train" or "held_out": letters (half), digits (a quarter) or both."""
     if split not in ("train", "held_out"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'held_out'")
     held_out = split == "held_out"
@@ -70,7 +74,7 @@ def draw_word(rng: np.random.Generator, split: str) -> str:
 
 
 def contrasting_pair(rng: np.random.Generator) -> tuple[str, str]:
-    """Names of an ink and a ground that a person can tell apart."""
+    """Draw the names of an ink and a ground that a person can tell apart."""
     return _PAIRS[int(rng.integers(len(_PAIRS)))]
 
 
@@ -91,7 +95,7 @@ class _Glyph:
 
 
 def font_path(name: str) -> Path:
-    """The file of one of FONTS, out of matplotlib's wheel."""
+    """The file of one of FONTS, in matplotlib's wheel."""
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
@@ -104,7 +108,7 @@ def _cap_ratio(font: int) -> float:
 
 
 def _depth(cap_height: int) -> int:
-    """Rows that J and Q may reach below the baseline, in any of FONTS."""
+    """Rows that J and Q may reach below the baseline in any of FONTS."""
     return math.ceil(0.32 * cap_height)
 
 
@@ -122,7 +126,7 @@ def _glyphs(font: int, cap_height: int) -> dict[str, _Glyph]:
 
 
 def _ground(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
-    """(H, W, 3) float32: plain, a gradient, soft stripes or soft blobs about one colour."""
+    """(H, W, 3) float32: one colour, plain or with a gradient, soft stripes or soft blobs."""
     kind = int(rng.integers(4))
     if kind == 0:
         return np.broadcast_to(color, (HEIGHT, WIDTH, 3)).copy()
@@ -145,10 +149,19 @@ def _jitter(rng: np.random.Generator, name: str) -> np.ndarray:
     return np.asarray(COLORS[name], np.float32) + rng.uniform(-9, 9, 3).astype(np.float32)
 
 
-def render(rng: np.random.Generator, words: list[str], ink: str, ground: str) -> tuple[list[np.ndarray], list[Layout]]:
-    """Draws each word alone at the same place, in the same font and size, on the same ground.
+def render(
+    rng: np.random.Generator, words: list[str], ink: str, ground: str
+) -> tuple[list[Image.Image], list[TextLayout]]:
+    """Draw each word on a picture of its own, at the same position in the same font and size on the same ground.
 
-    Returns the pictures, each (H, W, 3) uint8, and their layouts.
+    Args:
+        rng: Draws font, size, position, ground and noise.
+        words: Of CHARACTERS.
+        ink: A name in COLORS.
+        ground: The same.
+
+    Returns:
+        A picture and a layout for each word.
     """
     font = int(rng.integers(len(FONTS)))
     cap_height = int(rng.integers(CAP_HEIGHTS.start, CAP_HEIGHTS.stop))
@@ -183,26 +196,9 @@ def render(rng: np.random.Generator, words: list[str], ink: str, ground: str) ->
             picture[y1:y2, x1:x2] += cover * (color - picture[y1:y2, x1:x2])
             rows.append((x1, baseline - cap_height, x2, baseline))
             x += advance
-        pictures.append(np.clip(picture + noise, 0, 255).astype(np.uint8))
-        layouts.append(Layout(np.asarray(rows, np.float32), font, color, ground_color))
+        pictures.append(Image.fromarray(np.clip(picture + noise, 0, 255).astype(np.uint8)))
+        layouts.append(TextLayout(np.asarray(rows, np.float32), word, font, color, ground_color, ink, ground))
     return pictures, layouts
-
-
-def word_box(boxes: np.ndarray) -> tuple[int, int, int, int]:
-    """x1, y1, x2, y2 in pixels about all of a word's character boxes (n, 4)."""
-    low, high = boxes.min(0), boxes.max(0)
-    return int(low[0]), int(low[1]), int(high[2]), int(high[3])
-
-
-def format_box(box: tuple[float, float, float, float], size: tuple[int, int] = (HEIGHT, WIDTH)) -> str:
-    """A box in pixels of a picture of size (height, width) as "(x1,y1)(x2,y2)" in thousandths, three digits each."""
-    scale = (999 / size[1], 999 / size[0]) * 2
-    x1, y1, x2, y2 = (min(999, round(v * s)) for v, s in zip(box, scale, strict=True))
-    return f"({x1:03d},{y1:03d})({x2:03d},{y2:03d})"
-
-
-def _caption(rng: np.random.Generator, word: str, ink: str, ground: str) -> str:
-    return CAPTIONS[int(rng.integers(len(CAPTIONS)))].format(word=word, ink=ink, ground=ground)
 
 
 CAPTIONS = (
@@ -215,123 +211,101 @@ CAPTIONS = (
 )
 
 
+_STRIP = (WIDTH, HEIGHT)
+
+
 class SyntheticWords:
-    """An endless map of index to Sample, a pure function of (seed, index).
+    """An endless sequence of records, each a pure function of (seed, index)."""
 
-    split: "train" or "held_out"; tasks: weights by task, drawn per index; size, target_size: (height, width) of input
-    pictures and of targets, in the middle of which the strip is scaled to fit; None: as it is, and as size.
-    """
+    def __init__(self, seed: int, split: str, tasks: Mapping[Task, float]) -> None:
+        """Choose what to render.
 
-    def __init__(
-        self,
-        seed: int,
-        split: str,
-        tasks: dict[Task, float],
-        size: tuple[int, int] | None = None,
-        target_size: tuple[int, int] | None = None,
-    ) -> None:
+        Args:
+            seed: Of all records.
+            split: "train" or "held_out": which words are drawn.
+            tasks: The weight of each task.
+
+        Raises:
+            ValueError: No task has a weight, or one is negative.
+        """
+        if not tasks or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
+            raise ValueError(f"tasks is {tasks!r}, expected weights of at least 0, and one above")
         self.seed, self.split = seed, split
-        self._size = size or (HEIGHT, WIDTH)
-        self._target_size = target_size or self._size
-        self._tasks = list(tasks)
-        weights = np.asarray(list(tasks.values()), np.float64)
-        if not self._tasks or weights.min() < 0 or weights.sum() <= 0:
-            raise ValueError(f"tasks is {tasks!r}, expected at least one task of positive weight")
-        self._edges = np.cumsum(weights / weights.sum())
+        # A class of tasks is drawn before the picture, and whether to read or to locate after it.
+        weights: dict[str, float] = {}
+        for task, weight in tasks.items():
+            weights[task.paper_class] = weights.get(task.paper_class, 0.0) + weight
+        self._classes = list(weights)
+        shares = np.asarray(list(weights.values()), np.float64)
+        self._edges = np.cumsum(shares / shares.sum())
+        self._read_share = tasks.get(Task.READ, 0.0) / (weights.get(Task.READ.paper_class) or 1.0)
 
-    def __getitem__(self, index: int) -> Sample:
-        sample = self._strip(index)
-        strip = (HEIGHT, WIDTH)
-        return sample if strip == self._size == self._target_size else _fit(sample, self._size, self._target_size)
+    def records(self, shard: Shard = Shard(), start: int = 0) -> Iterator[Record]:
+        """The records of a shard, from its `start`-th on."""
+        for n in itertools.count(start):
+            yield self[shard.number(n)]
 
-    def _strip(self, index: int) -> Sample:
+    def faults(self) -> list[Fault]:
+        """None: nothing that is rendered is corrupt."""
+        return []
+
+    def __getitem__(self, index: int) -> Record:
         rng = np.random.default_rng((self.seed, index, 0 if self.split == "train" else 1))
-        task = self._tasks[min(int(np.searchsorted(self._edges, rng.random())), len(self._tasks) - 1)]
+        chosen = self._classes[min(int(np.searchsorted(self._edges, rng.random())), len(self._classes) - 1)]
         word = draw_word(rng, self.split)
         ink, ground = contrasting_pair(rng)
-        if task is Task.EDITING:
-            return self._editing(rng, word, ink, ground)
+        id = f"{self.split}-{self.seed}-{index}"
+        if chosen == Task.EDIT.paper_class:
+            return self._edit(rng, id, word, ink, ground)
         (picture,), (layout,) = render(rng, [word], ink, ground)
-        common: dict[str, Any] = {
-            "text": word,
-            "source": "synthetic",
-            "layout": layout,
-            "ink": ink,
-            "ground": ground,
-        }
-        if task is Task.GENERATION:
-            return Sample(task, _caption(rng, word, ink, ground), target=picture, **common)
-        if task is Task.PERCEPTION:
-            if rng.random() < 0.6:
-                return Sample(task, READ_QUESTION, image=picture, answer=word, **common)
-            prompt, answer = LOCATE_QUESTION.format(text=word), format_box(word_box(layout.boxes))
-        else:
+        box = from_pixels(layout.word_box(), _STRIP)
+        common: dict[str, Any] = {"id": id, "source": "synthetic", "boxes": (box,), "words": (word,), "layout": layout}
+        if chosen == Task.DRAW.paper_class:
+            prompt = CAPTIONS[int(rng.integers(len(CAPTIONS)))].format(word=word, ink=ink, ground=ground)
+            return Record(task=Task.DRAW, prompt=prompt, texts=(word,), target=picture, **common)
+        if chosen == Task.ANSWER.paper_class:
             prompt, answer = ask(rng, word, ink, ground)
-        return Sample(task, prompt, image=picture, answer=answer, **common)
+            return Record(task=Task.ANSWER, prompt=prompt, texts=(answer,), images=(picture,), **common)
+        if rng.random() < self._read_share:
+            return Record(task=Task.READ, prompt=READ_QUESTION, texts=(word,), images=(picture,), **common)
+        prompt = LOCATE_QUESTION.format(text=word)
+        return Record(task=Task.LOCATE, prompt=prompt, images=(picture,), **common)
 
-    def _editing(self, rng: np.random.Generator, word: str, ink: str, ground: str) -> Sample:
-        """The old word stands under the mask, so only the new one, and the place that holds both, matter."""
+    def _edit(self, rng: np.random.Generator, id: str, word: str, ink: str, ground: str) -> Record:
+        """The old word lies under the mask, so only the new one and a box that holds both matter."""
         length = int(np.clip(len(word) + rng.integers(-1, 2), 1, MAX_LENGTH))
         old = "".join(CHARACTERS[i] for i in rng.integers(0, len(CHARACTERS), length))
         (before, after), layouts = render(rng, [old, word], ink, ground)
-        x1, y1, x2, y2 = word_box(np.concatenate([layout.boxes for layout in layouts]))
+        low_x, low_y = np.min([layout.word_box()[:2] for layout in layouts], 0)
+        high_x, high_y = np.max([layout.word_box()[2:] for layout in layouts], 0)
         grow = rng.integers(1, 4, 4)
-        lowest = y2 + _depth(y2 - y1)
+        lowest = high_y + _depth(int(high_y - low_y))
         region = (
-            max(0, x1 - int(grow[0])),
-            max(0, y1 - int(grow[1]) - 1),  # round letters rise above the cap line
-            min(WIDTH, x2 + int(grow[2])),
-            min(HEIGHT, lowest + int(grow[3]) - 1),
+            max(0, int(low_x) - int(grow[0])),
+            max(0, int(low_y) - int(grow[1]) - 1),  # round letters rise above the cap line
+            min(WIDTH, int(high_x) + int(grow[2])),
+            min(HEIGHT, int(lowest) + int(grow[3]) - 1),
         )
-        return Sample(
-            Task.EDITING,
+        return Record(
+            id,
+            Task.EDIT,
+            "synthetic",
             FILL_QUESTION.format(text=word) + (f" in {ink}" if rng.random() < 0.5 else ""),
-            text=word,
-            source="synthetic",
-            image=before,
+            images=(before,),
+            texts=(word,),
             target=after,
-            region=region,
+            boxes=(from_pixels(region, _STRIP),),
+            words=(word,),
             layout=layouts[1],
-            ink=ink,
-            ground=ground,
         )
-
-
-def _fit(sample: Sample, size: tuple[int, int], target_size: tuple[int, int]) -> Sample:
-    """The sample with its strips in the middle of larger or smaller pictures, and all that has a place moved along."""
-    given = sample.image if sample.image is not None else sample.target
-    assert given is not None and sample.layout is not None
-    frame = Frame.of(given, size)
-    place = np.asarray(frame.offset * 2, np.float32)
-    layout = replace(sample.layout, boxes=(sample.layout.boxes * frame.scale + place).astype(np.float32))
-    region = sample.region
-    if region is not None:
-        x1, y1, x2, y2 = (v * frame.scale + o for v, o in zip(region, frame.offset * 2, strict=True))
-        region = math.floor(x1), math.floor(y1), min(size[1], math.ceil(x2)), min(size[0], math.ceil(y2))
-    answer = sample.answer
-    if sample.prompt == LOCATE_QUESTION.format(text=sample.text):
-        (x1, y1), (x2, y2) = layout.boxes[:, :2].min(0), layout.boxes[:, 2:].max(0)
-        answer = format_box((float(x1), float(y1), float(x2), float(y2)), size)
-
-    def fitted(picture: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
-        return None if picture is None else np.asarray(to_pil(Frame.of(picture, size).pixels))
-
-    return replace(
-        sample,
-        image=fitted(sample.image, size),
-        target=fitted(sample.target, target_size),
-        answer=answer,
-        region=region,
-        layout=layout,
-    )
 
 
 def ask(rng: np.random.Generator, word: str, ink: str, ground: str) -> tuple[str, str]:
-    """A question about the text in a picture, by position, count or colour, and its answer."""
+    """Draw a question about a picture's text, by position, count or colour, and its answer."""
     kind = int(rng.integers(4))
     if kind == 0:
-        place = int(rng.integers(len(word)))
-        return f"what is character {place + 1}", word[place]
+        position = int(rng.integers(len(word)))
+        return f"what is character {position + 1}", word[position]
     if kind == 1:
         return "how many characters are there", str(len(word))
     return ("what color is the text", ink) if kind == 2 else ("what color is the ground", ground)

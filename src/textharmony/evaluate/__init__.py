@@ -1,0 +1,1 @@
+"""Measures of a model: on the renderer's words and on public benchmarks."""

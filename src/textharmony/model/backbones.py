@@ -1,4 +1,4 @@
-"""The models of other libraries that a TextHarmony is made of: built from a configuration, or loaded from folders."""
+"""The models of other libraries that a TextHarmony is made of: built from configurations or loaded from folders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = ("vision", "language", "image")
 
 @dataclass(frozen=True)
 class Backbones:
-    """Models with their weights; what is None is built from the configuration."""
+    """Models with their weights; None: built from the configuration with random weights."""
 
     vision: PreTrainedModel | None = None
     language: PreTrainedModel | None = None
@@ -40,24 +40,24 @@ class Backbones:
 
 
 def dtype_of(dtype: DTypes, part: str) -> torch.dtype:
-    """That of one of PARTS; fp32 where nothing is said. Raises ValueError for another part or what is no float."""
+    """The dtype of one of PARTS, fp32 by default; raise ValueError for an unknown part or a dtype that is no float."""
     found = dtype.get(part) if isinstance(dtype, Mapping) else dtype
     if isinstance(dtype, Mapping) and (unknown := sorted(set(dtype) - set(PARTS))):
-        raise ValueError(f"dtype is for {unknown}, expected some of {PARTS}")
+        raise ValueError(f"dtype has {unknown}, expected some of {PARTS}")
     if found is not None and not found.is_floating_point:
         raise ValueError(f"dtype of {part} is {found}, expected a floating-point one")
     return found or torch.float32
 
 
 def build_vision(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A transformers vision model with random weights."""
+    """Build a transformers vision model with random weights."""
     return cast(PreTrainedModel, AutoModel.from_config(AutoConfig.for_model(**config.vision), dtype=dtype))
 
 
 def build_language(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A transformers causal language model with random weights and a row for each of the tokenizer's tokens."""
+    """Build a transformers causal language model with random weights and a row for each token of the tokenizer."""
     values = dict(config.language) | {
         "vocab_size": max(config.language.get("vocab_size", 0), len(tokenizer)),
         "bos_token_id": tokenizer.bos_token_id,
@@ -68,12 +68,12 @@ def build_language(
 
 
 def build_unet(config: ModelConfig) -> Any:
-    """A diffusers UNet with random weights."""
+    """Build a diffusers UNet with random weights."""
     return getattr(diffusers, config.unet["_class_name"]).from_config(dict(config.unet))
 
 
 def build_vae(config: ModelConfig) -> Any:
-    """A diffusers VAE with random weights."""
+    """Build a diffusers VAE with random weights."""
     return getattr(diffusers, config.vae["_class_name"]).from_config(dict(config.vae))
 
 
@@ -86,11 +86,17 @@ def load_backbones(
     device_map: Any = None,
     quantization_config: Any = None,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, Backbones]:
-    """What TextHarmony.from_backbones joins: config with the parts' own configurations, the tokenizer, the models."""
+    """Load three models for TextHarmony.from_backbones, whose arguments these are.
+
+    Returns:
+        `config` with the configurations of the three models, the tokenizer, and the models.
+    """
     tokenizer = _load_tokenizer(language)
     llm = load_language(language, tokenizer, dtype_of(dtype, "language"), device_map, quantization_config)
-    of_vision = _tower(AutoConfig.from_pretrained(vision))
-    vit = cast(PreTrainedModel, AutoModel.from_pretrained(vision, config=of_vision, dtype=dtype_of(dtype, "vision")))
+    vision_config = _vision_part(AutoConfig.from_pretrained(vision))
+    vit = cast(
+        PreTrainedModel, AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype_of(dtype, "vision"))
+    )
     unet, vae, scheduler = _load_image(image, dtype_of(dtype, "image"))
     mean, std = _pixel_statistics(vision)
     quantization = getattr(llm.config, "quantization_config", None)
@@ -98,11 +104,11 @@ def load_backbones(
         config,
         language_from=None if quantization is None else str(language),
         quantization=None if quantization is None else _json(quantization.to_dict()),
-        vision=_values(vit.config),
-        language=_values(llm.config),
-        unet=_plain(unet.config),
-        vae=_plain(vae.config),
-        scheduler=_plain(scheduler),
+        vision=_transformers_values(vit.config),
+        language=_transformers_values(llm.config),
+        unet=_diffusers_values(unet.config),
+        vae=_diffusers_values(vae.config),
+        scheduler=_diffusers_values(scheduler),
         pixel_mean=mean,
         pixel_std=std,
     )
@@ -110,23 +116,23 @@ def load_backbones(
 
 
 def drawing_size(image: str | Path) -> tuple[int, int]:
-    """(height, width) in pixels that a Stable Diffusion folder was trained at."""
+    """(height, width) in pixels of the pictures that a Stable Diffusion model was trained on."""
     unet = diffusers.UNet2DConditionModel.load_config(image, subfolder="unet")
     vae = diffusers.AutoencoderKL.load_config(image, subfolder="vae")
     size = unet.get("sample_size")
     if not size:
-        raise ValueError(f"the UNet of {image} does not say its sample_size, expected a drawing_size")
+        raise ValueError(f"the UNet of {image} has no sample_size, expected a drawing_size in the configuration")
     height, width = (size, size) if isinstance(size, int) else size
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
     return height * cell, width * cell
 
 
 def _load_tokenizer(language: str | Path) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with the special tokens of pictures, and a token that pads."""
+    """The language model's tokenizer with the special tokens of pictures and a padding token."""
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(language))
     if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of {language} has no end-of-text token, expected one to end answers")
-    if tokenizer.pad_token is None:  # masked wherever it stands, so another token may do
+        raise ValueError(f"the tokenizer of {language} has no end-of-text token, expected one that ends answers")
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in (BOI, IMAGE)])
     return tokenizer
@@ -135,12 +141,12 @@ def _load_tokenizer(language: str | Path) -> PreTrainedTokenizerBase:
 def load_language(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device_map: Any, quantization_config: Any
 ) -> PreTrainedModel:
-    """The causal language model with rows for the tokens that were added, its own rows bit for bit as they were."""
+    """Load a causal language model and add embedding rows for the added tokens; its own rows stay bit for bit."""
     given = {"device_map": device_map, "quantization_config": quantization_config}
     named = {name: value for name, value in given.items() if value is not None}
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **named))
     words: Any = model.get_input_embeddings()
-    if len(tokenizer) > (count := words.weight.shape[0]):  # many have rows to spare
+    if len(tokenizer) > (count := words.weight.shape[0]):  # many models have more rows than tokens
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         outer: Any = (model.get_input_embeddings(), model.get_output_embeddings())
         for rows in outer:
@@ -149,47 +155,48 @@ def load_language(
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         setattr(model.config, name, value)
-    model.generation_config = GenerationConfig(**ids)  # what it would sample by is the caller's to say
+    model.generation_config = GenerationConfig(**ids)  # drop its sampling settings: the caller decides
     return model
 
 
-def _tower(config: Any) -> Any:
-    """The configuration of the vision model out of one of a whole CLIP or SigLIP."""
+def _vision_part(config: Any) -> Any:
+    """The vision part of a configuration, which may be that of a whole CLIP or SigLIP."""
     found = getattr(config, "vision_config", config)
     if not found.model_type.endswith("vision_model") or "siglip2" in found.model_type:
         raise ValueError(f"the vision model is a {config.model_type}, expected CLIP or SigLIP")
     if hasattr(found, "vision_use_head"):
-        found.vision_use_head = False  # SigLIP's pooling, which nobody asks for
+        found.vision_use_head = False  # SigLIP's pooling head, which is not used
     return found
 
 
 def _load_image(path: str | Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """UNet, VAE and the scheduler's configuration of a folder in the layout of Stable Diffusion."""
+    """Load UNet, VAE and the scheduler's configuration from a folder in the layout of Stable Diffusion."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=dtype)
     vae = diffusers.AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype)
     return unet, vae, diffusers.DDPMScheduler.load_config(path, subfolder="scheduler")
 
 
 def _pixel_statistics(vision: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and spread of pixels in 0..1, from preprocessor_config.json. Raises ValueError where there is none."""
+    """Mean and standard deviation of pixels in 0..1, from preprocessor_config.json."""
     try:
         processor = AutoImageProcessor.from_pretrained(vision)
         return tuple(processor.image_mean), tuple(processor.image_std)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{vision} does not say its pixels' mean and spread, expected a preprocessor_config.json: {error}"
+            f"{vision} does not tell the mean and standard deviation of its pixels, expected a preprocessor_config.json: "
+            f"{error}"
         ) from error
 
 
-def _values(config: Any) -> dict[str, Any]:
-    """A transformers configuration as JSON values that AutoConfig.for_model takes."""
+def _transformers_values(config: Any) -> dict[str, Any]:
+    """A transformers configuration as JSON values for AutoConfig.for_model."""
     dropped = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config")
     values = {name: value for name, value in config.to_diff_dict().items() if name not in dropped}
     return _json(values | {"model_type": config.model_type})
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """A diffusers configuration as JSON values, its class by name."""
+def _diffusers_values(config: Any) -> dict[str, Any]:
+    """A diffusers configuration as JSON values, with its class by name."""
     return _json({name: value for name, value in config.items() if name != "_name_or_path"})
 
 

@@ -1,11 +1,11 @@
-"""A model's folder: config.json, the tokenizer, and safetensors in one file or several."""
+"""A model's folder: config.json, the tokenizer, and weights in one safetensors file or several."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,10 +30,15 @@ def save_folder(
     dtype: torch.dtype | None,
     max_shard_size: str,
 ) -> None:
-    """Writes a folder, replacing an earlier model whole.
+    """Write a model's folder, and replace an earlier model there as a whole.
 
-    tensors: by name, a parameter that has two names under the first alone; dtype: of the floating-point ones on disk,
-    theirs if None.
+    Args:
+        path: The folder.
+        config: Of the model.
+        tokenizer: Of the language model.
+        tensors: By name; a parameter with two names is written under the first one alone.
+        dtype: Of the floating-point tensors on disk; None: their own.
+        max_shard_size: Of a file, such as "5GB".
     """
     written = {}
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in reversed(tensors.items())}.values():
@@ -56,7 +61,7 @@ def save_folder(
 
 
 def load_folder(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer. Raises FileNotFoundError, and ValueError for a file that is not what was written."""
+    """Load configuration and tokenizer; raise FileNotFoundError or ValueError naming a missing or damaged file."""
     weights = _INDEX if (folder / _INDEX).is_file() else _WEIGHTS
     for name in ("config.json", weights, "tokenizer.json"):
         if not (folder / name).is_file():
@@ -65,33 +70,8 @@ def load_folder(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
     return config, _load(folder / "tokenizer.json", lambda _: AutoTokenizer.from_pretrained(folder))
 
 
-def load_weights(folder: Path, model: nn.Module, kept: Collection[str] = ()) -> None:
-    """Puts a folder's tensors into a model, each in the model's own dtype, a file at a time.
-
-    kept: names that are in no file. Parameters that are one in the model, as tied embeddings are, may be in the files
-    once. Raises ValueError where files and model do not fit.
-    """
-    expected = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in kept}
-    twins: dict[int, list[str]] = {}
-    for name, tensor in expected.items():
-        twins.setdefault(id(tensor), []).append(name)
-    found: dict[str, Tensor] = {}
-    for file in _files(folder):
-        for name, tensor in _load(file, load_file).items():
-            if name not in expected:
-                raise ValueError(f"{file} does not fit {folder / 'config.json'}: it has {name}, which the model lacks")
-            # Copied, since results depend on how memory is aligned, and a file's is not.
-            loaded = tensor.to(expected[name].dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
-            found |= dict.fromkeys(twins[id(expected[name])], loaded)
-    try:
-        lacking = model.load_state_dict(found, strict=False, assign=True).missing_keys
-    except RuntimeError as error:
-        raise ValueError(f"{folder / _WEIGHTS} does not fit {folder / 'config.json'}: {error}") from error
-    if lacking := [name for name in lacking if name not in kept]:
-        raise ValueError(f"{folder / _WEIGHTS} does not fit {folder / 'config.json'}: it lacks {', '.join(lacking)}")
-
-
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights; raise FileNotFoundError for one that the index names in vain."""
     if not (folder / _INDEX).is_file():
         return [folder / _WEIGHTS]
     shards = _load(folder / _INDEX, lambda file: set(json.loads(file.read_text())["weight_map"].values()))
@@ -102,8 +82,46 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
+def load_weights(model: nn.Module, files: Iterable[Path], names: Collection[str], assign: bool = False) -> None:
+    """Put the tensors of safetensors files into a model, each in the model's own dtype, one file at a time.
+
+    Args:
+        model: Changed in place.
+        files: Together they hold all tensors.
+        names: Of the model's tensors that the files hold. A tensor with two names, as tied embeddings have, may be in
+            the files once, under either name.
+        assign: Put new tensors in the place of the model's own, which may be on the meta device.
+
+    Raises:
+        ValueError: A file is damaged, has a tensor that the model lacks, or the other way round, or a shape differs.
+    """
+    names = dict.fromkeys(names)
+    own = model.state_dict(keep_vars=True)
+    twins: dict[int, list[str]] = {}
+    for name in names:
+        twins.setdefault(id(own[name]), []).append(name)
+    loaded: dict[str, Tensor] = {}
+    file = None
+    for file in files:
+        for name, tensor in _load(file, load_file).items():
+            if name not in names:
+                raise ValueError(
+                    f"{file} does not fit the model: it has {name}, which the model lacks or does not load"
+                )
+            # Copied, since results depend on how memory is aligned, and the memory of a file is not.
+            copied = tensor.to(own[name].dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            loaded |= dict.fromkeys(twins[id(own[name])], copied)
+    if missing := [name for name in names if name not in loaded]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{file} does not fit the model: it lacks {missing[0]}{more}")
+    try:
+        model.load_state_dict(loaded, strict=False, assign=assign)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit the model: {error}") from error
+
+
 def _load(file: Path, load: Callable[[Path], T]) -> T:
     try:
         return load(file)
     except Exception as error:  # tokenizers raises no narrower one
-        raise ValueError(f"{file} is cut short, or not what save_pretrained wrote: {error}") from error
+        raise ValueError(f"{file} is cut short, or save_pretrained did not write it: {error}") from error

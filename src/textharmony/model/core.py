@@ -1,64 +1,57 @@
-"""TextHarmony: vision, language and image decoder in one model, its losses, save and load."""
+"""The model: its parts, what the language model reads, and the losses of a batch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import slidelora
-from textharmony.model.backbones import (
-    Backbones,
-    DTypes,
-    build_language,
-    build_vision,
-    drawing_size,
-    dtype_of,
-    load_backbones,
-    load_language,
-)
-from textharmony.model.checkpoint import load_folder, load_weights, save_folder
-from textharmony.config import LOSSES, PAPER, ModelConfig
+from textharmony.config import LOSSES, ModelConfig
+from textharmony.model.backbones import Backbones, DTypes, build_language, build_vision, dtype_of
 from textharmony.model.image_decoder import ImageDecoder
-from textharmony.model.layout_planner import Layouts
+from textharmony.model.layout_planner import crop_to_words
 from textharmony.model.multi_scale import MultiScaleFeatures
-from textharmony.prompts import (
-    BOI,
-    IMAGE,
-)
-from textharmony.pipeline import Pictures, Verbs
-from textharmony.model.visual_tokenizer import Looks, VisualTokenizer, looks_loss
+from textharmony.model.visual_tokenizer import VisualTokenizer
+from textharmony.model.word_heads import WordLabels, WordLogits, word_loss
+from textharmony.prompts import BOI, IMAGE
 
-_BOX = re.compile(r"\((\d{1,3}),(\d{1,3})\)\((\d{1,3}),(\d{1,3})\)")
-_BATCH = 50
-_ADAPTER = re.compile(r"lora_|slidelora_gate")
-_EMBEDDED = Path(__file__).parents[1] / "weights" / "tiny"
-
-
-@dataclass
-class Losses:
-    """What a training step reports; `total` is what is minimised, the rest are means (nats or squares)."""
-
-    total: Tensor
-    autoencoder: Tensor
-    text: Tensor
-    image: Tensor
-    layout: Tensor
-    columns: Tensor
-    gate: Tensor
+ADAPTER = re.compile(r"lora_|slidelora_gate")  # in the names of parameters that Slide-LoRA adds
+_PARTS = {
+    "visual_tokenizer.vit": "vision",
+    "visual_tokenizer": "resampler to language",
+    "language": "language",
+    "image_decoder.unet": "UNet",
+    "image_decoder.vae": "VAE",
+    "multi_scale": "multi-scale",
+}
 
 
-class TextHarmony(Verbs):
-    """Reads, answers about, locates, draws and edits text in pictures with one set of weights."""
+class ImageFeatures(NamedTuple):
+    """Multi-scale features of P pictures, and where the pictures stand in a batch."""
+
+    pyramid: Sequence[Tensor]  # (P, C, h, w) for each level
+    rows: Sequence[int]  # the row of each picture
+    columns: Sequence[int]  # the column of its first token
+    batch: int  # how many rows there are
+
+
+class Embedded(NamedTuple):
+    """What the language model reads."""
+
+    inputs_embeds: Tensor  # (B, T, D)
+    features: ImageFeatures | None = None  # of a model with multi-scale features, where there are pictures
+    word_logits: WordLogits | None = None  # of a model with word heads, where there are pictures
+
+
+class TextHarmonyModel(nn.Module):
+    """A vision model, a language model and an image decoder with what joins them."""
 
     def __init__(
         self,
@@ -67,9 +60,16 @@ class TextHarmony(Verbs):
         backbones: Backbones | None = None,
         dtype: DTypes = None,
     ) -> None:
-        """Random weights, but for those that backbones brings; dtype: one, or one each for vision, language and image.
+        """Build the model with random weights, except for the parts that are given.
 
-        Raises ValueError where the parts do not fit.
+        Args:
+            config: Sizes and settings.
+            tokenizer: The language model's, with the special tokens of pictures.
+            backbones: Parts that have their weights already.
+            dtype: Of the weights: one for all, or one each for "vision", "language" and "image"; None: fp32.
+
+        Raises:
+            ValueError: The parts do not fit each other.
         """
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -96,289 +96,222 @@ class TextHarmony(Verbs):
             )
             self.multi_scale.attach_language(layers)
             self.multi_scale.attach_unet(self.image_decoder.unet)
-        self.begin_image = nn.Parameter(torch.zeros(width))  # added at every BOI
-        self.begin_head = nn.Parameter(torch.zeros(width)) if config.begin_head else None  # of BOI's logit
+        self.begin_image = nn.Parameter(torch.zeros(width))  # added to the embedding of every BOI
+        self.begin_head = nn.Parameter(torch.zeros(width)) if config.begin_head else None  # corrects BOI's logit
         self.boi_id = cast(int, tokenizer.convert_tokens_to_ids(BOI))
         self.image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
         if self.begin_head is not None:
-            language.get_output_embeddings().register_forward_hook(self._raise_begin)
+            language.get_output_embeddings().register_forward_hook(self._correct_begin_logit)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the language model's embeddings are."""
-        return self.begin_image.device
-
-    def count_parameters(self) -> dict[str, int]:
-        """How many there are of each part, and of Slide-LoRA's experts and gates, which are counted apart."""
-        counts = dict.fromkeys(("vision", "resampler to language", "language", "resampler to image"), 0)
-        counts |= dict.fromkeys(("UNet", "VAE", "Slide-LoRA", *(["multi-scale"] if self.multi_scale else [])), 0)
-        parts = {"visual_tokenizer.vit": "vision", "visual_tokenizer": "resampler to language", "language": "language"}
-        parts |= {"image_decoder.unet": "UNet", "image_decoder.vae": "VAE", "multi_scale": "multi-scale"}
-        for name, parameter in self.named_parameters():
-            part = next((part for start, part in parts.items() if name.startswith(f"{start}.")), "resampler to image")
-            counts["Slide-LoRA" if _ADAPTER.search(name) else part] += parameter.numel()
-        return counts
-
-    def _raise_begin(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        """What begin_head says of BOI, added to the head's logits (..., V)."""
+    def _correct_begin_logit(self, head: nn.Module, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         assert self.begin_head is not None
         logits[..., self.boi_id] += (args[0] @ self.begin_head.to(args[0])).to(logits)
         return logits
 
-    # Training
+    @property
+    def device(self) -> torch.device:
+        """The device of the language model's embeddings."""
+        return self.begin_image.device
+
+    def count_parameters(self) -> dict[str, int]:
+        """Count the parameters of each part; those of Slide-LoRA's experts and gates are counted apart."""
+        counts: dict[str, int] = {}
+        for name, parameter in self.named_parameters():
+            part = next((part for start, part in _PARTS.items() if name.startswith(f"{start}.")), "resampler to image")
+            part = "Slide-LoRA" if ADAPTER.search(name) else part
+            counts[part] = counts.get(part, 0) + parameter.numel()
+        return counts
 
     def embed(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None,
-        prompt: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         modalities: Sequence[str] | None = None,
         adapters: bool = True,
-    ) -> tuple[Tensor, Looks | None, Pictures | None]:
-        """input_ids (B, T), pixel_values (N, 3, H, W) -> inputs_embeds (B, T, D), and two things about the pictures.
+    ) -> Embedded:
+        """Embed token ids, with the visual tokens of pictures in the places of their image tokens.
 
-        The two are what the heads say they look like, and their multi-scale features. Pictures go by rows. prompt:
-        (B, T) bool of the tokens that experts on the ViT are chosen by, all if None; modalities: see `_weigh`.
+        Args:
+            input_ids: (B, T).
+            pixel_values: (N, 3, H, W) in -1..1: all pictures, row by row.
+            prompt_mask: (B, T) bool: the tokens by which the ViT's gate chooses its experts; None: all.
+            modalities: As in `compute_gates`.
+            adapters: Whether the ViT's experts act.
+
+        Raises:
+            ValueError: The numbers of pictures and of image tokens differ.
         """
         words: Any = self.language.get_input_embeddings()
         embeds = words(input_ids)
         embeds = embeds + ((input_ids == self.boi_id)[..., None] * self.begin_image).to(embeds.dtype)
-        places = input_ids == self.image_id
-        count = 0 if pixel_values is None else len(pixel_values)
-        if int(places.sum()) != count * self.config.visual_tokens:
+        is_image = input_ids == self.image_id
+        count, tokens_each = 0 if pixel_values is None else len(pixel_values), self.config.visual_tokens
+        if int(is_image.sum()) != count * tokens_each:
             raise ValueError(
-                f"input_ids has {int(places.sum())} image tokens, expected {self.config.visual_tokens} for each of "
-                f"{count} pictures"
+                f"input_ids has {int(is_image.sum())} image tokens, expected {tokens_each} for each of {count} pictures"
             )
         if pixel_values is None:
-            return embeds, None, None
+            return Embedded(embeds)
         acting: AbstractContextManager[None] = nullcontext()
         if self.config.slide_vision is not None and adapters:
-            text = ~places if prompt is None else prompt & ~places
-            weights = self._weigh(self.visual_tokenizer, embeds, text, modalities)  # (B, E)
-            of_pictures = weights.repeat_interleave(places.sum(1) // self.config.visual_tokens, 0)
+            text = ~is_image if prompt_mask is None else prompt_mask & ~is_image
+            gates = self._host_gates(self.visual_tokenizer, embeds, text, modalities)  # (B, E)
+            of_pictures = gates.repeat_interleave(is_image.sum(1) // tokens_each, 0)  # (N, E)
             acting = slidelora.gates(self.visual_tokenizer, of_pictures)
         elif self.config.slide_vision is not None:
             acting = slidelora.disabled(self.visual_tokenizer)
         with acting:
-            tokens, looks, patches = self.visual_tokenizer(pixel_values)
-        shown = None
+            tokens, patches, word_logits = self.visual_tokenizer(pixel_values)
+        features = None
         if self.multi_scale is not None:
-            begins = places.nonzero().unflatten(0, (-1, self.config.visual_tokens))[:, 0]  # (N, 2) row and column
-            rows, columns = begins.T.tolist()
-            shown = Pictures(self.multi_scale.pyramid(patches), rows, columns, len(input_ids))
-        return embeds.masked_scatter(places[..., None], tokens.to(embeds)), looks, shown
+            begins = is_image.nonzero().unflatten(0, (-1, tokens_each))[:, 0]  # (N, 2) row and column
+            features = ImageFeatures(self.multi_scale.pyramid(patches), *begins.T.tolist(), len(input_ids))
+        return Embedded(embeds.masked_scatter(is_image[..., None], tokens.to(embeds)), features, word_logits)
 
-    def _weigh(self, host: nn.Module, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor:
-        """Gates (B, E): what the host's learned gate says of the prompt (B, T), or the released table's.
+    def compute_gates(
+        self, inputs_embeds: Tensor, prompt_mask: Tensor, modalities: Sequence[str] | None
+    ) -> Tensor | None:
+        """Compute the language model's gates (B, E); None for a language model without experts.
 
-        modalities: of each row, "text" or "image", which a table needs.
+        Args:
+            inputs_embeds: (B, T, D).
+            prompt_mask: (B, T) bool: the tokens that a learned gate reads.
+            modalities: "text" or "image" for each row: the row of the released table, if the gates come from it.
         """
+        if self.config.slide is None:
+            return None
+        return self._host_gates(self.language, inputs_embeds, prompt_mask, modalities)
+
+    def _host_gates(
+        self, host: nn.Module, inputs_embeds: Tensor, prompt_mask: Tensor, modalities: Sequence[str] | None
+    ) -> Tensor:
         config = slidelora.routing(host).config
         if config.gate != "given":
-            return slidelora.compute_gates(host, embeds, prompt)
+            return slidelora.compute_gates(host, inputs_embeds, prompt_mask)
         if modalities is None:
-            raise ValueError("modalities is None, expected one a row: the gate is given by task")
-        return slidelora.released_gates(config, modalities).to(embeds.device)
+            raise ValueError("modalities is None, expected one for each row: the gates come from a table of tasks")
+        return slidelora.released_gates(config, modalities).to(inputs_embeds.device)
+
+    @contextmanager
+    def read_under(self, gates: Tensor | None, features: ImageFeatures | None, repeats: int = 1) -> Iterator[None]:
+        """Within it the language model reads under these gates, and attends to these features.
+
+        Args:
+            gates: (B, E); None: its experts do not act.
+            features: Multi-scale features, if there are any.
+            repeats: How often `generate` repeats each row, for beams.
+        """
+        with ExitStack() as stack:
+            if self.config.slide is not None:
+                off = slidelora.disabled(self.language)
+                stack.enter_context(off if gates is None else slidelora.gates(self.language, gates, repeats))
+            if self.multi_scale is not None and features is not None:
+                stack.enter_context(self.multi_scale.visible_to_language(*features, repeats=repeats))
+            yield
+
+    def draw_under(
+        self, features: ImageFeatures | None, drawn: Sequence[int] | Tensor, begins: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Within it the UNet attends to these features.
+
+        Args:
+            features: Multi-scale features, if there are any.
+            drawn: The rows of the batch that are drawn, in their order.
+            begins: (B,) the column of each row at which its drawing begins: later pictures are not visible.
+        """
+        if self.multi_scale is None or features is None:
+            return nullcontext()
+        order = {int(row): i for i, row in enumerate(drawn)}
+        rows = [
+            order.get(row, -1) if begins is None or column < begins[row] else -1
+            for row, column in zip(features.rows, features.columns, strict=True)
+        ]
+        return self.multi_scale.visible_to_unet(features.pyramid, rows, len(drawn))
+
+    def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Run the language model without its head: (B, T, D) to (B, T, D), under the gates that are in force."""
+        hidden = self.language.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask).last_hidden_state
+        return cast(Tensor, hidden)
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
-        targets: Tensor,
+        modalities: Sequence[str],
         pixel_values: Tensor | None = None,
-        column_labels: Tensor | None = None,
-        color_labels: Tensor | None = None,
-        box_labels: Tensor | None = None,
         image_rows: Tensor | None = None,
         target_pixel_values: Tensor | None = None,
-        target_weight: Tensor | None = None,
-        source_pixel_values: Tensor | None = None,
-        region: Tensor | None = None,
-        layout_boxes: Tensor | None = None,
-        layout_fonts: Tensor | None = None,
-        layout_colors: Tensor | None = None,
-        characters: Tensor | None = None,
+        regions: Tensor | None = None,
+        words: WordLabels | None = None,
         adapters: bool = True,
         losses: Collection[str] = LOSSES,
-    ) -> Losses:
-        """The losses of one batch, as textharmony.data.batch makes it.
+    ) -> dict[str, Tensor]:
+        """Compute the losses of a batch, as textharmony.data.batch makes it.
 
-        input_ids, attention_mask, labels: (B, T), labels -100 but on answers; targets: (B,) 0 where text is asked
-        for, 1 where a picture is; image_rows: (M,) rows that the M target pictures belong to, the image decoder's
-        arguments in the same order; target_weight: (M, 1, H, W) of the autoencoder's loss, which is nothing without;
-        adapters: whether Slide-LoRA acts; losses: which to compute, the rest are zero.
+        Args:
+            input_ids: (B, T), padded on the right.
+            attention_mask: (B, T).
+            labels: (B, T), -100 everywhere but on answers; a drawing's begin-of-image token is its answer.
+            modalities: What is asked for in each row: "text" or "image".
+            pixel_values: (N, 3, H, W) in -1..1: the pictures that are read, row by row.
+            image_rows: (M,) the rows that the drawings belong to.
+            target_pixel_values: (M, 3, H, W) in -1..1: the drawings.
+            regions: (M, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for whole drawings.
+            words: Labels for the layout planner and the word heads, of a model that has them.
+            adapters: Whether Slide-LoRA acts.
+            losses: Some of LOSSES.
+
+        Returns:
+            Those of the losses that the batch has something for, each a mean.
         """
-        # Answers begin at their first label, and a picture's begin-of-image token is the first of its answer.
+        # Answers begin at their first label.
         begins = torch.where((labels != -100).any(1), (labels != -100).int().argmax(1), labels.shape[1])  # (B,)
-        prompt = attention_mask.bool() & (torch.arange(labels.shape[1], device=labels.device) < begins[:, None])
-        modalities = self._modalities(targets)
-        embeds, looks, shown = self.embed(input_ids, pixel_values, prompt, modalities, adapters)
-        zero = embeds.new_zeros(())
-        found = dict.fromkeys((field.name for field in fields(Losses)), zero)
-        if "autoencoder" in losses and target_pixel_values is not None and target_weight is not None:
-            found["autoencoder"] = self.image_decoder.autoencoder_loss(target_pixel_values, target_weight)
-        if "columns" in losses and looks is not None and column_labels is not None:
-            assert color_labels is not None and box_labels is not None
-            found["columns"] = looks_loss(looks, column_labels, color_labels, box_labels)
-        if {"text", "image", "layout"} & set(losses):
-            weights = self._gates(embeds, prompt, modalities) if adapters else None
-            if adapters:
-                found["gate"] = self._gate_loss(targets, zero, pixel_values is not None)
-            with self._acting(weights, shown):
-                hidden = self._hidden_states(embeds, attention_mask)
-            answered = labels[:, 1:] != -100
-            logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
-            surprise = F.cross_entropy(logits, labels[:, 1:][answered], reduction="none")
-            # A mean over samples of their means: a box of twenty tokens must not drown a word of four.
-            share = 1 / (answered.sum(1) * len(answered))  # (B,)
-            found["text"] = (surprise * share.repeat_interleave(answered.sum(1))).sum()
-            if image_rows is not None and target_pixel_values is not None:
-                layouts = None
-                if self.config.layout and layout_boxes is not None and characters is not None:
-                    assert layout_fonts is not None and layout_colors is not None
-                    present = characters != len(self.config.layout.characters)
-                    layouts = Layouts(layout_boxes, present, layout_fonts, *layout_colors.split(3, dim=-1))
-                with self._showing(shown, image_rows, begins):
-                    found["image"], found["layout"] = self.image_decoder.loss(
-                        hidden[image_rows],
-                        begins[image_rows],
-                        target_pixel_values,
-                        source_pixel_values,
-                        region,
-                        layouts,
-                        characters,
-                        diffuse="image" in losses,
-                    )
-        weigh = {"text": self.config.text_weight, "image": self.config.image_weight}
-        found["total"] = sum((weigh.get(name, 1.0) * found[name] for name in found if name in losses), zero)
-        return Losses(**found)
+        prompt_mask = attention_mask.bool() & (torch.arange(labels.shape[1], device=labels.device) < begins[:, None])
+        embeds, features, word_logits = self.embed(input_ids, pixel_values, prompt_mask, modalities, adapters)
+        found: dict[str, Tensor] = {}
+        if "autoencoder" in losses and target_pixel_values is not None and words is not None and words.layouts:
+            found["autoencoder"] = self.image_decoder.autoencoder_loss(
+                *crop_to_words(target_pixel_values, words.layouts)
+            )
+        if "words" in losses and word_logits is not None and words is not None:
+            found["words"] = word_loss(word_logits, words)
+        if not {"text", "image", "layout", "gate"} & set(losses):
+            return found
+        gates = self.compute_gates(embeds, prompt_mask, modalities) if adapters else None
+        if "gate" in losses and adapters:
+            found["gate"] = self._gate_loss(modalities, pixel_values is not None)
+        with self.read_under(gates, features):
+            hidden = self.hidden_states(embeds, attention_mask)
+        if "text" in losses:
+            found["text"] = self._text_loss(hidden, labels)
+        if {"image", "layout"} & set(losses) and image_rows is not None and target_pixel_values is not None:
+            with self.draw_under(features, image_rows, begins):
+                found |= self.image_decoder.loss(
+                    hidden[image_rows],
+                    begins[image_rows],
+                    target_pixel_values,
+                    regions,
+                    None if words is None else words.layouts,
+                    diffuse="image" in losses,
+                )
+        return {name: found[name] for name in LOSSES if name in found and name in losses}
 
-    def _modalities(self, targets: Tensor) -> list[str] | None:
-        """What targets (B,) of 0 and 1 mean, where a table of gates asks."""
-        slides = (self.config.slide, self.config.slide_vision)
-        if not any(slide is not None and slide.get("gate") == "given" for slide in slides):
-            return None
-        return [("text", "image")[target] for target in targets.tolist()]
+    def _text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        answered = labels[:, 1:] != -100
+        logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
+        surprise = F.cross_entropy(logits, labels[:, 1:][answered], reduction="none")
+        # A mean over samples of their means: a box of twenty tokens must not drown a word of four.
+        weights = 1 / (answered.sum(1) * len(answered))  # (B,)
+        return (surprise * weights.repeat_interleave(answered.sum(1))).sum()
 
-    def _gates(self, embeds: Tensor, prompt: Tensor, modalities: Sequence[str] | None) -> Tensor | None:
-        """The language model's gates (B, E), which look at the prompt (B, T) alone; None where it has no experts."""
-        return None if self.config.slide is None else self._weigh(self.language, embeds, prompt, modalities)
-
-    @contextmanager
-    def _acting(self, weights: Tensor | None, shown: Pictures | None, repeats: int = 1) -> Iterator[None]:
-        """Puts gates and pictures in force on the language model; weights None for its experts to be still."""
-        with ExitStack() as stack:
-            if self.config.slide is not None:
-                still = slidelora.disabled(self.language)
-                stack.enter_context(still if weights is None else slidelora.gates(self.language, weights, repeats))
-            if self.multi_scale is not None and shown is not None:
-                stack.enter_context(self.multi_scale.looking_language(*shown, repeats=repeats))
-            yield
-
-    def _showing(
-        self, shown: Pictures | None, drawn: Sequence[int] | Tensor, begins: Tensor | None = None
-    ) -> AbstractContextManager[None]:
-        """Puts pictures in force on the UNet, each in the row of those drawn (rows of the batch) that it goes with.
-
-        begins: (B,) column of each row at which what is drawn begins: pictures after it are not seen.
-        """
-        if self.multi_scale is None or shown is None:
-            return nullcontext()
-        order = {int(row): i for i, row in enumerate(drawn)}
-        rows = [
-            order.get(row, -1) if begins is None or place < begins[row] else -1
-            for row, place in zip(shown.rows, shown.places, strict=True)
-        ]
-        return self.multi_scale.looking_unet(shown.pyramid, rows, len(drawn))
-
-    def _gate_loss(self, targets: Tensor, zero: Tensor, seen: bool) -> Tensor:
-        found = zero
-        slides: list[tuple[nn.Module, Any]] = [(self.language, self.config.slide)]
-        if seen:
-            slides.append((self.visual_tokenizer, self.config.slide_vision))
-        for part, slide in slides:
+    def _gate_loss(self, modalities: Sequence[str], pictures: bool) -> Tensor:
+        hosts: list[tuple[nn.Module, Any]] = [(self.language, self.config.slide)]
+        if pictures:
+            hosts.append((self.visual_tokenizer, self.config.slide_vision))
+        total = self.begin_image.new_zeros(())
+        for host, slide in hosts:
             if slide is not None and slide.get("gate") != "given":
-                found = found + slidelora.aux_loss(part, targets=targets)
-        return found
-
-    def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.language.base_model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
-        assert isinstance(hidden, Tensor)
-        return hidden
-
-    # Files
-
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> None:
-        """Writes config.json, the tokenizer and safetensors to a folder, replacing an earlier model whole.
-
-        dtype: that of the floating-point weights on disk, theirs if None. The weights of a quantised language model
-        stay where they were loaded from; its experts and gate are written.
-        """
-        tensors = self.state_dict(keep_vars=True)
-        for name in self._elsewhere():
-            del tensors[name]
-        save_folder(Path(path), self.config, self.tokenizer, tensors, dtype, max_shard_size)
-
-    def _elsewhere(self) -> list[str]:
-        """Names of weights that no folder of ours holds."""
-        if self.config.language_from is None:
-            return []
-        return [n for n in self.state_dict() if n.startswith("language.") and not _ADAPTER.search(n)]
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: DTypes = None) -> TextHarmony:
-        """The embedded model ("tiny"), or the one in a folder that `save_pretrained` wrote; in eval mode.
-
-        dtype: one, or one each for vision, language and image; fp32 where nothing is said. A folder or file that is
-        missing, cut short or of another shape raises ValueError or FileNotFoundError.
-        """
-        folder = _EMBEDDED if str(path) == "tiny" else Path(path)
-        config, tokenizer = load_folder(folder)
-        backbones = Backbones()
-        if config.language_from is not None:
-            kind = dtype_of(dtype, "language")
-            language = load_language(config.language_from, tokenizer, kind, None, config.quantization)
-            backbones = Backbones(language=language)
-        # Experts go where the language model is, so beside one that is there they must be too.
-        with init_empty_weights() if backbones.language is None else nullcontext():
-            model = cls(config, tokenizer, backbones, dtype)
-        model.language.tie_weights()  # emptied, and then loaded, weights come apart
-        load_weights(folder, model, model._elsewhere())
-        model.language.tie_weights()
-        return model.eval()
-
-    @classmethod
-    def from_backbones(
-        cls,
-        vision: str | Path,
-        language: str | Path,
-        image: str | Path,
-        config: ModelConfig | None = None,
-        dtype: DTypes = None,
-        device_map: Any = None,
-        quantization_config: Any = None,
-    ) -> TextHarmony:
-        """A model of a vision model, a language model and a diffusion model as their libraries store them.
-
-        vision: folder (or hub id) of CLIP or SigLIP; language: of any causal language model of transformers, with its
-        tokenizer; image: of Stable Diffusion 1 or 2, with unet, vae and scheduler. config: all that joins them; what
-        it says of the three themselves, and of pixels, is taken from the folders; None is the preset "paper" at the
-        size that the UNet was trained at. dtype: one, or one each for vision, language and image, fp32 where nothing
-        is said. device_map, quantization_config: of the language model, as transformers takes them; the rest goes
-        where its embeddings are. What joins the parts is new and has to be trained. Raises ValueError or OSError.
-        """
-        config = config or replace(PAPER, drawing_size=drawing_size(image))
-        config, tokenizer, parts = load_backbones(
-            vision, language, image, config, dtype, device_map, quantization_config
-        )
-        model = cls(config, tokenizer, parts, dtype)
-        words: Any = model.language.get_input_embeddings()
-        device = words.weight.device
-        for name, part in model.named_children():
-            if name != "language":
-                part.to(device)
-        for name, parameter in list(model.named_parameters(recurse=False)):
-            setattr(model, name, nn.Parameter(parameter.to(device)))
-        return model.eval()
+                total = total + slidelora.aux_loss(host, targets=list(modalities))
+        return total

@@ -1,4 +1,4 @@
-"""Noise on latents and off again: what training adds, what the UNet is asked for, and the steps of sampling."""
+"""Noise schedules: the noise that training adds, what the UNet has to predict, and the steps of sampling."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Diffusion(Protocol):
-    """What the image decoder needs of a noise schedule; indices count the steps of the last `times`."""
+    """What the image decoder needs of a noise schedule; an index counts the steps of the last `times`."""
 
-    mask_first: bool  # where a UNet is told what is to be filled in: the mask before the rest, or after
+    mask_first: bool  # a UNet for inpainting takes the mask before the kept latents, or after them
 
     def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents (B, C, h, w) -> noisy ones, the times (B,) that the UNet is told, what it shall predict."""
+        """Add noise to latents (B, C, h, w): the noisy ones, the times (B,) for the UNet, and what it has to predict."""
         ...
 
     def times(self, steps: int, device: torch.device) -> Tensor:
-        """Begins to sample: the times (steps,) that the UNet is told."""
+        """Start to sample: the times (steps,) for the UNet."""
         ...
 
     def begin(self, noise: Tensor) -> Tensor:
-        """Standard normal noise -> the latents to begin with."""
+        """The latents to start from, of standard normal noise."""
         ...
 
     def scaled(self, latents: Tensor, index: int) -> Tensor:
-        """The latents as the UNet wants them."""
+        """Scale the latents for the UNet."""
         ...
 
     def step(self, predicted: Tensor, index: int, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """The latents after a step, from what the UNet predicted."""
+        """The latents after a step with what the UNet predicted."""
         ...
 
     def noised(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
-        """Clean latents with as much of a noise as those after a step have."""
+        """Add as much noise to clean latents as the latents have after a step."""
         ...
 
 
-class RectifiedFlow:
+class RectifiedFlow(Diffusion):
     """Straight paths from noise to latents (Liu et al. 2023); the UNet predicts the clean latents.
 
-    center, spread: of the normal distribution whose sigmoid training draws noise levels from (Esser et al. 2024).
+    Training draws noise levels from the sigmoid of a normal distribution (Esser et al. 2024).
     """
 
     mask_first = False
@@ -56,34 +57,40 @@ class RectifiedFlow:
         self.center, self.spread = center, spread
         self.unit = self.scheduler.config.num_train_timesteps
 
+    @override
     def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         level = torch.sigmoid(torch.randn(len(latents), device=latents.device) * self.spread + self.center)
         noisy = latents.lerp(torch.randn_like(latents), level[:, None, None, None].to(latents.dtype))
         return noisy, level * self.unit, latents
 
+    @override
     def times(self, steps: int, device: torch.device) -> Tensor:
         self.scheduler.set_timesteps(steps, device=device)
         return self.scheduler.sigmas[:-1] * self.unit
 
+    @override
     def begin(self, noise: Tensor) -> Tensor:
         return noise
 
+    @override
     def scaled(self, latents: Tensor, index: int) -> Tensor:
         return latents
 
+    @override
     def step(self, predicted: Tensor, index: int, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         velocity = (latents - predicted) / self.scheduler.sigmas[index]
         return self.scheduler.step(velocity, self.scheduler.timesteps[index], latents).prev_sample
 
+    @override
     def noised(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
         return latents.lerp(noise, self.scheduler.sigmas[index + 1].to(latents.dtype))
 
 
-class NoiseSchedule:
-    """Denoising diffusion as Stable Diffusion has it (Ho et al. 2020), sampled by any of diffusers' schedulers.
+class NoiseSchedule(Diffusion):
+    """The denoising diffusion of Stable Diffusion (Ho et al. 2020), sampled by any of diffusers' schedulers.
 
-    The UNet predicts the noise, the velocity (Salimans and Ho 2022) or the clean latents, as the scheduler's
-    prediction_type says. Raises ValueError for another.
+    The scheduler's prediction_type says what the UNet predicts: the noise, the velocity (Salimans and Ho 2022) or the
+    clean latents.
     """
 
     mask_first = True
@@ -96,6 +103,7 @@ class NoiseSchedule:
             raise ValueError(f"prediction_type is {self.prediction!r}, expected one of {PREDICTIONS}")
         self.draws = "generator" in inspect.signature(self.scheduler.step).parameters
 
+    @override
     def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         steps = self.training.config.num_train_timesteps
         times = torch.randint(steps, (len(latents),), device=latents.device)
@@ -105,20 +113,25 @@ class NoiseSchedule:
             targets["v_prediction"] = self.training.get_velocity(latents, noise, times)
         return self.training.add_noise(latents, noise, times), times, targets[self.prediction]
 
+    @override
     def times(self, steps: int, device: torch.device) -> Tensor:
         self.scheduler.set_timesteps(steps, device=device)
         return self.scheduler.timesteps
 
+    @override
     def begin(self, noise: Tensor) -> Tensor:
         return noise * self.scheduler.init_noise_sigma
 
+    @override
     def scaled(self, latents: Tensor, index: int) -> Tensor:
         return self.scheduler.scale_model_input(latents, self.scheduler.timesteps[index])
 
+    @override
     def step(self, predicted: Tensor, index: int, latents: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         drawn: dict[str, Any] = {"generator": list(generators)} if self.draws else {}
         return self.scheduler.step(predicted, self.scheduler.timesteps[index], latents, **drawn).prev_sample
 
+    @override
     def noised(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
         if index + 1 == len(self.scheduler.timesteps):
             return latents
@@ -126,7 +139,7 @@ class NoiseSchedule:
 
 
 def build_diffusion(values: Mapping[str, Any], center: float, spread: float) -> Diffusion:
-    """The noise schedule of a diffusers scheduler's configuration, by its `_class_name`. Raises ValueError."""
+    """Build the noise schedule of a diffusers scheduler's configuration; raise ValueError for an unknown class."""
     name = values.get("_class_name")
     if name == "FlowMatchEulerDiscreteScheduler":
         return RectifiedFlow(values, center, spread)

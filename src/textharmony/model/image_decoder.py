@@ -1,4 +1,4 @@
-"""Hidden states to pixels: a resampler, an optional layout plan, a UNet in a VAE's latent space, a noise schedule."""
+"""From hidden states to pixels: a resampler, a layout planner if there is one, and a UNet in a VAE's latent space."""
 
 from __future__ import annotations
 
@@ -30,9 +30,17 @@ class ImageDecoder(nn.Module):
         vae: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """width: of the hidden states; unet, vae: of diffusers, made from the configuration where None.
+        """Build the image decoder.
 
-        Raises ValueError where they do not fit each other or the size of pictures.
+        Args:
+            config: Sizes and settings.
+            width: Of the language model's hidden states.
+            unet: Of diffusers; None: built from the configuration with random weights.
+            vae: The same.
+            dtype: Of all weights.
+
+        Raises:
+            ValueError: UNet, VAE and the size of the pictures do not fit each other.
         """
         super().__init__()
         self.config = config
@@ -42,14 +50,14 @@ class ImageDecoder(nn.Module):
         self.cell = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.grid = (config.target_size[0] // self.cell, config.target_size[1] // self.cell)
         self.channels = self.vae.config.latent_channels
-        self.fills_in = _fills_in(config, self.unet.config, self.channels, self.cell)
+        self.inpaints = _inpaints(config, self.unet.config, self.channels, self.cell)
         context_width = self.unet.config.cross_attention_dim
         resampler = config.context_resampler
         self.width = resampler.width or context_width
         self.resampler = PerceiverResampler(width, self.width, config.context_tokens, resampler.depth, resampler.heads)
         self.project = nn.Identity() if self.width == context_width else nn.Linear(self.width, context_width)
         self.unconditional = nn.Parameter(torch.randn(config.context_tokens, context_width) * 0.02)
-        # What the VAE's configuration says of its latents; `standardise` measures it for one that says nothing.
+        # From the VAE's configuration; `standardise` measures them for a VAE whose configuration does not say.
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         self.register_buffer("latent_mean", torch.full((self.channels, 1, 1), shift))
         self.register_buffer("latent_std", torch.full((self.channels, 1, 1), 1 / self.vae.config.scaling_factor))
@@ -59,58 +67,61 @@ class ImageDecoder(nn.Module):
         self.to(dtype)
 
     def read_context(self, hidden_states: Tensor, last: Tensor) -> Tensor:
-        """hidden_states (B, T, D) up to each row's `last` (B,), nearest first -> context tokens (B, Q, C)."""
+        """Read hidden states (B, T, D) up to the column `last` (B,) of each row: context tokens (B, Q, C)."""
         hidden_states = hidden_states.to(self.unconditional)
         last = last.to(hidden_states.device)
         batch, length, width = hidden_states.shape
         index = last[:, None] - torch.arange(length, device=last.device)  # (B, T)
+        # Nearest first, as released.
         flipped = hidden_states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, width))
-        # Half of a position counts from the image-begin token, as released, half from the start: captions begin alike.
+        # Half of each position counts from the begin-of-image token, as released, and half from the start of the row:
+        # captions begin alike.
         table = sincos_positions(length, self.width // 2, last.device)  # (T, C / 2)
         positions = torch.cat([table.expand(batch, -1, -1), table[index.clamp(min=0)]], -1)  # (B, T, C)
         return self.project(self.resampler(flipped, positions, index >= 0))
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) in -1..1 -> standardised latents (N, C, h, w)."""
+        """Encode pictures (N, 3, H, W) in -1..1 as standardised latents (N, C, h, w)."""
         latents = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist.mode()
         return (latents - self.latent_mean) / self.latent_std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The inverse of `encode`, clamped to -1..1, in fp32."""
+        """Decode standardised latents to pictures in fp32, clamped to -1..1."""
         latents = (latents * self.latent_std + self.latent_mean).to(self.vae.dtype)
         return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     def autoencoder_loss(self, pixel_values: Tensor, weight: Tensor, kl_weight: float = 1e-6) -> Tensor:
-        """Weighted absolute and squared error of pixels, absolute error of their differences, and a small KL term.
+        """Sum the VAE's errors in pixels (absolute and squared) and in their differences, and a small KL term.
 
-        The square is for the colour of thin strokes, which absolute errors give up.
-
-        pixel_values: (N, 3, H, W) in -1..1; weight: (N, 1, H, W).
+        Args:
+            pixel_values: (N, 3, H, W) in -1..1.
+            weight: (N, 1, H, W) of each pixel.
+            kl_weight: Of the KL term.
         """
         posterior = self.vae.encode(pixel_values).latent_dist
         error = self.vae.decode(posterior.sample()).sample - pixel_values
         across = (weight[..., 1:] * error.diff(dim=-1).abs()).mean()
         down = (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
+        # The square is for the colour of thin strokes, which an absolute error alone gives up.
         of_pixels = (weight * (error.abs() + 2 * error.square())).mean()
         return of_pixels + (across + down) / 2 + kl_weight * posterior.kl().mean()
 
     @torch.no_grad()
     def standardise(self, pixel_values: Tensor) -> None:
-        """Sets the latents' mean and spread per channel from pictures (N, 3, H, W)."""
+        """Set the mean and the standard deviation of each latent channel from pictures (N, 3, H, W)."""
         latents = self.vae.encode(pixel_values).latent_dist.mode()
         self.latent_mean.copy_(latents.mean((0, 2, 3))[:, None, None])
         self.latent_std.copy_(latents.std((0, 2, 3))[:, None, None])
 
     def _predict(self, noisy: Tensor, time: Tensor, context: Tensor, extra: Tensor) -> Tensor:
-        """What the UNet says of noisy latents (B, C, h, w), told the time (B,), the context and further channels."""
         return self.unet(torch.cat([noisy, extra], 1), time, encoder_hidden_states=context).sample
 
-    def _fill_in(self, source: Tensor | None, region: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Latents of the picture outside the region (B, C, h, w) and the region's mask (B, 1, h, w), in cells."""
+    def _kept_latents(self, source: Tensor | None, regions: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+        """Latents of the pictures outside their regions (B, C, h, w), and the regions' masks (B, 1, h, w)."""
         height, width = self.config.target_size
-        mask = region_mask(region, batch, height, width, self.latent_mean.device)
+        mask = region_mask(regions, batch, height, width, self.latent_mean.device)
         kept = torch.zeros(batch, self.channels, *self.grid, device=mask.device, dtype=self.latent_mean.dtype)
         if source is not None:
             edited = ~mask.flatten(1).all(1)  # (B,)
@@ -118,9 +129,8 @@ class ImageDecoder(nn.Module):
                 kept[edited] = self.encode(torch.where(mask[edited], 0.0, source[edited]))
         return kept, F.avg_pool2d(mask.to(kept.dtype), self.cell)
 
-    def _channels(self, kept: Tensor, mask: Tensor) -> list[Tensor]:
-        """What a UNet that fills in is told beside the noisy latents."""
-        if not self.fills_in:
+    def _inpainting_channels(self, kept: Tensor, mask: Tensor) -> list[Tensor]:
+        if not self.inpaints:
             return []
         return [mask, kept] if self.diffusion.mask_first else [kept, mask]
 
@@ -129,40 +139,52 @@ class ImageDecoder(nn.Module):
         hidden_states: Tensor,
         last: Tensor,
         target_pixel_values: Tensor,
-        source_pixel_values: Tensor | None = None,
-        region: Tensor | None = None,
+        regions: Tensor | None = None,
         layouts: Layouts | None = None,
-        characters: Tensor | None = None,
         diffuse: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Diffusion loss (zero unless diffuse) and layout loss (zero without a planner).
+    ) -> dict[str, Tensor]:
+        """Compute the losses of drawings.
 
-        hidden_states: (B, T, D); last: (B,) place of each row's image-begin token; target and source: (B, 3, H, W) in
-        -1..1; region: (B, 4) pixels to fill, NaN for the whole picture; layouts, characters: see LayoutPlanner.loss.
+        Args:
+            hidden_states: (B, T, D) of the language model.
+            last: (B,) the column of each row's begin-of-image token.
+            target_pixel_values: (B, 3, H, W) in -1..1.
+            regions: (B, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for a whole drawing.
+            layouts: Of the words in the pictures, for a model that plans layouts.
+            diffuse: Whether to compute the diffusion loss.
+
+        Returns:
+            The losses "image" (of the diffusion) and "layout" (of a model that plans layouts).
+
+        Raises:
+            ValueError: The model plans layouts and there are none.
         """
         batch = hidden_states.shape[0]
         context = self.read_context(hidden_states, last)
-        layout_loss = context.new_zeros(())
+        losses: dict[str, Tensor] = {}
         painted: Tensor | None = None
         if self.planner is not None and self.painter is not None:
-            if layouts is None or characters is None:
-                raise ValueError("layouts or characters are None, expected both: this model plans layouts")
-            place = region_features(region, batch, self.config.target_size, context.device)
+            if layouts is None:
+                raise ValueError("layouts is None, expected those of the drawings: this model plans layouts")
+            where = region_features(regions, batch, self.config.target_size, context.device)
             ink_share = self.painter(layouts, context)
-            layout_loss = self.planner.loss(layouts, characters, context, place)
-            layout_loss = layout_loss + ink_loss(ink_share, layouts, target_pixel_values)
+            losses["layout"] = self.planner.loss(layouts, context, where) + ink_loss(
+                ink_share, layouts, target_pixel_values
+            )
             painted = F.pixel_unshuffle(draft(ink_share, layouts), self.cell)
         if not diffuse:
-            return context.new_zeros(()), layout_loss
+            return losses
         latents = self.encode(target_pixel_values)
-        extra = self._channels(*self._fill_in(source_pixel_values, region, batch)) if self.fills_in else []
+        extra: list[Tensor] = []
+        if self.inpaints:  # what an edit keeps is in its target, too
+            extra = self._inpainting_channels(*self._kept_latents(target_pixel_values, regions, batch))
         dropped = torch.rand(batch, device=latents.device) < self.config.unconditional_share
         if painted is not None:
             extra.append(painted * ~dropped[:, None, None, None])
         context = torch.where(dropped[:, None, None], self.unconditional, context)
         noisy, time, wanted = self.diffusion.corrupt(latents)
         predicted = self._predict(noisy, time, context, torch.cat([latents[:, :0], *extra], 1))
-        return F.mse_loss(predicted.float(), wanted.float()), layout_loss
+        return losses | {"image": F.mse_loss(predicted.float(), wanted.float())}
 
     @torch.no_grad()
     def generate(
@@ -171,63 +193,71 @@ class ImageDecoder(nn.Module):
         last: Tensor,
         generators: Sequence[torch.Generator],
         source_pixel_values: Tensor | None = None,
-        region: Tensor | None = None,
+        regions: Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in -1..1, each from its own generator; the other arguments as in `loss`."""
+        """Draw pictures (B, 3, H, W) in -1..1.
+
+        Args:
+            hidden_states: (B, T, D) of the language model.
+            last: (B,) the column of each row's begin-of-image token.
+            generators: Of each picture's noise.
+            source_pixel_values: (B, 3, H, W) in -1..1: the pictures that are edited.
+            regions: (B, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for a whole drawing.
+            num_inference_steps: None: the model's own.
+            guidance_scale: None: the model's own.
+        """
         batch = hidden_states.shape[0]
         steps = self.config.inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        if steps < 1:
-            raise ValueError(f"num_inference_steps is {steps}, expected at least 1")
         context = self.read_context(hidden_states, last)
-        kept, mask = self._fill_in(source_pixel_values, region, batch)
-        extra = blind = torch.cat([kept[:, :0], *self._channels(kept, mask)], 1)
+        kept, mask = self._kept_latents(source_pixel_values, regions, batch)
+        extra = unguided = torch.cat([kept[:, :0], *self._inpainting_channels(kept, mask)], 1)
         if self.planner is not None and self.painter is not None:
             noise = torch.stack([torch.randn(self.planner.noise_size, generator=g) for g in generators])
-            place = region_features(region, batch, self.config.target_size, extra.device)
-            layouts = self.planner.sample(context, place, noise.to(extra.device))
+            where = region_features(regions, batch, self.config.target_size, extra.device)
+            layouts = self.planner.sample(context, where, noise.to(extra.device))
             painted = F.pixel_unshuffle(draft(self.painter(layouts, context), layouts), self.cell)
-            extra, blind = torch.cat([extra, painted], 1), torch.cat([extra, torch.zeros_like(painted)], 1)
+            extra, unguided = torch.cat([extra, painted], 1), torch.cat([extra, torch.zeros_like(painted)], 1)
         noise = torch.stack([torch.randn(self.channels, *self.grid, generator=g) for g in generators]).to(kept)
         latents = self.diffusion.begin(noise)
-        free = mask.ceil()  # (B, 1, h, w): 1 in cells that the region touches
+        free = mask.ceil()  # (B, 1, h, w): 1 in cells that a region touches
         for index, time in enumerate(self.diffusion.times(steps, latents.device)):
             noisy = self.diffusion.scaled(latents, index)
             predicted = self._predict(noisy, time.expand(batch), context, extra)
             if scale != 1:
-                without = self._predict(noisy, time.expand(batch), self.unconditional.expand(batch, -1, -1), blind)
+                without = self._predict(noisy, time.expand(batch), self.unconditional.expand(batch, -1, -1), unguided)
                 predicted = without + scale * (predicted - without)
             latents = self.diffusion.step(predicted, index, latents, generators)
-            if region is not None and not self.fills_in:  # what is known outside the region takes its place again
+            if regions is not None and not self.inpaints:  # put back what is known outside the regions
                 latents = torch.where(free > 0, latents, self.diffusion.noised(kept, noise, index))
         return self.decode(latents)
 
 
-def _fills_in(config: ModelConfig, unet: Any, channels: int, cell: int) -> bool:
-    """Whether the UNet is told what is to be filled in. Raises ValueError where it does not fit the VAE or the size."""
+def _inpaints(config: ModelConfig, unet: Any, channels: int, cell: int) -> bool:
+    """Whether the UNet takes the mask and the kept latents; raise ValueError if it fits neither the VAE nor the size."""
     if any(side % cell for side in config.target_size):
         raise ValueError(f"pictures are {config.target_size}, expected multiples of the VAE's {cell} pixels")
     if not isinstance(unet.cross_attention_dim, int) or getattr(unet, "addition_embed_type", None):
-        raise ValueError("the UNet wants more than one context, expected one of the layout of Stable Diffusion 1 or 2")
+        raise ValueError("the UNet takes more than one context, expected the layout of Stable Diffusion 1 or 2")
     painted = 4 * cell**2 if config.layout else 0
-    filling = 2 * channels + 1 + painted
-    if unet.in_channels not in {filling} | ({channels} if not painted else set()) or unet.out_channels != channels:
-        expected = f"{filling}" if painted else f"{channels}, or {filling} of one that fills in"
+    inpainting = 2 * channels + 1 + painted
+    if unet.in_channels not in {inpainting} | ({channels} if not painted else set()) or unet.out_channels != channels:
+        expected = f"{inpainting}" if painted else f"{channels}, or {inpainting} for inpainting"
         raise ValueError(
             f"the UNet has {unet.in_channels} input and {unet.out_channels} output channels, expected {expected} "
             f"and {channels} for a VAE of {channels} latent channels"
         )
-    return bool(unet.in_channels == filling)
+    return bool(unet.in_channels == inpainting)
 
 
-def region_mask(region: Tensor | None, batch: int, height: int, width: int, device: torch.device) -> Tensor:
-    """(B, 1, H, W) bool, true inside each region (B, 4) in pixels, everywhere where the region is None or NaN."""
-    if region is None:
+def region_mask(regions: Tensor | None, batch: int, height: int, width: int, device: torch.device) -> Tensor:
+    """(B, 1, H, W) bool: true inside the regions (B, 4) in pixels, and everywhere for None or NaN."""
+    if regions is None:
         return torch.ones(batch, 1, height, width, dtype=torch.bool, device=device)
     x = torch.arange(width, device=device)[None, None]
     y = torch.arange(height, device=device)[None, :, None]
-    x1, y1, x2, y2 = region[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    x1, y1, x2, y2 = regions[:, :, None, None].unbind(1)  # (B, 1, 1) each
     inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
-    return (inside | region.isnan().any(-1)[:, None, None])[:, None]
+    return (inside | regions.isnan().any(-1)[:, None, None])[:, None]

@@ -1,14 +1,14 @@
-"""The layout planner: where each character of a drawing stands, in which font and colours, drawn from noise.
+"""The layout planner: it samples where each character of a drawing stands, in which font and which colours.
 
 TextDiffuser (Chen et al. 2023) and TextDiffuser-2 plan a layout before they draw; TextHarmony does not. Here a small
-rectified-flow transformer plans it from the image decoder's context tokens, and a painter turns the plan into a draft
-that the UNet sees beside its noisy latents.
+rectified-flow transformer plans the layout from the image decoder's context tokens, and a painter turns it into a draft
+that the UNet gets as additional channels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +18,38 @@ from textharmony.config import LayoutConfig
 from textharmony.model.resampler import Block
 
 
-@dataclass(frozen=True)
-class Layouts:
-    """A batch of plans.
+class Layouts(NamedTuple):
+    """The layouts of B drawings, with S slots for their characters."""
 
-    boxes: (B, S, 4) x1, y1, x2, y2 in pixels, one row a slot; present: (B, S) bool; fonts: (B, fonts) one-hot; ink and
-    ground: (B, 3) in -1..1.
-    """
+    boxes: Tensor  # (B, S, 4) x1, y1, x2, y2 in pixels
+    characters: Tensor  # (B, S) long, EMPTY where a slot holds no character
+    fonts: Tensor  # (B, fonts) one-hot
+    ink: Tensor  # (B, 3) RGB in -1..1
+    ground: Tensor  # (B, 3)
 
-    boxes: Tensor
-    present: Tensor
-    fonts: Tensor
-    ink: Tensor
-    ground: Tensor
+    @property
+    def present(self) -> Tensor:
+        """(B, S) bool: the slots that hold a character."""
+        return self.characters != EMPTY
 
 
-# Brings start, top, bottom and width of the characters, in picture heights, to about zero mean and unit variance.
+EMPTY = -1
+# Bring start, top, bottom and width of the characters, in picture heights, to about zero mean and unit variance.
 _LINE_MEAN, _LINE_STD = (1.2, 0.25, 0.75), (0.8, 0.12, 0.12)
 _SLOT_MEAN, _SLOT_STD = (0.08, 0.37), (0.08, 0.12)
-_LINE = 3 + 6  # start, top, bottom, ink, ground
+_LINE = 3 + 6  # values of a line: start, top, bottom, ink, ground
+_RIM = 1.5  # pixels around a character's box that its glyph also covers
+_CROP = 48  # pixels of width: the VAE is convolutional and learns sooner from more and smaller pictures
 
 
 class LayoutPlanner(nn.Module):
-    """Samples a layout from context tokens: the first `slots` stand for the characters, the next for the colours."""
+    """Plans layouts from context tokens: the first `slots` tokens stand for the characters, the next for the colours."""
 
     def __init__(self, config: LayoutConfig, context_width: int, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.config, self.image_size = config, image_size
         width = config.width
-        self.character_head = nn.Linear(context_width, len(config.characters) + 1)
+        self.character_head = nn.Linear(context_width, len(config.characters) + 1)  # the last: an empty slot
         self.palette_head = nn.Linear(context_width, 6)
         self.project = nn.Linear(context_width, width)
         self.line_in = nn.Linear(_LINE + config.fonts + 5, width)
@@ -58,8 +61,13 @@ class LayoutPlanner(nn.Module):
         self.line_out = nn.Linear(width, _LINE + config.fonts)
         self.slot_out = nn.Linear(width, 2)
 
+    @property
+    def noise_size(self) -> int:
+        """How many random numbers a layout takes."""
+        return _LINE + self.config.fonts + 2 * self.config.slots
+
     def encode(self, layouts: Layouts) -> tuple[Tensor, Tensor]:
-        """Layouts -> line values (B, L), slot values (B, S, 2), each of about unit variance."""
+        """Encode layouts as values of the line (B, L) and of the slots (B, S, 2), of about unit variance."""
         height = self.image_size[0]
         boxes = layouts.boxes / height
         line = boxes[:, 0, [0, 1, 3]]  # (B, 3)
@@ -70,23 +78,26 @@ class LayoutPlanner(nn.Module):
         fonts = 2 * layouts.fonts.float() - 1
         return torch.cat([line, layouts.ink, layouts.ground, fonts], -1), slots * layouts.present[..., None]
 
-    def decode(self, line: Tensor, slots: Tensor, present: Tensor) -> Layouts:
-        """The inverse of `encode`."""
+    def decode(self, line: Tensor, slots: Tensor, characters: Tensor) -> Layouts:
+        """Decode what `encode` encoded, for the given characters (B, S)."""
         height = self.image_size[0]
-        place = (line[:, :3] * line.new_tensor(_LINE_STD) + line.new_tensor(_LINE_MEAN)) * height
+        sides = (line[:, :3] * line.new_tensor(_LINE_STD) + line.new_tensor(_LINE_MEAN)) * height
         sizes = (slots * slots.new_tensor(_SLOT_STD) + slots.new_tensor(_SLOT_MEAN)) * height
         gaps, widths = sizes[..., 0], sizes[..., 1].clamp(min=1)
         gaps = torch.cat([torch.zeros_like(gaps[:, :1]), gaps[:, 1:]], 1)
-        right = place[:, :1] + (gaps + widths).cumsum(1)  # (B, S)
-        top, bottom = place[:, 1:2].expand_as(right), place[:, 2:3].expand_as(right)
+        right = sides[:, :1] + (gaps + widths).cumsum(1)  # (B, S)
+        top, bottom = sides[:, 1:2].expand_as(right), sides[:, 2:3].expand_as(right)
         fonts = F.one_hot(line[:, _LINE:].argmax(-1), self.config.fonts)
         boxes = torch.stack([right - widths, top, right, bottom], -1)
-        return Layouts(boxes, present, fonts, line[:, 3:6].clamp(-1, 1), line[:, 6:9].clamp(-1, 1))
+        return Layouts(boxes, characters, fonts, line[:, 3:6].clamp(-1, 1), line[:, 6:9].clamp(-1, 1))
 
     def denoise(
         self, line: Tensor, slots: Tensor, time: Tensor, context: Tensor, region: Tensor, present: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Noisy values, time (B,) in 0..1, context (B, Q, D), region (B, 5) -> clean values of the same shapes."""
+        """Predict clean values from noisy ones: line (B, L) and slots (B, S, 2) at time (B,), 1 for pure noise.
+
+        They depend on context (B, Q, D), region (B, 5) as `region_features` encodes it, and present (B, S).
+        """
         count = self.config.slots
         clock = self.time_in(_waves(time[:, None], 8))[:, None]  # (B, 1, D)
         known = self.project(context)  # (B, Q, D)
@@ -99,22 +110,21 @@ class LayoutPlanner(nn.Module):
         x = self.norm(x)
         return self.line_out(x[:, 0]), self.slot_out(x[:, 1 : 1 + count])
 
-    def loss(self, layouts: Layouts, characters: Tensor, context: Tensor, region: Tensor, draws: int = 4) -> Tensor:
-        """Character cross-entropy, colour error and flow error, the latter over `draws` noise levels a sample.
-
-        characters: (B, S) long, len(config.characters) where a slot is empty; region: (B, 5), see `region_features`.
-        """
+    def loss(self, layouts: Layouts, context: Tensor, region: Tensor, draws: int = 4) -> Tensor:
+        """Sum the errors of characters and colours and of the flow, at `draws` noise levels for each sample."""
         logits = self.character_head(context[:, : self.config.slots])
-        spelling = F.cross_entropy(logits.flatten(0, 1), characters.flatten())
+        spelled = layouts.characters.masked_fill(~layouts.present, len(self.config.characters))
+        spelling = F.cross_entropy(logits.flatten(0, 1), spelled.flatten())
         colors = torch.cat([layouts.ink, layouts.ground], -1)
         palette = F.mse_loss(self.palette_head(context[:, self.config.slots]), colors)
         line, slots = self.encode(layouts)
-        context = (
-            context.detach()
-        )  # the flow's noise would drown what tells the context tokens their letters and colours
+        # The noise of the flow's gradient would drown what teaches the context tokens their letters and colours.
+        context = context.detach()
         line, slots, context, region = (v.repeat(draws, *[1] * (v.ndim - 1)) for v in (line, slots, context, region))
         present = layouts.present.repeat(draws, 1)
-        time = torch.rand(line.shape[0], device=line.device).sqrt()  # more often late, where the context decides
+        time = torch.rand(
+            line.shape[0], device=line.device
+        ).sqrt()  # more often near pure noise, where the context decides
         line_noise, slot_noise = torch.randn_like(line), torch.randn_like(slots) * present[..., None]
         t1, t2 = time[:, None], time[:, None, None]
         line_out, slot_out = self.denoise(
@@ -127,8 +137,9 @@ class LayoutPlanner(nn.Module):
 
     @torch.no_grad()
     def sample(self, context: Tensor, region: Tensor, noise: Tensor) -> Layouts:
-        """Plans from context (B, Q, D), region (B, 5) and noise (B, noise_size) by Euler steps."""
-        present = self.spell(context) < len(self.config.characters)
+        """Sample layouts from context (B, Q, D), region (B, 5) and noise (B, noise_size) by Euler steps."""
+        characters = self.spell(context)
+        present = characters != EMPTY
         line, slots = noise[:, : _LINE + self.config.fonts], noise[:, _LINE + self.config.fonts :]
         slots = slots.unflatten(1, (self.config.slots, 2)) * present[..., None]
         steps = self.config.steps
@@ -138,10 +149,10 @@ class LayoutPlanner(nn.Module):
             line_out, slot_out = self.denoise(line, slots, time, context, region, present)
             line = line_out + (line - line_out) * (then / now)
             slots = (slot_out + (slots - slot_out) * (then / now)) * present[..., None]
-        return self.fit(self.decode(line, slots, present), region)
+        return self.fit(self.decode(line, slots, characters), region)
 
     def fit(self, layouts: Layouts, region: Tensor) -> Layouts:
-        """Layouts moved, and if need be squeezed, into the region (B, 5) to fill, or into the picture."""
+        """Move layouts into the region (B, 5) to fill, or into the picture, and squeeze those that are too large."""
         height, width = self.image_size
         given = region[:, 4:] > 0
         whole = region.new_tensor([1.0, 1.0, width - 1.0, height - 1.0])
@@ -152,25 +163,19 @@ class LayoutPlanner(nn.Module):
         top, bottom = y1[:, :1], y2[:, :1]
         y1, y2 = _fit(y1, top, bottom, low_y + 1, high_y - 1), _fit(y2, top, bottom, low_y + 1, high_y - 1)
         boxes = torch.stack([x1, y1, x2, y2], -1)
-        return Layouts(boxes, layouts.present, layouts.fonts, layouts.ink, layouts.ground)
+        return layouts._replace(boxes=boxes)
 
     def spell(self, context: Tensor) -> Tensor:
-        """(B, S) long: the character each slot stands for, len(config.characters) where none."""
+        """(B, S) long: the character that each slot stands for, up to the first empty slot."""
         spelled = self.character_head(context[:, : self.config.slots]).argmax(-1)
-        blank = len(self.config.characters)
-        ended = (spelled == blank).cumsum(1) > 0
-        return spelled.masked_fill(ended, blank)
-
-    @property
-    def noise_size(self) -> int:
-        """Numbers of noise a plan takes."""
-        return _LINE + self.config.fonts + 2 * self.config.slots
+        ended = (spelled == len(self.config.characters)).cumsum(1) > 0
+        return spelled.masked_fill(ended, EMPTY)
 
 
 class GlyphPainter(nn.Module):
-    """Paints a plan: each slot's glyph, learned as a small picture of ink, stretched into its box.
+    """Paints a layout: each slot's glyph is a small learned picture of ink, stretched into the slot's box.
 
-    TextDiffuser conditions its UNet on a segmentation mask of the characters; this is such a mask, learned.
+    TextDiffuser conditions its UNet on a segmentation mask of the characters; this is such a mask, but learned.
     """
 
     def __init__(self, config: LayoutConfig, context_width: int, image_size: tuple[int, int]) -> None:
@@ -184,7 +189,7 @@ class GlyphPainter(nn.Module):
         )
 
     def forward(self, layouts: Layouts, context: Tensor) -> Tensor:
-        """Layouts and context (B, Q, D) -> the share of ink in each pixel (B, 1, H, W)."""
+        """Paint layouts, with context (B, Q, D), as the share of ink in each pixel (B, 1, H, W)."""
         height, width = self.image_size
         batch, slots = layouts.present.shape
         fonts = layouts.fonts.to(context.dtype)[:, None].expand(-1, slots, -1)
@@ -201,17 +206,14 @@ class GlyphPainter(nn.Module):
         return painted.view(batch, slots, height, width).sum(1, keepdim=True).clamp(max=1)
 
 
-_RIM = 1.5  # pixels about a character's box
-
-
 def draft(ink_share: Tensor, layouts: Layouts) -> Tensor:
-    """The plan in flat colours, and its ink: ink_share (B, 1, H, W) -> (B, 4, H, W)."""
+    """Colour the ink (B, 1, H, W) and its ground flatly, and append the ink: (B, 4, H, W)."""
     ink, ground = layouts.ink[..., None, None], layouts.ground[..., None, None]
     return torch.cat([ground + (ink - ground) * ink_share, ink_share], 1)
 
 
 def ink_loss(ink_share: Tensor, layouts: Layouts, pixel_values: Tensor) -> Tensor:
-    """Squared error of the ink against that in pictures (B, 3, H, W) in -1..1, over the amount of ink in them."""
+    """Squared error of the ink against the ink in pictures (B, 3, H, W) in -1..1, divided by its amount."""
     ink, ground = layouts.ink[..., None, None], layouts.ground[..., None, None]
     axis = ink - ground  # (B, 3, 1, 1)
     seen = ((pixel_values - ground) * axis).sum(1, keepdim=True) / axis.square().sum(1, keepdim=True)
@@ -220,26 +222,45 @@ def ink_loss(ink_share: Tensor, layouts: Layouts, pixel_values: Tensor) -> Tenso
 
 
 def _fit(values: Tensor, start: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Values (B, S) of a span start..end (B, 1) moved, and squeezed where too long, into low..high (B, 1)."""
+    """Move values (B, S) of a span start..end (B, 1) into low..high (B, 1), squeezed if the span is too long."""
     squeeze = ((high - low) / (end - start).clamp(min=1)).clamp(0, 1)
     moved = torch.minimum(start, high - (end - start) * squeeze).maximum(low)
     return moved + (values - start) * squeeze
 
 
 def _between(position: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """position (n,), low and high (B, S) -> -1 at low, 1 at high (B, S, n)."""
+    """(B, S, n): positions (n,) relative to low and high (B, S), -1 at low and 1 at high."""
     return 2 * (position - low[..., None]) / (high - low).clamp(min=1)[..., None] - 1
 
 
 def _waves(time: Tensor, count: int) -> Tensor:
-    """(B, 1) -> (B, 2 * count) sines and cosines."""
+    """Encode (B, 1) as (B, 2 * count) sines and cosines."""
     angles = time * (2.0 ** torch.arange(count, device=time.device)) * (math.pi / 2)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 def region_features(region: Tensor | None, batch: int, image_size: tuple[int, int], device: torch.device) -> Tensor:
-    """Region (B, 4) in pixels, NaN for none -> (B, 5): its sides in picture heights and 1, or zeros."""
+    """Encode regions (B, 4) in pixels, NaN for none, as (B, 5): the sides in picture heights and 1, or zeros."""
     if region is None:
         return torch.zeros(batch, 5, device=device)
     given = ~region.isnan().any(-1, keepdim=True)  # (B, 1)
     return torch.cat([torch.where(given, region, 0) / image_size[0], given.to(region.dtype)], -1)
+
+
+def crop_to_words(pixel_values: Tensor, layouts: Layouts) -> tuple[Tensor, Tensor]:
+    """Crop pictures (B, 3, H, W) at random around their words, for the autoencoder.
+
+    Returns:
+        The crops (B, 3, H, _CROP), and weights (B, 1, H, _CROP) of their pixels: four on the word, one elsewhere.
+    """
+    width = pixel_values.shape[-1]
+    crops, weights = [], []
+    for picture, boxes, present in zip(pixel_values, layouts.boxes, layouts.present, strict=True):
+        sides = torch.cat([boxes[present][:, :2].amin(0), boxes[present][:, 2:].amax(0)])
+        x1, y1, x2, y2 = (int(side) for side in sides)
+        weight = torch.ones_like(picture[:1])
+        weight[:, max(0, y1 - 2) : y2 + 3, max(0, x1 - 2) : x2 + 2] = 4
+        start = int(torch.randint(x1 - _CROP // 2, x2 - _CROP // 2 + 1, ()).clamp(0, width - _CROP))
+        crops.append(picture[..., start : start + _CROP])
+        weights.append(weight[..., start : start + _CROP])
+    return torch.stack(crops), torch.stack(weights)

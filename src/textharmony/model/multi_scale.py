@@ -1,16 +1,16 @@
-"""Multi-scale image features for the language model and the UNet, by deformable attention, attached with forward hooks.
+"""Multi-scale image features that the language model and the UNet attend to by deformable attention.
 
-After the feature synchronizer of MM-Interleaved (Tian et al. 2024, arXiv 2401.10208, and its released code): text
-tokens, and the UNet's cells, sample a few points of the pictures before them, at several scales. What differs:
-- The pyramid is ViTDet's simple one, made of the ViT's last patches; the released one comes from a ViT-Adapter.
-- In a decoder layer it acts on the layer's output, released between self-attention and perceptron. In the UNet it acts
-  on the outputs of down blocks and of the mid block; released on the mid block and each skip connection but not on what
-  goes down.
-- Offsets are learned for each level, as in Deformable DETR (Zhu et al. 2021, section 4.1), and a picture's place in the
-  order counts in them and in the weights directly; the released code shares offsets among levels and adds the place to
-  the query.
-Kept: a token looks from the middle of a picture, a cell from its own place; an entry of logit 0 and value 0 is in the
-softmax, so that nothing need be seen; every fourth layer from the first; a gate that begins closed.
+After the feature synchronizer of MM-Interleaved (Tian et al. 2024, arXiv 2401.10208, and its released code): text tokens
+and the cells of the UNet sample a few points of the pictures before them, at several scales. Differences:
+- The feature pyramid is ViTDet's simple one, made from the ViT's last patches. The released code has a ViT-Adapter.
+- In a decoder layer it changes the layer's output. The released code puts it between self-attention and MLP. In the UNet
+  it changes the outputs of the down blocks and of the mid block. The released code changes the mid block and each skip
+  connection, but not what the next down block reads.
+- Offsets are learned for each level, as in Deformable DETR (Zhu et al. 2021, section 4.1), and the order of a picture
+  acts on offsets and weights directly. The released code shares the offsets among levels and adds the order to the query.
+The same: a token samples around the middle of a picture, a cell around its own position; the softmax has an additional
+entry of logit 0 and value 0, so that nothing need be attended to; every fourth layer attends, starting with the first;
+the gate starts closed.
 """
 
 from __future__ import annotations
@@ -28,56 +28,59 @@ from torch import Tensor, nn
 
 from textharmony.config import MultiScaleConfig
 
-_NEVER = torch.iinfo(torch.int64).max
+_NEVER = torch.iinfo(torch.int64).max  # a column that no token reaches
 
 
 def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of bilinear samples (Zhu et al. 2021, equation 3), zero outside the maps.
+    """Sum bilinear samples with weights (Zhu et al. 2021, equation 3); outside of the maps there are zeros.
 
-    values: of each of L levels (N, H, D, h, w); locations: (N, Q, H, L, P, 2) x and y in 0..1 from edge to edge, so
-    that a map's first cell has its middle at 0.5 / w; weights: (N, Q, H, L, P). Gives (N, Q, H * D).
+    Args:
+        values: (N, H, D, h, w) for each of L levels.
+        locations: (N, Q, H, L, P, 2), x and y in 0..1 from edge to edge: a map's first cell has its middle at 0.5 / w.
+        weights: (N, Q, H, L, P).
+
+    Returns:
+        (N, Q, H * D).
     """
     batch, queries = locations.shape[:2]
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, N * H, Q, P, 2)
-    shares = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, N * H, 1, Q, P)
+    by_level = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, N * H, 1, Q, P)
     found = [
-        (F.grid_sample(value.flatten(0, 1), grid, padding_mode="zeros", align_corners=False) * share).sum(-1)
-        for value, grid, share in zip(values, grids, shares, strict=True)
+        (F.grid_sample(value.flatten(0, 1), grid, padding_mode="zeros", align_corners=False) * weight).sum(-1)
+        for value, grid, weight in zip(values, grids, by_level, strict=True)
     ]  # (N * H, D, Q) each
     return torch.stack(found).sum(0).reshape(batch, -1, queries).mT
 
 
 @dataclass
-class Shown:
-    """Pictures in force: features (P, C, h, w) of each level, and for each row its pictures in their order.
+class VisiblePictures:
+    """The pictures that the rows of a batch can attend to."""
 
-    pictures: (B, K) which they are; places: (B, K) first column that sees each, _NEVER where a row has fewer than K;
-    values: what layers made of the features, kept while no gradient is asked for.
-    """
-
-    features: Sequence[Tensor]
-    pictures: Tensor
-    places: Tensor
-    values: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    features: Sequence[Tensor]  # (P, C, h, w) for each level
+    pictures: Tensor  # (B, K) which pictures each row has, in their order
+    columns: Tensor  # (B, K) the first column from which each is visible; _NEVER for a row with fewer than K pictures
+    values: dict[nn.Module, list[Tensor]] = field(default_factory=dict)  # cached by layer while no gradient is needed
 
 
-# Which pictures each layer sees: of this thread, and of this task.
-_SHOWN: ContextVar[Mapping[nn.Module, Shown]] = ContextVar("_SHOWN", default={})  # noqa: B039 (never written to)
+# What each attention layer sees now: a ContextVar, so that threads and asyncio tasks are apart.
+_VISIBLE: ContextVar[Mapping[nn.Module, VisiblePictures]] = ContextVar("_VISIBLE", default={})  # noqa: B039 (read-only)
 
 
-class Look(nn.Module):
-    """Deformable attention of queries over the pictures of their row, through a gate that begins closed."""
+class PictureAttention(nn.Module):
+    """Deformable attention of queries to the pictures of their row, through a gate that starts closed."""
 
     def __init__(self, config: MultiScaleConfig, width: int, spread: Sequence[tuple[float, float]]) -> None:
-        """width: of the queries; spread: of each level, how far in cells (x, y) its first points lie at most."""
+        """Build the layer for queries of `width`; spread: for each level, how many cells (x, y) its points reach at first."""
         super().__init__()
         self.shape = (config.heads, len(config.levels), config.points)
         self.norm = nn.LayerNorm(width)
-        self.to_points = nn.Linear(width, 3 * math.prod(self.shape))  # x, y and a logit of each point
-        self.order = nn.Embedding(config.pictures, 3 * math.prod(self.shape))  # the same, of the nearest, the next, ...
+        self.to_points = nn.Linear(width, 3 * math.prod(self.shape))  # x, y and a logit for each point
+        self.order = nn.Embedding(
+            config.pictures, 3 * math.prod(self.shape)
+        )  # the same for the nearest picture, the next, ...
         self.norm_features = nn.LayerNorm(config.width)
         self.to_values = nn.Linear(config.width, config.width)
-        self.to_out = nn.Linear(config.width, width, bias=False)  # who sees nothing stays as he was
+        self.to_out = nn.Linear(config.width, width, bias=False)  # no bias: without a visible picture x stays the same
         self.gate = nn.Parameter(torch.zeros(1))
         far = torch.tensor(spread)[:, None]  # (L, 1, 2)
         first = torch.cat([(2 * torch.rand(*self.shape, 2) - 1) * far, torch.zeros(*self.shape, 1)], -1)
@@ -86,74 +89,68 @@ class Look(nn.Module):
             self.to_points.bias.copy_(first.flatten())
             self.order.weight.zero_()
 
-    def forward(self, x: Tensor, shown: Shown, reference: Tensor, columns: Tensor) -> Tensor:
-        """What is added to x (B, Q, C), whose queries look from reference (Q, 2) in 0..1 and stand in columns (Q,).
-
-        It is made where this module is, and given where x is.
-        """
+    def forward(self, x: Tensor, visible: VisiblePictures, reference: Tensor, columns: Tensor) -> Tensor:
+        """What to add to x (B, Q, C), whose queries sample around reference (Q, 2) in 0..1 and stand in columns (Q,)."""
         device = self.gate.device
         reference, columns = reference.to(device), columns.to(device)
-        pictures, places = shown.pictures.to(device), shown.places.to(device)  # (B, K)
+        pictures, begins = visible.pictures.to(device), visible.columns.to(device)  # (B, K)
         if len(x) != len(pictures):
-            raise ValueError(
-                f"got {len(x)} rows, expected {len(pictures)}: batch times repeats, as the pictures were shown for"
-            )
+            raise ValueError(f"got {len(x)} rows, expected {len(pictures)}: the batch of the pictures times repeats")
         count = pictures.shape[1]
-        before = places[..., None] <= columns  # (B, K, Q)
-        nearer = before.sum(1, keepdim=True) - 1 - torch.arange(count, device=device)[:, None]  # pictures between
+        before = begins[..., None] <= columns  # (B, K, Q)
+        nearer = before.sum(1, keepdim=True) - 1 - torch.arange(count, device=device)[:, None]  # how many lie between
         seen = before & (nearer < self.order.num_embeddings)
-        said = self.to_points(self.norm(x.to(self.norm.weight)))[:, None]
-        said = said + self.order(nearer.clamp(0, self.order.num_embeddings - 1))  # (B, K, Q, 3 * H * L * P)
-        said = said.unflatten(-1, (*self.shape, 3)).to(torch.promote_types(said.dtype, torch.float32))
-        logits = said[..., 2].masked_fill(~seen[..., None, None, None], -math.inf)
+        points = self.to_points(self.norm(x.to(self.norm.weight)))[:, None]
+        points = points + self.order(nearer.clamp(0, self.order.num_embeddings - 1))  # (B, K, Q, 3 * H * L * P)
+        points = points.unflatten(-1, (*self.shape, 3)).to(torch.promote_types(points.dtype, torch.float32))
+        logits = points[..., 2].masked_fill(~seen[..., None, None, None], -math.inf)
         logits = logits.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (B, Q, H, K * L * P)
         weights = F.pad(logits, (0, 1)).softmax(-1)[..., :-1].unflatten(-1, (count, *self.shape[1:]))
-        values = [value[pictures.flatten()].to(said.dtype) for value in self._values(shown)]
+        values = [value[pictures.flatten()].to(points.dtype) for value in self._values(visible)]
         cells = torch.tensor([value.shape[:-3:-1] for value in values], device=device)[:, None]  # (L, 1, 2) w and h
-        locations = reference.to(said.dtype)[:, None, None, None] + said[..., :2] / cells
+        locations = reference.to(points.dtype)[:, None, None, None] + points[..., :2] / cells
         found = deformable_attention(values, locations.flatten(0, 1), weights.movedim(3, 1).flatten(0, 1))
         found = found.unflatten(0, (-1, count)).sum(1)  # (B, Q, width)
         return (self.to_out(found.to(self.to_out.weight.dtype)) * self.gate.tanh()).to(x)
 
-    def _values(self, shown: Shown) -> list[Tensor]:
-        """Of each level (P, H, D, h, w)."""
-        if not torch.is_grad_enabled() and self in shown.values:
-            return shown.values[self]
+    def _values(self, visible: VisiblePictures) -> list[Tensor]:
+        """(P, H, D, h, w) for each level."""
+        if not torch.is_grad_enabled() and self in visible.values:
+            return visible.values[self]
         values = []
-        for level in shown.features:
+        for level in visible.features:
             level = level.to(self.to_values.weight).movedim(1, -1)
             value = self.to_values(self.norm_features(level)).movedim(-1, 1)
             values.append(value.unflatten(1, (self.shape[0], -1)))
         if not torch.is_grad_enabled():
-            shown.values[self] = values
+            visible.values[self] = values
         return values
 
-    def look_from_layer(self, layer: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-        """Forward hook of a decoder layer whose output is, or begins with, hidden states (B, T, D)."""
-        shown = _SHOWN.get().get(self)
-        if shown is None:
+    def attend_from_layer(self, layer: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        """A forward hook for a decoder layer whose output is, or starts with, hidden states (B, T, D)."""
+        visible = _VISIBLE.get().get(self)
+        if visible is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         length = hidden.shape[1]
         cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
-        # The layer has put its tokens into the cache, unless it is checkpointed: then there are no earlier ones.
+        # The cache holds the layer's own tokens already, unless it is checkpointed: then there are no earlier ones.
         start = 0 if cache is None else max(0, int(cache.get_seq_length()) - length)
         middle = torch.full((length, 2), 0.5, device=hidden.device)
-        hidden = hidden + self(hidden, shown, middle, start + torch.arange(length, device=hidden.device))
+        hidden = hidden + self(hidden, visible, middle, start + torch.arange(length, device=hidden.device))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def look_from_block(self, block: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of a UNet's mid block, whose output is (B, C, h, w), or down block: this, and skip connections
-        of which it is the last."""
-        shown = _SHOWN.get().get(self)
-        if shown is None:
+    def attend_from_block(self, block: nn.Module, args: Any, output: Any) -> Any:
+        """A forward hook for a UNet's mid block, or for a down block, whose last skip connection is its output, too."""
+        visible = _VISIBLE.get().get(self)
+        if visible is None:
             return None
         cells = output[0] if isinstance(output, tuple) else output
         rows, columns = cells.shape[-2:]
         y, x = ((torch.arange(n, device=cells.device) + 0.5) / n for n in (rows, columns))
         reference = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)  # (h * w, 2)
         here = torch.zeros(rows * columns, dtype=torch.long, device=cells.device)
-        change = self(cells.flatten(2).mT, shown, reference, here)
+        change = self(cells.flatten(2).mT, visible, reference, here)
         cells = cells + change.mT.unflatten(-1, (rows, columns))
         return (cells, (*output[1][:-1], cells)) if isinstance(output, tuple) else cells
 
@@ -162,15 +159,12 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (N, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, h, w) -> the same."""
+        """Normalise (N, C, h, w)."""
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def _scale(channels: int, width: int, level: float) -> nn.Sequential:
-    """The ViT's map (N, channels, rows, columns) to one of `level` times its size.
-
-    As in the simple feature pyramid of ViTDet (Li et al. 2022, section 3).
-    """
+    """Layers that make a map of `level` times the size of the ViT's (ViTDet's simple pyramid, Li et al. 2022, section 3)."""
     layers: list[nn.Module] = []
     while level > 1:
         layers += [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2), ChannelNorm(channels // 2), nn.GELU()]
@@ -182,10 +176,10 @@ def _scale(channels: int, width: int, level: float) -> nn.Sequential:
 
 
 class MultiScaleFeatures(nn.Module):
-    """A pyramid of image features, and the layers that look at it from a language model and a UNet.
+    """A pyramid of image features, and the layers by which a language model and a UNet attend to it.
 
-    Attached once, it acts within `looking_language` and `looking_unet` and nowhere else; a fresh one changes nothing.
-    The models that it is attached to keep their state_dict.
+    The layers are attached once, by forward hooks, and act within `visible_to_language` and `visible_to_unet` alone. A
+    new one changes nothing. The models keep their own state_dict.
     """
 
     def __init__(
@@ -197,10 +191,18 @@ class MultiScaleFeatures(nn.Module):
         language_layers: int,
         unet_channels: Sequence[int] = (),
     ) -> None:
-        """grid: rows and columns of the ViT's patches; language_layers: how many the language model has, with and
-        without a look; unet_channels: of the outputs of the UNet's down blocks, none for no UNet.
+        """Build the pyramid and the layers.
 
-        Raises ValueError where a level has no whole size.
+        Args:
+            config: Sizes.
+            vision_width: Of the ViT's patches.
+            grid: Rows and columns of the ViT's patches.
+            language_width: Of the language model's hidden states.
+            language_layers: How many decoder layers the language model has.
+            unet_channels: Of the outputs of the UNet's down blocks; empty for no UNet.
+
+        Raises:
+            ValueError: A level has no whole size.
         """
         super().__init__()
         self.config, self.grid = config, grid
@@ -208,99 +210,108 @@ class MultiScaleFeatures(nn.Module):
         if any(side % 1 or not side for size in sizes for side in size):
             raise ValueError(f"levels is {config.levels}, expected whole sizes of a grid of {grid}, not {sizes}")
         self.scales = nn.ModuleList(_scale(vision_width, config.width, level) for level in config.levels)
-        # From the middle of a picture the first points lie all over it, from a cell at most two cells away.
+        # A token's points cover the whole picture at first, those of a UNet's cell lie at most two cells away.
         whole = [(columns / 2, rows / 2) for rows, columns in sizes]
-        looks = range(0, language_layers, config.every)
-        self.language = nn.ModuleList(Look(config, language_width, whole) for _ in looks)
-        channels = [*unet_channels, *unet_channels[-1:]]  # the mid block's are the last's
-        self.unet = nn.ModuleList(Look(config, width, [(2.0, 2.0)] * len(sizes)) for width in channels)
+        attending = range(0, language_layers, config.every)
+        self.language = nn.ModuleList(PictureAttention(config, language_width, whole) for _ in attending)
+        channels = [*unet_channels, *unet_channels[-1:]]  # the mid block has those of the last down block
+        self.unet = nn.ModuleList(PictureAttention(config, width, [(2.0, 2.0)] * len(sizes)) for width in channels)
         self._layers, self._blocks = language_layers, len(channels)
         self._attached: set[str] = set()
 
     def pyramid(self, patches: Tensor) -> list[Tensor]:
-        """The ViT's patches (P, rows * columns, C) to features (P, width, h, w) of each level."""
+        """Make features (P, width, h, w) for each level from the ViT's patches (P, rows * columns, C)."""
         if patches.shape[1] != math.prod(self.grid):
             raise ValueError(f"got {patches.shape[1]} patches, expected {math.prod(self.grid)}, a grid of {self.grid}")
         whole = patches.to(next(self.parameters()).dtype).mT.unflatten(-1, self.grid)
         return [scale(whole) for scale in self.scales]
 
     def attach_language(self, layers: Sequence[nn.Module]) -> None:
-        """Registers hooks on a language model's decoder layers, once; raises ValueError for another number of them."""
+        """Register hooks on a language model's decoder layers, once; raise ValueError if their number is another."""
         self._attach("language", len(layers), self._layers)
-        for look, layer in zip(self.language, layers[:: self.config.every], strict=True):
-            assert isinstance(look, Look)
-            layer.register_forward_hook(look.look_from_layer, with_kwargs=True)
+        for attention, layer in zip(self.language, layers[:: self.config.every], strict=True):
+            assert isinstance(attention, PictureAttention)
+            layer.register_forward_hook(attention.attend_from_layer, with_kwargs=True)
 
     def attach_unet(self, unet: Any) -> None:
-        """Registers hooks on a diffusers UNet's down blocks and mid block, once; raises ValueError for another number
-        of them."""
+        """Register hooks on a UNet's down blocks and mid block, once; raise ValueError if their number is another."""
         blocks = [block for block in (*unet.down_blocks, unet.mid_block) if block is not None]
         self._attach("unet", len(blocks), self._blocks)
-        for look, block in zip(self.unet, blocks, strict=True):
-            assert isinstance(look, Look)
-            block.register_forward_hook(look.look_from_block)
+        for attention, block in zip(self.unet, blocks, strict=True):
+            assert isinstance(attention, PictureAttention)
+            block.register_forward_hook(attention.attend_from_block)
 
     def _attach(self, name: str, count: int, expected: int) -> None:
         if name in self._attached:
-            raise ValueError(f"these features are attached to a {name} model, expected to attach them once")
+            raise ValueError(f"a {name} model is attached already, expected one: build new features for another")
         if count != expected:
             raise ValueError(f"the {name} model has {count} layers or blocks, expected {expected}")
         self._attached.add(name)
 
-    def looking_language(
+    def visible_to_language(
         self,
         pyramid: Sequence[Tensor],
         rows: Tensor | Sequence[int],
-        places: Tensor | Sequence[int],
+        columns: Tensor | Sequence[int],
         batch: int,
         repeats: int = 1,
     ) -> AbstractContextManager[None]:
-        """Within it, tokens see the pictures of their row that begin no later than they do, the nearest of them.
+        """Within it, tokens attend to the nearest pictures of their row that begin before them or where they stand.
 
-        pyramid: features (P, width, h, w) of each level, of P pictures; rows: (P,) the row of each in the batch, -1 for
-        none; places: (P,) the column of each one's first token, padding counted; batch: how many rows there are;
-        repeats: each repeated so many times in place, as `generate` does for num_beams or num_return_sequences.
-        It is in force in this thread (as a ContextVar is) for the forward pass; a backward pass may come after it.
-        Raises ValueError where lengths or rows are wrong.
+        It is in force in this thread (or asyncio task) during a forward pass; the backward pass may come after it.
+
+        Args:
+            pyramid: Features (P, width, h, w) for each level of P pictures.
+            rows: (P,) the row of each picture in the batch; -1 for a picture that no row sees.
+            columns: (P,) the column of each picture's first token, counting padding.
+            batch: How many rows there are.
+            repeats: How often each row is repeated in place, as `generate` does for num_beams.
+
+        Raises:
+            ValueError: Lengths or rows do not fit.
         """
-        return self._showing(self.language, pyramid, rows, places, batch, repeats)
+        return self._visible_to(self.language, pyramid, rows, columns, batch, repeats)
 
-    def looking_unet(
+    def visible_to_unet(
         self, pyramid: Sequence[Tensor], rows: Tensor | Sequence[int], batch: int
     ) -> AbstractContextManager[None]:
-        """Within it, a UNet's cells see the pictures of their row, the last the nearest; as in `looking_language`."""
-        return self._showing(self.unet, pyramid, rows, [0] * len(rows), batch, 1)
+        """Within it, a UNet's cells attend to the pictures of their row, of which the last is the nearest."""
+        return self._visible_to(self.unet, pyramid, rows, [0] * len(rows), batch, 1)
 
     @contextmanager
-    def _showing(
+    def _visible_to(
         self,
-        looks: nn.ModuleList,
+        layers: nn.ModuleList,
         pyramid: Sequence[Tensor],
         rows: Tensor | Sequence[int],
-        places: Tensor | Sequence[int],
+        columns: Tensor | Sequence[int],
         batch: int,
         repeats: int,
     ) -> Iterator[None]:
-        rows, places = torch.as_tensor(rows).tolist(), torch.as_tensor(places).tolist()
-        lengths = [len(rows), len(places), *map(len, pyramid)]
+        rows, columns = torch.as_tensor(rows).tolist(), torch.as_tensor(columns).tolist()
+        lengths = [len(rows), len(columns), *map(len, pyramid)]
         if len(pyramid) != len(self.scales) or len(set(lengths)) != 1:
             raise ValueError(
-                f"rows, places and {len(pyramid)} levels are of lengths {lengths}, expected the same, and "
+                f"rows, columns and {len(pyramid)} levels have lengths {lengths}, expected the same length, and "
                 f"{len(self.scales)} levels"
             )
         if not all(-1 <= row < batch for row in rows) or repeats < 1:
-            raise ValueError(f"rows is {rows}, repeats {repeats}, expected rows of {batch}, or -1, and at least 1")
-        in_order = sorted((row, place, i) for i, (row, place) in enumerate(zip(rows, places, strict=True)) if row >= 0)
+            raise ValueError(
+                f"rows is {rows} and repeats {repeats}, expected rows below {batch}, or -1, and at least 1"
+            )
+        in_order = sorted(
+            (row, column, i) for i, (row, column) in enumerate(zip(rows, columns, strict=True)) if row >= 0
+        )
         if not in_order:
             yield
             return
-        of_row = [[(place, i) for row, place, i in in_order if row == wanted] for wanted in range(batch)]
-        most = max(map(len, of_row))
-        filled = [found + [(_NEVER, 0)] * (most - len(found)) for found in of_row for _ in range(repeats)]
-        places_of, pictures_of = torch.tensor(filled, device=pyramid[0].device).unbind(-1)  # (B * repeats, K) each
-        shown = Shown(pyramid, pictures_of, places_of)
-        token = _SHOWN.set({**_SHOWN.get(), **dict.fromkeys(looks, shown)})
+        by_row = [[(column, i) for row, column, i in in_order if row == wanted] for wanted in range(batch)]
+        most = max(map(len, by_row))
+        filled = [found + [(_NEVER, 0)] * (most - len(found)) for found in by_row for _ in range(repeats)]
+        begins, pictures = torch.tensor(filled, device=pyramid[0].device).unbind(-1)  # (B * repeats, K) each
+        visible = VisiblePictures(pyramid, pictures, begins)
+        token = _VISIBLE.set({**_VISIBLE.get(), **dict.fromkeys(layers, visible)})
         try:
             yield
         finally:
-            _SHOWN.reset(token)
+            _VISIBLE.reset(token)

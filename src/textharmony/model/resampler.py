@@ -1,4 +1,4 @@
-"""The Perceiver resampler: a fixed number of learned queries read a context of any length."""
+"""The Perceiver resampler: a fixed number of learned queries attend to a context of any length."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def sincos_positions(length: int, width: int, device: torch.device | None = None) -> Tensor:
-    """(length, width) fixed sine and cosine positions (Vaswani et al. 2017, section 3.5)."""
+    """Fixed sine and cosine positions (length, width) (Vaswani et al. 2017, section 3.5)."""
     rates = torch.exp(torch.arange(0, width, 2, device=device) * (-9.21034 / width))
     angles = torch.arange(length, device=device)[:, None] * rates  # (length, width / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries over a context, pre-normalised."""
+    """Pre-normalised multi-head attention of queries over a context."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, Q, D), context (B, T, D) (x itself if None), mask (B, T) bool of the tokens to see -> (B, Q, D)."""
+        """Let x (B, Q, D) attend to context (B, T, D), or to itself, where mask (B, T) is true: (B, Q, D)."""
         x = self.norm(x)
         q = rearrange(self.to_q(x), "b q (h d) -> b h q d", h=self.heads)
         k, v = rearrange(
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, then a two-layer perceptron, each pre-normalised and added."""
+    """Self-attention and a two-layer perceptron, each pre-normalised and residual."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
+        """Map (B, T, D) to (B, T, D)."""
         x = x + self.attend(x)
         return x + self.perceptron(x)
 
 
 class PerceiverResampler(nn.Module):
-    """Learned queries attend to a context, then to each other, depth times (Flamingo, section 3.1)."""
+    """Learned queries attend to a context and then to each other, `depth` times (Flamingo, section 3.1)."""
 
     def __init__(self, context_width: int, width: int, queries: int, depth: int, heads: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, context: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """context (B, T, C), positions (T, D) or (B, T, D) added to it, mask (B, T) bool -> (B, queries, D)."""
+        """Resample a context (B, T, C) to (B, queries, D); positions (T, D) or (B, T, D) are added; mask (B, T) bool."""
         context = self.project(context)
         if positions is not None:
             context = context + positions.to(context.dtype)

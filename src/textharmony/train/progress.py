@@ -1,69 +1,60 @@
-"""What a run of training shows of itself: losses in a table and as curves, and sheets of samples."""
+"""What a training run shows: losses in a table and as curves, sheets of samples, and the corrupt records."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from textharmony.config import Stage
-from textharmony.data.batch import to_pixels
+from textharmony.config import LOSSES, Stage
+from textharmony.data.batch import stack_pixels
 from textharmony.data.synthetic import SyntheticWords
-from textharmony.model.core import Losses, TextHarmony
-from textharmony.images import to_pil
-from textharmony.sheets import contact_sheet
-from textharmony.prompts import Task
+from textharmony.images import contact_sheet, fit_image, to_pil
+from textharmony.pipeline import TextHarmony
+from textharmony.prompts import Request, Task
 
 LOG_EVERY = 20  # steps
+_NAMES = ("total", *LOSSES)
 _CELL = 256  # pixels of width of a picture on a sheet of samples
 
 
-def draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
-    """A sheet of held-out words: drawn, then read; for the autoencoder, pictures and their reconstructions."""
-    cells: list[tuple[Image.Image, str]] = []
-    sizes = model.config.image_size, model.config.target_size
-    drawn = [SyntheticWords(1, "held_out", {Task.GENERATION: 1}, *sizes)[i] for i in range(18)]
-    if "autoencoder" in stage.losses:
-        pixels = to_pixels([s.target for s in drawn[:9] if s.target is not None]).to(model.device)
-        again = model.image_decoder.decode(model.image_decoder.encode(pixels))
-        for before, after in zip(pixels, again, strict=True):
-            cells += [(to_pil(before), "picture"), (to_pil(after), "reconstruction")]
-        return contact_sheet(cells, 6, "autoencoder")
-    prompts = [s.prompt for s in drawn]
-    for start in range(0, len(prompts), 6):  # beside what training holds, memory is for a few
-        several = prompts[start : start + 6]
-        cells += zip(model.draw(several, start), several, strict=True)
-    seen = [SyntheticWords(1, "held_out", {Task.PERCEPTION: 1}, *sizes)[i] for i in range(12)]
-    pictures = [Image.fromarray(s.image) for s in seen if s.image is not None]
-    answers = model.answer(pictures, [s.prompt for s in seen], Task.PERCEPTION)
-    cells += [(picture, f"says {answer}") for picture, answer in zip(pictures, answers, strict=True)]
-    cells = [(p.resize((_CELL, p.height * _CELL // p.width)), said) for p, said in cells]
-    return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words", zoom=1)
+class Losses:
+    """The losses of a stage, written to out/losses.csv as means over the steps between two rows."""
 
+    def __init__(self, out: Path, number: int, stage: str) -> None:
+        self._path, self._number, self._stage = out / "losses.csv", number, stage
+        self._recent: list[dict[str, float]] = []
 
-def log_losses(out: Path, number: int, stage: str, step: int, means: dict[str, float]) -> None:
-    """A row of out/losses.csv, in place of those at and after that step of that stage: the run may have gone back."""
-    path = out / "losses.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    rows = [row for row in rows if (int(row["number"]), int(row["step"])) < (number, step)]
-    names = ["number", "stage", "step", *(field.name for field in fields(Losses))]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows([*rows, {"number": number, "stage": stage, "step": step, **means}])
+    def add(self, losses: Sequence[dict[str, float]]) -> None:
+        """Add the losses of a step's micro-batches, by name."""
+        self._recent += losses
+
+    def log(self, step: int, write: bool) -> dict[str, float]:
+        """Return the means since the last call, and write them, if asked to, as the row of a step."""
+        means = {name: sum(losses[name] for losses in self._recent) / len(self._recent) for name in _NAMES}
+        self._recent = []
+        if write:
+            rows = list(csv.DictReader(self._path.open())) if self._path.exists() else []
+            # A resumed run may have gone back: its later rows are replaced.
+            rows = [row for row in rows if (int(row["number"]), int(row["step"])) < (self._number, step)]
+            with self._path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ["number", "stage", "step", *_NAMES])
+                writer.writeheader()
+                writer.writerows([*rows, {"number": self._number, "stage": self._stage, "step": step, **means}])
+        return means
 
 
 def plot_losses(out: Path) -> None:
-    """out/losses.png: each loss that was minimised on its own axes, by stage."""
+    """Write out/losses.png: each loss that was minimised on its own axes, by stage."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = list(csv.DictReader((out / "losses.csv").open()))
-    names = [field.name for field in fields(Losses) if any(float(row[field.name]) for row in rows)]
+    names = [name for name in _NAMES if any(float(row[name]) for row in rows)]
     figure, axes = pyplot.subplots(-(-len(names) // 4), 4, figsize=(16, 3 * -(-len(names) // 4)), layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
@@ -77,3 +68,39 @@ def plot_losses(out: Path) -> None:
         axis.legend()
     figure.savefig(out / "losses.png", dpi=100)
     pyplot.close(figure)
+
+
+def draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
+    """A sheet of held-out words that the model draws and reads; for the autoencoder, pictures and reconstructions."""
+    cells: list[tuple[Image.Image, str]] = []
+    size = model.config.target_size
+    words = SyntheticWords(1, "held_out", {Task.DRAW: 1})
+    drawings = [words[i] for i in range(18)]
+    if "autoencoder" in stage.losses:
+        targets = [fit_image(record.load_target() or b"", size).pixels for record in drawings[:9]]
+        pixels = stack_pixels(targets).to(model.device)
+        again = model.image_decoder.decode(model.image_decoder.encode(pixels))
+        for before, after in zip(pixels, again, strict=True):
+            cells += [(to_pil(before), "picture"), (to_pil(after), "reconstruction")]
+        return contact_sheet(cells, 6, "autoencoder")
+    prompts = [record.prompt for record in drawings]
+    for start in range(0, len(prompts), 6):  # while training fills the memory, draw a few at a time
+        several = prompts[start : start + 6]
+        cells += zip(model.draw(several, start), several, strict=True)
+    words = SyntheticWords(1, "held_out", {Task.READ: 0.6, Task.LOCATE: 0.4})
+    asked = [words[i] for i in range(12)]
+    requests = [Request(Task.ANSWER, record.prompt, record.images[0]) for record in asked]
+    for record, answer in zip(asked, model.perform(requests), strict=True):
+        cells.append((to_pil(fit_image(record.images[0], model.config.image_size).pixels), f"says {answer}"))
+    cells = [(picture.resize((_CELL, picture.height * _CELL // picture.width)), caption) for picture, caption in cells]
+    return contact_sheet(cells, 6, f"stage {stage.name}: drawn, then read, held-out words", zoom=1)
+
+
+def list_faults(out: Path, process: int, faults: Sequence[str]) -> None:
+    """Add corrupt records to the list of a process, each once."""
+    if not faults:
+        return
+    path = out / (f"faults-{process}.txt" if process else "faults.txt")
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = dict.fromkeys([*known, *(line.encode(errors="backslashreplace").decode() for line in faults)])
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

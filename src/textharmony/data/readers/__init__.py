@@ -11,11 +11,11 @@ from textharmony.data.readers.docowl import DOCLOCAL4K, DOCSTRUCT4M, TABFACT, WT
 from textharmony.data.readers.drawing import DETAILED_TEXT_CAPS, MARIO_EVAL, MARIO_LAION
 from textharmony.data.readers.ocrbench import OCRBENCH
 from textharmony.data.readers.own import CAPTIONED, FOLDER, SHARDS
-from textharmony.data.readers.reader import Entry, Reader
+from textharmony.data.readers.reader import Entry, Reader, scene_records
 from textharmony.data.readers.scenes import COCO_TEXT, ICDAR2015, TEXTSEG
 from textharmony.data.readers.vqa import CHARTQA, DOCVQA, INFOVQA, TEXTVQA
 from textharmony.data.record import Record
-from textharmony.data.views import VIEWS
+from textharmony.prompts import Task
 
 READERS: dict[str, Reader] = {
     reader.name: reader
@@ -45,7 +45,7 @@ READERS: dict[str, Reader] = {
 
 
 def detect(folder: Path) -> list[str]:
-    """Names of the data sets that a folder looks like; some folders, as DocDownstream-1.0, hold several."""
+    """The names of the data sets that a folder looks like; some folders, such as DocDownstream-1.0, hold several."""
     _check_folder(folder)
     found = [name for name, reader in READERS.items() if reader.recognises(folder)]
     # A tar file beside a data set is what it was unpacked from.
@@ -53,14 +53,21 @@ def detect(folder: Path) -> list[str]:
 
 
 def read_dataset(
-    name: str, folder: Path, split: str | None = None, view: str | None = None, faults: Faults | None = None
+    name: str, folder: Path, split: str | None = None, task: Task | None = None, faults: Faults | None = None
 ) -> Iterator[Record]:
-    """The records of a data set, in its order, streamed where the data set allows it; pictures are not decoded.
+    """Read the records of a data set in its own order, streamed where the data set allows it, with pictures undecoded.
 
-    name: one of READERS; split: one of the reader's, None for the first; view: of data sets of scenes, one of "read",
-    "locate", "edit", "draw" (data.views), None for the reader's first; faults: counts and lists the corrupt records,
-    which are skipped, a threshold of its own where it is None. Raises ValueError for a name, split or view that is
-    none, and TooManyFaults.
+    Args:
+        name: One of READERS.
+        folder: Of the data set.
+        split: One of the reader's; None: its first.
+        task: For a data set of scenes, what is asked about them; None: the reader's first task.
+        faults: Counts and lists the corrupt records, which are skipped; None: counted with the default threshold.
+
+    Raises:
+        ValueError: The reader has no such name, split or task, or the files are laid out in another way.
+        FileNotFoundError: The folder or a file of annotations is missing.
+        TooManyFaults: Too many records are corrupt.
     """
     if name not in READERS:
         raise ValueError(f"data set is {name!r}, expected one of {', '.join(READERS)}")
@@ -68,22 +75,23 @@ def read_dataset(
     _check_folder(folder)
     if split is not None and split not in reader.splits:
         raise ValueError(f"split of {name} is {split!r}, expected one of {', '.join(reader.splits)}")
-    if view is not None and view not in reader.views:
-        raise ValueError(f"view of {name} is {view!r}, expected {' or '.join(reader.views) or 'None'}")
-    view = view or (reader.views[0] if reader.views else None)
-    return _records(reader, folder, split or reader.splits[0], view, Faults() if faults is None else faults)
+    if task is not None and task not in reader.tasks:
+        tasks = " or ".join(known.value for known in reader.tasks) or "None"
+        raise ValueError(f"task of {name} is {getattr(task, 'value', task)!r}, expected {tasks}")
+    task = task or (reader.tasks[0] if reader.tasks else None)
+    return _records(reader, folder, split or reader.splits[0], task, Faults() if faults is None else faults)
 
 
-def _records(reader: Reader, folder: Path, split: str, view: str | None, faults: Faults) -> Iterator[Record]:
+def _records(reader: Reader, folder: Path, split: str, task: Task | None, faults: Faults) -> Iterator[Record]:
     for where, make in _entries(reader, folder, split):
         records: list[Record] = []
         with faults.skipping(where):
-            records = [make()] if view is None else list(VIEWS[view](make()))
+            records = [make()] if task is None else list(scene_records(make(), task))
         yield from records
 
 
 def _entries(reader: Reader, folder: Path, split: str) -> Iterator[Entry]:
-    """The reader's entries. Raises ValueError where the annotations as a whole are not laid out as they should be."""
+    """The reader's entries; raise ValueError where the annotations are laid out in another way."""
     try:
         yield from reader.entries(folder, split)
     except (LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -9,8 +9,9 @@ from typing import Any
 
 from textharmony.data.readers.reader import Entry, Reader, first_existing, pairs, read_json, scene, text
 from textharmony.data.record import Record
+from textharmony.prompts import Task
 
-_VIEWS = ("draw", "edit", "read", "locate")
+_TASKS = (Task.DRAW, Task.EDIT, Task.READ, Task.LOCATE)
 _SIZE = (512, 512)  # polygons are drawn at this size, to which pictures are stretched (t3_dataset.py, __getitem__)
 _TRAIN = ("data_v1.1.json", "data.json")
 _GROUPS = ("wukong_word", "ocr_data")
@@ -90,7 +91,7 @@ ANYWORD = Reader(
     ("train",),
     _recognises_anyword,
     _anyword,
-    _VIEWS,
+    _TASKS,
 )
 
 
@@ -113,5 +114,5 @@ ANYTEXT_BENCHMARK = Reader(
     _BENCHMARK,
     lambda folder: any((_root(folder) / part / "test1k.json").is_file() for part in _BENCHMARK),
     _benchmark,
-    _VIEWS,
+    _TASKS,
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 from textharmony.data.readers.reader import Entry, Reader, existing, parse_object, read_jsonl, text
 from textharmony.data.record import Record
-from textharmony.images import Box, check_box
+from textharmony.boxes import SCALE, Box, check_box
 from textharmony.prompts import Task
 
 _CHAT = (
@@ -29,15 +29,15 @@ def _record(folder: Path, source: str, id: str, line: bytes) -> Record:
     item = parse_object(line)
     question, answer = _turns(item["messages"])
     kind = str(item.get("task_name", ""))
-    task = Task.COMPREHENSION
+    task = Task.ANSWER
     boxes: tuple[Box, ...] = ()
     texts: tuple[str, ...] = (answer,)
     words: tuple[str, ...] = ()
     if "t2bbox" in kind:
-        boxes, texts, task = (_box(answer),), (), Task.PERCEPTION
+        boxes, texts, task = (_box(answer),), (), Task.LOCATE
         words = tuple(_unwrap(question, required=False))
     elif "bbox2t" in kind:
-        boxes, texts, task = (_box(question),), tuple(_unwrap(answer, required=True)), Task.PERCEPTION
+        boxes, texts, task = (_box(question),), tuple(_unwrap(answer, required=True)), Task.READ
         words = texts
     paths = item["image"] if isinstance(item["image"], list) else [item["image"]]
     return Record(
@@ -67,7 +67,7 @@ def _box(said: str) -> Box:
     found = _BOX.findall(said)
     if len(found) != 1:
         raise ValueError(f"{said!r} has {len(found)} boxes, expected one <bbox>x1, y1, x2, y2</bbox>")
-    return check_box(min(999, int(v)) for v in found[0])
+    return check_box(min(SCALE, int(v)) for v in found[0])
 
 
 def _unwrap(said: str, required: bool) -> list[str]:

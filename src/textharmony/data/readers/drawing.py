@@ -63,7 +63,7 @@ MARIO_LAION = Reader(
     ("train", "test"),
     lambda folder: any(folder.glob("[0-9]*/[0-9]*/ocr.txt")),
     _mario_laion,
-    ("draw", "edit", "read", "locate"),
+    (Task.DRAW, Task.EDIT, Task.READ, Task.LOCATE),
 )
 
 SUBSETS = ("LAIONEval4000", "TMDBEval500", "OpenLibraryEval500", "ChineseDrawText", "DrawBenchText", "DrawTextCreative")
@@ -88,7 +88,7 @@ def _mario_eval_record(folder: Path, i: int, prompt: str) -> Record:
     truth = folder / "images" / f"{i}.jpg"
     return Record(
         f"{folder.name}-{i}",
-        Task.GENERATION,
+        Task.DRAW,
         "mario-eval",
         text(prompt),
         texts=quoted(prompt),
@@ -122,7 +122,7 @@ def _detailed_record(folder: Path, i: int, line: bytes) -> Record:
     caption = text(item["info"])
     return Record(
         str(item.get("id", i)),
-        Task.GENERATION,
+        Task.DRAW,
         "detailedtextcaps",
         caption,
         texts=tuple(map(text, item.get("words", quoted(caption)))),

@@ -54,7 +54,7 @@ def _record(images: Path, i: int, item: dict[str, Any]) -> Record:
     reads = PARTS[kind] == "recognition" or PARTS[kind] == "formulae"
     return Record(
         str(i),  # the file's own ids repeat between its sources
-        Task.PERCEPTION if reads else Task.COMPREHENSION,
+        Task.READ if reads else Task.ANSWER,
         "ocrbench",
         text(item["question"]),
         images=(existing(images / text(item["image_path"])),),

@@ -10,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from textharmony.boxes import check_box
 from textharmony.data.readers.reader import Entry, Reader, existing, parse_object, read_jsonl, text
-from textharmony.data.record import ImageSource, Record
+from textharmony.data.record import Record
 from textharmony.data.shards import read_shard
-from textharmony.images import check_box
+from textharmony.images import Picture
 from textharmony.prompts import Task
 
 _RECORDS = "records.jsonl"
@@ -21,9 +22,9 @@ _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
 _LOOKED_AT = 50
 
 
-def _make(item: Mapping[str, Any], id: str, picture: Callable[[str], ImageSource]) -> Record:
+def _make(item: Mapping[str, Any], id: str, picture: Callable[[str], Picture]) -> Record:
     """A record of its JSON: Record's own fields, with pictures by name."""
-    task = Task(item["task"])
+    task = _task(item["task"])
     record = Record(
         str(item.get("id", id)),
         task,
@@ -37,15 +38,21 @@ def _make(item: Mapping[str, Any], id: str, picture: Callable[[str], ImageSource
         mask=picture(text(item["mask"])) if item.get("mask") else None,
         extra=item.get("extra", {}),
     )
-    if task is not Task.GENERATION and not record.images:
-        raise ValueError(f"a record of {task.value} has no image")
+    if task is not Task.DRAW and not record.images:
+        raise ValueError(f"a record to {task.value} has no image")
     if task.modality == "image" and record.target is None:
-        raise ValueError(f"a record of {task.value} has no target")
-    if task is Task.EDITING and record.mask is None and not record.boxes:
-        raise ValueError("a record of editing has neither boxes nor a mask")
+        raise ValueError(f"a record to {task.value} has no target")
+    if task is Task.EDIT and record.mask is None and not record.boxes:
+        raise ValueError("a record to edit has neither boxes nor a mask")
     if record.words and len(record.words) != len(record.boxes):
         raise ValueError(f"{len(record.words)} words for {len(record.boxes)} boxes")
     return record
+
+
+def _task(name: object) -> Task:
+    if name not in [task.value for task in Task]:
+        raise ValueError(f"task is {name!r}, expected one of {', '.join(task.value for task in Task)}")
+    return Task(name)
 
 
 def _folder_entries(folder: Path, split: str) -> Iterator[Entry]:
@@ -78,7 +85,7 @@ def _captioned_entries(folder: Path, split: str) -> Iterator[Entry]:
 def _captioned_record(folder: Path, path: Path) -> Record:
     caption = text(existing(path.with_suffix(".txt")).read_text(encoding="utf-8").strip())
     id = path.relative_to(folder).with_suffix("").as_posix()
-    return Record(id, Task.GENERATION, "own", caption, target=path)
+    return Record(id, Task.DRAW, "own", caption, target=path)
 
 
 def _is_picture(path: Path) -> bool:
@@ -134,7 +141,7 @@ def _shard_record(key: str, parts: dict[str, bytes]) -> Record:
     if own is None:
         raise ValueError(f"no picture, only {', '.join(sorted(parts))}")
     caption = parts["txt"].decode("utf-8").strip() if "txt" in parts else item.get("caption")
-    return Record(key, Task.GENERATION, "own", text(caption), target=parts[own], extra=item)
+    return Record(key, Task.DRAW, "own", text(caption), target=parts[own], extra=item)
 
 
 SHARDS = Reader(

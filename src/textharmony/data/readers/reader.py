@@ -1,35 +1,34 @@
-"""What a reader of one data set is, and what all of them need: files, JSON, scenes."""
+"""What a reader of a data set is, and what all readers need: files, JSON, and scenes, which are asked several tasks."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from textharmony.data.record import ImageSource, Polygon, Record, bounding_box, image_size, thousandths
-from textharmony.prompts import READ_QUESTION, Task
+from textharmony.boxes import Polygon, bounding_box, polygon_from_pixels
+from textharmony.data.record import Record
+from textharmony.images import Picture, image_size
+from textharmony.prompts import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
 
-# Where an item stands, and what makes its record, raising an error where the item is corrupt.
+# Where an item stands, and a function that makes its record, or raises an error if the item is corrupt.
 Entry = tuple[str, Callable[[], Record]]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads one data set.
+    """Reads one data set."""
 
-    name: as in read_dataset; layout: where the layout is documented; splits: the first is the default; recognises:
-    whether a folder looks like this data set; entries: the items of a folder and split; views: for data sets of scenes
-    (see data.views), what they are offered as, the first the default; none: entries are records as they are.
-    """
-
-    name: str
-    layout: str
-    splits: tuple[str, ...]
-    recognises: Callable[[Path], bool]
-    entries: Callable[[Path, str], Iterator[Entry]]
-    views: tuple[str, ...] = ()
+    name: str  # as in read_dataset
+    layout: str  # of its files, and where that is documented
+    splits: tuple[str, ...]  # the first is the default
+    recognises: Callable[[Path], bool]  # whether a folder looks like this data set
+    entries: Callable[[Path, str], Iterator[Entry]]  # of a folder and a split
+    # What can be asked about the scenes of a data set, the default first. Empty: the entries are records as they are.
+    tasks: tuple[Task, ...] = ()
 
 
 def existing(path: Path) -> Path:
@@ -83,21 +82,26 @@ def text(value: object) -> str:
 def scene(
     id: str,
     source: str,
-    picture: ImageSource,
+    picture: Picture,
     lines: Iterable[tuple[str, Iterable[tuple[float, float]]]],
     extra: Mapping[str, Any],
     size: tuple[int, int] | None = None,
 ) -> Record:
-    """A picture with its words.
+    """A picture with its words in the data set's order, of which `scene_records` makes records.
 
-    lines: (word, outline in pixels), those without area left out; size: width and height that the outlines are for,
-    where that is not the picture's own.
+    Args:
+        id: Unique in the data set and split.
+        source: The data set's name.
+        picture: The picture.
+        lines: (word, outline in pixels); outlines without area are left out.
+        extra: What else the data set says; "caption" is the caption to draw.
+        size: (width, height) of the picture that the outlines were drawn on; None: the picture's own.
     """
     size = size or image_size(picture)
     words: list[str] = []
     polygons: list[Polygon] = []
     for word, outline in lines:
-        polygon = thousandths(outline, size)
+        polygon = polygon_from_pixels(outline, size)
         try:
             bounding_box(polygon)
         except ValueError:
@@ -106,7 +110,7 @@ def scene(
         polygons.append(polygon)
     return Record(
         id,
-        Task.PERCEPTION,
+        Task.READ,
         source,
         READ_QUESTION,
         images=(picture,),
@@ -115,6 +119,33 @@ def scene(
         polygons=tuple(polygons),
         extra=extra,
     )
+
+
+def scene_records(scene: Record, task: Task) -> Iterator[Record]:
+    """The records that ask one task about a scene.
+
+    READ asks for all words, joined by spaces; LOCATE for each word that stands once in the picture; EDIT masks each word
+    in its turn and fills it in again; DRAW asks for the whole picture by the scene's caption, if it has one.
+    """
+    caption, count = scene.extra.get("caption"), Counter(scene.words)
+    if task is Task.READ and scene.words:
+        yield replace(scene, texts=(" ".join(scene.words),))
+    elif task is Task.LOCATE:
+        for i, word in enumerate(scene.words):
+            if count[word] == 1:
+                yield replace(_one_word(scene, i), task=task, prompt=LOCATE_QUESTION.format(text=word))
+    elif task is Task.EDIT:
+        for i, word in enumerate(scene.words):
+            prompt = FILL_QUESTION.format(text=word)
+            yield replace(_one_word(scene, i), task=task, prompt=prompt, texts=(word,), target=scene.images[0])
+    elif task is Task.DRAW and caption:
+        yield replace(scene, task=task, prompt=caption, images=(), target=scene.images[0], texts=scene.words)
+
+
+def _one_word(scene: Record, i: int) -> Record:
+    one = slice(i, i + 1)
+    id, words = f"{scene.id}#{i}", scene.words[one]
+    return replace(scene, id=id, boxes=scene.boxes[one], words=words, polygons=scene.polygons[one])
 
 
 def pairs(flat: Iterable[float]) -> list[tuple[float, float]]:

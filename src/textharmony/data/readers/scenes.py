@@ -9,8 +9,9 @@ from typing import Any
 
 from textharmony.data.readers.reader import Entry, Reader, existing, first_existing, pairs, read_json, scene, text
 from textharmony.data.record import Record
+from textharmony.prompts import Task
 
-_VIEWS = ("read", "locate", "edit")
+_TASKS = (Task.READ, Task.LOCATE, Task.EDIT)
 _COCO_FILES = ("cocotext.v2.json", "COCO_Text.json")
 
 
@@ -50,7 +51,7 @@ COCO_TEXT = Reader(
     ("val", "train"),
     lambda folder: any((folder / name).is_file() for name in _COCO_FILES),
     _coco,
-    _VIEWS,
+    _TASKS,
 )
 
 _ICDAR = {
@@ -90,7 +91,7 @@ ICDAR2015 = Reader(
     ("test", "train"),
     lambda folder: any((folder / images).is_dir() for images, _ in _ICDAR.values()),
     _icdar,
-    _VIEWS,
+    _TASKS,
 )
 
 
@@ -120,5 +121,5 @@ TEXTSEG = Reader(
     ("train", "val", "test"),
     lambda folder: (folder / "split.json").is_file() and (folder / "semantic_label").is_dir(),
     _textseg,
-    _VIEWS,
+    _TASKS,
 )

@@ -45,7 +45,7 @@ def _textvqa(folder: Path, split: str) -> Iterator[Entry]:
 def _textvqa_record(images: Path, item: dict[str, Any]) -> Record:
     return Record(
         str(item["question_id"]),
-        Task.COMPREHENSION,
+        Task.ANSWER,
         "textvqa",
         text(item["question"]),
         images=(existing(images / f"{item['image_id']}.jpg"),),
@@ -78,7 +78,7 @@ def _docvqa_record(folder: Path, split: str, item: dict[str, Any]) -> Record:
     image = text(item["image"])
     return Record(
         str(item["questionId"]),
-        Task.COMPREHENSION,
+        Task.ANSWER,
         "docvqa",
         text(item["question"]),
         images=(first_existing(folder, _docvqa_images(split, image)),),
@@ -122,7 +122,7 @@ def _infovqa_files(split: str) -> list[str]:
 def _infovqa_record(images: Path, item: dict[str, Any]) -> Record:
     return Record(
         str(item["questionId"]),
-        Task.COMPREHENSION,
+        Task.ANSWER,
         "infovqa",
         text(item["question"]),
         images=(existing(images / text(item["image_local_name"])),),
@@ -158,7 +158,7 @@ def _chartqa_root(folder: Path) -> Path:
 def _chartqa_record(folder: Path, part: str, i: int, item: dict[str, Any]) -> Record:
     return Record(
         f"{part}-{i}",
-        Task.COMPREHENSION,
+        Task.ANSWER,
         "chartqa",
         text(item["query"]),
         images=(existing(folder / "png" / text(item["imgname"])),),
