@@ -181,6 +181,23 @@ class GenerationSettings:
                 raise ValueError(f"{name} is {value}, expected at least 1")
 
 
+@dataclass(frozen=True)
+class PredictionSettings:
+    """What the predictions of a benchmark depend on, besides the model and the data."""
+
+    seed: int = 0  # of drawings and edits
+    samples: int | None = (
+        None  # pictures that are drawn for each record; None: as many as the benchmark's protocol says
+    )
+    batch_size: int = 16  # records that the model gets at once
+    generation: GenerationSettings = GenerationSettings()
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+
+
 LOSSES = ("autoencoder", "text", "image", "layout", "words", "gate")
 
 
