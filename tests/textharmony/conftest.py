@@ -11,9 +11,10 @@ from chat_server import ChatServer, serve
 from miniatures import SETTINGS, WRITERS, Miniature
 from transformers import PreTrainedTokenizerFast
 
-from textharmony.config import PAPER, TINY, LayoutConfig, ModelConfig
-from textharmony.model.core import TextHarmony
-from textharmony.prompts import build_tokenizer
+from textharmony.config import LayoutConfig, ModelConfig
+from textharmony.pipeline import TextHarmony
+from textharmony.presets import PAPER, TINY
+from textharmony.presets.tiny import build_tokenizer
 
 _WIDTH, _LATENTS = 32, 4
 _LAYOUT = LayoutConfig(width=16, depth=1, heads=2, glyph_size=(8, 6), steps=3)
