@@ -186,9 +186,7 @@ class PredictionSettings:
     """What the predictions of a benchmark depend on, besides the model and the data."""
 
     seed: int = 0  # of drawings and edits
-    samples: int | None = (
-        None  # pictures that are drawn for each record; None: as many as the benchmark's protocol says
-    )
+    samples: int | None = None  # pictures that are drawn for each record; None: as the benchmark's protocol says
     batch_size: int = 16  # records that the model gets at once
     generation: GenerationSettings = GenerationSettings()
 

@@ -1,14 +1,15 @@
-"""The demonstration: one contact sheet of pictures read, words drawn, a word edited and a word located."""
+"""The demonstration: pictures read, words drawn, a word located and edited, on one contact sheet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from textharmony.model.core import TextHarmony
-from textharmony.sheets import contact_sheet
+from textharmony.boxes import SCALE
+from textharmony.images import contact_sheet, open_image, outline
+from textharmony.pipeline import TextHarmony
 
 PICTURES = Path(__file__).parent / "pictures_to_read"
 WORDS = ("HELLO", "2026", "LORA8")
@@ -17,10 +18,17 @@ _COLORS = (("red", "white"), ("white", "blue"), ("black", "yellow"), ("yellow", 
 
 
 def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callable[[str], None]) -> None:
-    """Reads the pictures that come with the package, draws the words, edits and locates; writes the sheet to out."""
+    """Read the pictures in the package, draw words, locate and edit a word, and write a sheet of all.
+
+    Args:
+        model: Does it.
+        words: To draw.
+        out: The sheet.
+        say: Is told what happens, line by line.
+    """
     cells: list[tuple[Image.Image, str]] = []
     files = sorted(PICTURES.glob("*.png"))
-    pictures = [Image.open(file).convert("RGB") for file in files]
+    pictures = [open_image(file) for file in files]
     for file, picture, text in zip(files, pictures, model.read(pictures), strict=True):
         say(f"read    {file.name:<24} -> {text}")
         cells.append((_fit(picture), f"read: {text}"))
@@ -36,11 +44,11 @@ def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callab
     old = model.read(picture)
     boxes = model.locate(picture, old)
     say(f"locate  {old:<32} -> {boxes} (thousandths)")
-    cells.append((_fit(_outline(picture, boxes)), f"locate: {old}"))
+    cells.append((_fit(outline(picture, boxes, "magenta", max(1, picture.width // 128))), f"locate: {old}"))
     if boxes:
         x1, y1, x2, y2 = boxes[0]
-        room = (max(0, x1 - 20), max(0, y1 - 90), min(999, x2 + 20), min(999, y2 + 120))
-        edited = model.edit(picture, room, NEW_WORD)
+        around = (max(0, x1 - 20), max(0, y1 - 90), min(SCALE, x2 + 20), min(SCALE, y2 + 120))
+        edited = model.edit(picture, around, NEW_WORD)
         say(f"edit    {f'{old} to {NEW_WORD}':<32} -> reads itself back as {model.read(edited)}")
         cells.append((_fit(edited), f"edit: {old} to {NEW_WORD}"))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +56,5 @@ def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callab
 
 
 def _fit(picture: Image.Image) -> Image.Image:
-    """Scaled down to the tiny model's width."""
+    """Scale a picture to the tiny model's width."""
     return picture.resize((128, max(1, round(picture.height * 128 / picture.width))))
-
-
-def _outline(picture: Image.Image, boxes: Sequence[tuple[float, float, float, float]]) -> Image.Image:
-    outlined = picture.copy()
-    pen = ImageDraw.Draw(outlined)
-    for box in boxes:
-        corners = [v / 999 * side for v, side in zip(box, picture.size * 2, strict=True)]
-        pen.rectangle(corners, outline="magenta", width=max(1, picture.width // 128))
-    return outlined

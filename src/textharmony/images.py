@@ -16,9 +16,8 @@ from torch import Tensor
 
 from textharmony.boxes import Box, covered_pixels, from_pixels, to_pixels
 
-Picture = (
-    Image.Image | np.ndarray | bytes | str | Path
-)  # an open picture, uint8 (H, W, 3), an encoded file, or its path
+# An open picture, an array uint8 (H, W, 3), an encoded file, or the path of one.
+Picture = Image.Image | np.ndarray | bytes | str | Path
 
 # The grey that hides a region from the vision model: 127 of 255, in -1..1 and rounded as other pixels are.
 HIDDEN = float(np.float32(127) / np.float32(127.5) - np.float32(1))
@@ -115,7 +114,7 @@ class FittedImage:
         return x1, y1, x2, y2
 
     def region(self, box: Box) -> tuple[int, int, int, int]:
-        """Convert a box in thousandths of the original to whole pixels x1, y1, x2, y2 of `pixels`, at least one each."""
+        """Convert a box in thousandths of the original to whole pixels x1, y1, x2, y2 of `pixels`, never empty."""
         x1, y1, x2, y2 = (round(side) for side in self._model_pixels(box))
         left, top = max(0, x1), max(0, y1)
         return left, top, min(self.size[0], max(left + 1, x2)), min(self.size[1], max(top + 1, y2))
@@ -137,7 +136,7 @@ class FittedImage:
 
 
 def fit_image(source: Picture, size: tuple[int, int]) -> FittedImage:
-    """Decode a picture and scale it to fit a model's size (height, width); raises as `open_image` and `check_picture`."""
+    """Decode a picture and scale it to fit a size (height, width); raise as `open_image` and `check_picture` do."""
     check_picture(source)
     original = open_image(source)
     height, width = size

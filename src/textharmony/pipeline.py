@@ -72,7 +72,7 @@ class TextHarmony(TextHarmonyModel):
             text: The word, or a list of words.
 
         Returns:
-            [(x1, y1, x2, y2), ...] in thousandths of the picture, empty where the model names no box; or a list of these.
+            [(x1, y1, x2, y2), ...] in thousandths of the picture, empty if the model names no box; or a list of these.
         """
         return self._map(Task.LOCATE, image=image, prompt=text)
 
@@ -153,8 +153,8 @@ class TextHarmony(TextHarmonyModel):
             streamer: A transformers streamer, for one request for text.
 
         Returns:
-            The results in the order of the requests: a str to read and to answer, a list of boxes to locate, a PIL image
-            to draw and to edit.
+            The results in the order of the requests: a str to read and to answer, a list of boxes to locate, a PIL
+            image to draw and to edit.
 
         Raises:
             ValueError: A request lacks something, or the model cannot draw its text; raised before anything is done.
@@ -188,13 +188,13 @@ class TextHarmony(TextHarmonyModel):
         """Reply to texts and pictures with texts and pictures.
 
         The model writes until its text ends or until it asks for a picture by the begin-of-image token. The picture is
-        drawn from everything before it, is read in its turn, and the model goes on. No template is put around the parts.
+        drawn from everything before it, it is read in its turn, and the model goes on. No template surrounds the parts.
         A learned gate reads the parts; a table of gates takes its row for text while the model writes, and its row for
         images while it draws.
 
         Args:
-            parts: Texts (str) and pictures (PIL, array, bytes or Path) in their order. Replies of an earlier call may be
-                among them, to go on with a conversation.
+            parts: Texts (str) and pictures (PIL, array, bytes or Path) in their order. To go on with a conversation,
+                include the replies of earlier calls.
             max_pictures: How many pictures the model may draw.
             max_new_tokens: Of each text; None: the model's own limit.
             num_beams: Of beam search; 1: greedy.
@@ -269,15 +269,13 @@ class TextHarmony(TextHarmonyModel):
         boxes = {i: check_box(requests[i].box) for i in edits}
         read = {i: self._fit(picture) for i, picture in edits.items()}
         drawn_on = read if size == self.config.image_size else {i: fit_image(f.original, size) for i, f in read.items()}
-        source = regions = None
-        if edits:
-            source = torch.zeros(len(requests), 3, *size)
-            regions = torch.full((len(requests), 4), torch.nan)
+        source, regions = torch.zeros(len(requests), 3, *size), torch.full((len(requests), 4), torch.nan)
         for i, fitted in drawn_on.items():
             source[i], regions[i] = fitted.pixels, torch.tensor(fitted.region(boxes[i]))
         hidden = [hide(fitted.pixels, fitted.region(boxes[i])) for i, fitted in read.items()]
         prompted = prompt(self, rows, _stack(hidden), "image")
-        drawn = draw(self, prompted, [request.seed for request in requests], settings, source, regions)
+        edited = (source, regions) if edits else (None, None)
+        drawn = draw(self, prompted, [request.seed for request in requests], settings, *edited)
         return [drawn_on[i].paste(p, boxes[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
 
     # Files
@@ -346,8 +344,8 @@ class TextHarmony(TextHarmonyModel):
             vision: A folder (or hub id) of CLIP or SigLIP.
             language: The same of any causal language model of transformers, with its tokenizer.
             image: The same of Stable Diffusion 1 or 2, with unet, vae and scheduler.
-            config: What joins them; the folders replace what it says of the three models and of pixels. None: the preset
-                "paper", which draws at the size that the UNet was trained at.
+            config: What joins them. The folders replace what it says of the three models and of pixels. None: the
+                preset "paper", which draws at the size that the UNet was trained at.
             dtype: One for all weights, or one each for "vision", "language" and "image"; None: fp32.
             device_map: Of the language model, as in transformers; the rest goes to the device of its embeddings.
             quantization_config: Of the language model, as in transformers.

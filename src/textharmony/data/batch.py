@@ -41,8 +41,8 @@ class Collator:
         Args:
             config: The model's.
             tokenizer: The model's.
-            max_length: Tokens of a row. A longer row loses the end of its answer, or, where a picture is the answer, the
-                end of its prompt. None: no limit.
+            max_length: Tokens of a row. A longer row loses the end of its answer, or of its prompt if a picture is the
+                answer. None: no limit.
         """
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)

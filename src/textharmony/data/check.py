@@ -14,8 +14,8 @@ from textharmony.data.faults import Fault, Faults
 from textharmony.data.readers import READERS, detect, read_dataset
 from textharmony.data.record import Record
 from textharmony.images import Box
-from textharmony.sheets import contact_sheet
 from textharmony.prompts import Task
+from textharmony.sheets import contact_sheet
 
 _CELLS, _COLUMNS, _SIDE, _LETTERS = 24, 4, 300, 44
 _LISTED = 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,8 @@ def load_sources(path: Path) -> dict[str, tuple[Source, ...]]:
     """Load the sources of each stage from a JSON file.
 
     Args:
-        path: A file such as {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], ...} with the fields of
-            Source. A relative folder is relative to the file.
+        path: A file such as {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], ...} with the fields
+            of Source. A relative folder is relative to the file.
 
     Raises:
         ValueError: The file has another form.
@@ -189,7 +189,7 @@ class BatchLoader(IterableDataset[_Item]):
     def _restore(self, state: Mapping[str, Any]) -> None:
         if (state["processes"], len(state["taken"])) != (self.processes, len(self._taken)):
             raise ValueError(
-                f"the checkpoint is of {state['processes']} processes with {len(state['taken'])} workers each, expected "
+                f"the checkpoint is of {state['processes']} processes with {len(state['taken'])} workers, expected "
                 f"{self.processes} with {len(self._taken)}, which share the records in the same way"
             )
         self._taken, self._next, self._pictures.good = list(state["taken"]), state["next"], state["good"]
@@ -205,7 +205,7 @@ class BatchLoader(IterableDataset[_Item]):
         """What was found corrupt so far, each fault once: in annotations, then in pictures and texts."""
         return list(dict.fromkeys(map(str, [*self._annotations, *self._pictures.listed])))
 
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Generator[dict[str, Any], None, None]:
         """The batches, without end; raise TooManyFaults where too many records are corrupt."""
         loader = DataLoader(
             self,
@@ -244,5 +244,5 @@ class BatchLoader(IterableDataset[_Item]):
             yield _Item(worker, {}, taken, self.stream.faults(), faults.listed[sent:], error)
 
 
-def _as_it_is(item: _Item) -> _Item:
+def _as_it_is(item: Any) -> Any:
     return item

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from textharmony.data.record import Record
 
-# A sequence is shuffled anew in each epoch. A function is called in each epoch for an iterator, which is shuffled within
+# A sequence is shuffled anew in each epoch. A function is called in each epoch for an iterator, which is shuffled in
 # a buffer.
 Source = Sequence[Record] | Callable[[], Iterator[Record]]
 _BLOCK = 4096
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """A part of a stream: every `count`-th block of its records, starting with block `index`."""
 
     index: int = 0

@@ -72,7 +72,7 @@ class Record:
         return draw_mask(image_size(self.images[0]), self.polygons or [corners(box) for box in self.boxes])
 
     def edit_box(self) -> Box:
-        """The box in thousandths that an edit fills: around its mask, or around its boxes; ValueError if it is empty."""
+        """The box (thousandths) that an edit fills: around its mask or around its boxes; ValueError if it is empty."""
         if self.mask is None:
             return check_box(bounding_box(point for box in self.boxes for point in corners(box)))
         mask = self.load_mask()

@@ -18,7 +18,9 @@ from textharmony.model.word_heads import BOX_BINS, IGNORE, WordLabels
 
 def move_layout(layout: TextLayout, fitted: FittedImage) -> TextLayout:
     """Move a layout from the pixels of a picture to the pixels of the fitted picture."""
-    return replace(layout, boxes=(layout.boxes * fitted.scale + np.float32(fitted.offset * 2)).astype(np.float32))
+    return replace(
+        layout, boxes=(layout.boxes * fitted.scale + np.array(fitted.offset * 2, np.float32)).astype(np.float32)
+    )
 
 
 def label_words(
@@ -59,7 +61,7 @@ def _color(config: ModelConfig, name: str) -> int:
 
 
 def _label_columns(config: ModelConfig, layout: TextLayout, hidden: bool) -> Tensor:
-    """(2, Q) long: the character over each column of half a patch, and its index in the word; the last class for none."""
+    """(2, Q) long: the character over each column of half a patch and its index in the word; the last class: none."""
     assert config.layout is not None
     alphabet = config.layout.characters
     step = config.vision["patch_size"] / 2
@@ -76,7 +78,7 @@ def _label_columns(config: ModelConfig, layout: TextLayout, hidden: bool) -> Ten
 def _label_box(config: ModelConfig, layout: TextLayout) -> list[int]:
     """The word's box in bins of the picture's width and height."""
     height, width = config.image_size
-    shares = np.float32(layout.word_box()) / (width, height, width, height)
+    shares = np.array(layout.word_box(), np.float32) / (width, height, width, height)
     return (shares * BOX_BINS).astype(np.int64).clip(0, BOX_BINS - 1).tolist()
 
 

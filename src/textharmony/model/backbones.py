@@ -183,7 +183,7 @@ def _pixel_statistics(vision: str | Path) -> tuple[tuple[float, ...], tuple[floa
         return tuple(processor.image_mean), tuple(processor.image_std)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{vision} does not tell the mean and standard deviation of its pixels, expected a preprocessor_config.json: "
+            f"{vision} does not tell the mean and standard deviation of pixels, expected a preprocessor_config.json: "
             f"{error}"
         ) from error
 

@@ -166,7 +166,8 @@ class TextHarmonyModel(nn.Module):
         features = None
         if self.multi_scale is not None:
             begins = is_image.nonzero().unflatten(0, (-1, tokens_each))[:, 0]  # (N, 2) row and column
-            features = ImageFeatures(self.multi_scale.pyramid(patches), *begins.T.tolist(), len(input_ids))
+            rows, columns = begins.T.tolist()
+            features = ImageFeatures(self.multi_scale.pyramid(patches), rows, columns, len(input_ids))
         return Embedded(embeds.masked_scatter(is_image[..., None], tokens.to(embeds)), features, word_logits)
 
     def compute_gates(

@@ -20,7 +20,7 @@ class Diffusion(Protocol):
     mask_first: bool  # a UNet for inpainting takes the mask before the kept latents, or after them
 
     def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add noise to latents (B, C, h, w): the noisy ones, the times (B,) for the UNet, and what it has to predict."""
+        """Add noise to latents (B, C, h, w): the noisy ones, the times (B,) for the UNet, what it has to predict."""
         ...
 
     def times(self, steps: int, device: torch.device) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from textharmony.model.backbones import build_unet, build_vae
 from textharmony.config import ModelConfig
+from textharmony.model.backbones import build_unet, build_vae
 from textharmony.model.diffusion import build_diffusion
 from textharmony.model.layout_planner import GlyphPainter, LayoutPlanner, Layouts, draft, ink_loss, region_features
 from textharmony.model.resampler import PerceiverResampler, sincos_positions
@@ -236,7 +236,7 @@ class ImageDecoder(nn.Module):
 
 
 def _inpaints(config: ModelConfig, unet: Any, channels: int, cell: int) -> bool:
-    """Whether the UNet takes the mask and the kept latents; raise ValueError if it fits neither the VAE nor the size."""
+    """Whether the UNet takes the mask and the kept latents; raise ValueError if it does not fit VAE and size."""
     if any(side % cell for side in config.target_size):
         raise ValueError(f"pictures are {config.target_size}, expected multiples of the VAE's {cell} pixels")
     if not isinstance(unet.cross_attention_dim, int) or getattr(unet, "addition_embed_type", None):

@@ -43,7 +43,7 @@ _CROP = 48  # pixels of width: the VAE is convolutional and learns sooner from m
 
 
 class LayoutPlanner(nn.Module):
-    """Plans layouts from context tokens: the first `slots` tokens stand for the characters, the next for the colours."""
+    """Plans layouts from context tokens: the first `slots` tokens are for the characters, the next for the colours."""
 
     def __init__(self, config: LayoutConfig, context_width: int, image_size: tuple[int, int]) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
 """Multi-scale image features that the language model and the UNet attend to by deformable attention.
 
-After the feature synchronizer of MM-Interleaved (Tian et al. 2024, arXiv 2401.10208, and its released code): text tokens
-and the cells of the UNet sample a few points of the pictures before them, at several scales. Differences:
+After the feature synchronizer of MM-Interleaved (Tian et al. 2024, arXiv 2401.10208, and its released code). Text
+tokens and the cells of the UNet sample a few points of the pictures before them, at several scales. Differences:
 - The feature pyramid is ViTDet's simple one, made from the ViT's last patches. The released code has a ViT-Adapter.
-- In a decoder layer it changes the layer's output. The released code puts it between self-attention and MLP. In the UNet
-  it changes the outputs of the down blocks and of the mid block. The released code changes the mid block and each skip
-  connection, but not what the next down block reads.
+- In a decoder layer it changes the layer's output. The released code puts it between self-attention and MLP.
+- In the UNet it changes the outputs of the down blocks and of the mid block. The released code changes the mid block
+  and each skip connection, but not what the next down block reads.
 - Offsets are learned for each level, as in Deformable DETR (Zhu et al. 2021, section 4.1), and the order of a picture
-  acts on offsets and weights directly. The released code shares the offsets among levels and adds the order to the query.
+  acts on offsets and weights directly. The released code shares offsets among levels and adds the order to the query.
 The same: a token samples around the middle of a picture, a cell around its own position; the softmax has an additional
 entry of logit 0 and value 0, so that nothing need be attended to; every fourth layer attends, starting with the first;
 the gate starts closed.
@@ -70,7 +70,7 @@ class PictureAttention(nn.Module):
     """Deformable attention of queries to the pictures of their row, through a gate that starts closed."""
 
     def __init__(self, config: MultiScaleConfig, width: int, spread: Sequence[tuple[float, float]]) -> None:
-        """Build the layer for queries of `width`; spread: for each level, how many cells (x, y) its points reach at first."""
+        """Build the layer for queries of `width`; `spread` cells (x, y) away are its first points in each level."""
         super().__init__()
         self.shape = (config.heads, len(config.levels), config.points)
         self.norm = nn.LayerNorm(width)
@@ -90,7 +90,7 @@ class PictureAttention(nn.Module):
             self.order.weight.zero_()
 
     def forward(self, x: Tensor, visible: VisiblePictures, reference: Tensor, columns: Tensor) -> Tensor:
-        """What to add to x (B, Q, C), whose queries sample around reference (Q, 2) in 0..1 and stand in columns (Q,)."""
+        """What to add to x (B, Q, C), whose queries sample around reference (Q, 2) in 0..1 from columns (Q,)."""
         device = self.gate.device
         reference, columns = reference.to(device), columns.to(device)
         pictures, begins = visible.pictures.to(device), visible.columns.to(device)  # (B, K)
@@ -164,7 +164,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def _scale(channels: int, width: int, level: float) -> nn.Sequential:
-    """Layers that make a map of `level` times the size of the ViT's (ViTDet's simple pyramid, Li et al. 2022, section 3)."""
+    """Layers that make a map of `level` times the ViT's size (ViTDet's simple pyramid, Li et al. 2022, section 3)."""
     layers: list[nn.Module] = []
     while level > 1:
         layers += [nn.ConvTranspose2d(channels, channels // 2, 2, stride=2), ChannelNorm(channels // 2), nn.GELU()]

@@ -66,7 +66,7 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, context: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Resample a context (B, T, C) to (B, queries, D); positions (T, D) or (B, T, D) are added; mask (B, T) bool."""
+        """Resample a context (B, T, C), plus positions (T, D) or (B, T, D), under a mask (B, T): (B, queries, D)."""
         context = self.project(context)
         if positions is not None:
             context = context + positions.to(context.dtype)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import slidelora
-from textharmony.model.backbones import build_vision
 from textharmony.config import ModelConfig
+from textharmony.model.backbones import build_vision
 from textharmony.model.resampler import PerceiverResampler
 from textharmony.model.word_heads import WordHeads, WordLogits
 
@@ -86,7 +86,7 @@ class VisualTokenizer(nn.Module):
         return words
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, WordLogits | None]:
-        """Read pictures (N, 3, H, W) in -1..1: visual tokens (N, Q, D), the ViT's patches (N, P, C), the heads' logits."""
+        """Read pictures (N, 3, H, W) in -1..1: visual tokens (N, Q, D), the ViT's patches (N, P, C), word logits."""
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         pixel_values = (pixel_values * (0.5 / std) + (0.5 - mean) / std).to(self.positions.dtype)
         hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state

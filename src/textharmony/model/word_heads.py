@@ -1,7 +1,7 @@
 """Heads that tell what a small model's pictures show: the characters, the colours and the box of a word.
 
-They stand in for the pretraining of a vision model: the tiny preset trains them together with the rest, from labels that
-the renderer knows. No answer is read from them.
+They stand in for the pretraining of a vision model: the tiny preset trains them with the rest, from what the renderer
+knows. No answer is read from them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class WordLabels(NamedTuple):
 
     def to(self, device: torch.device) -> WordLabels:
         """Move all labels to a device."""
-        layouts = self.layouts and Layouts(*(tensor.to(device) for tensor in self.layouts))
-        return WordLabels(*(tensor.to(device) for tensor in self[:4]), layouts)
+        layouts = None if self.layouts is None else Layouts(*(tensor.to(device) for tensor in self.layouts))
+        characters, positions, colors, box = (tensor.to(device) for tensor in self[:4])
+        return WordLabels(characters, positions, colors, box, layouts)
 
 
 class WordHeads(nn.ModuleDict):
@@ -72,7 +73,7 @@ def word_loss(logits: WordLogits, labels: WordLabels) -> Tensor:
     known = ((labels.characters != IGNORE) & (labels.positions != IGNORE)).all(-1)  # (N,)
     if not known.any():
         return logits.box.new_zeros(())
-    characters, positions, colors, box = (labels[i][known] for i in range(4))
+    characters, positions, colors, box = (tensor[known] for tensor in labels[:4])
     columns = logits.colors.shape[1]
     return (
         F.cross_entropy(logits.characters[known].movedim(-1, 1), characters[:, None].expand(-1, 2, -1))

@@ -102,7 +102,7 @@ TINY_TRAINING = TrainConfig(
             losses=("words",),
         ),
         Stage(
-            # No text loss: drawings ask for nothing but BOI, and that alone drives all other words' embeddings into one.
+            # No text loss: drawings ask for nothing but BOI, which would drive all other embeddings into one.
             name="spelling",
             trainable=r"language\.(?!.*lora_|slidelora_gate)|image_decoder\.(resampler|planner|painter)|begin_image",
             tasks={"draw": 1},
@@ -120,8 +120,8 @@ TINY_TRAINING = TrainConfig(
             learning_rate=1.5e-3,
             losses=("text", "words"),
         ),
-        # Stage 1 of the paper aligns resamplers and image decoder. From scratch, ViT and language model train too, on all
-        # tasks.
+        # Stage 1 of the paper aligns resamplers and image decoder. From scratch, ViT and language model train too, on
+        # all tasks.
         Stage(
             name="align",
             trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)",
@@ -167,7 +167,7 @@ _SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", BOI, IMAGE)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a character tokenizer in which instruction words, with or without a space before them, are single tokens."""
+    """Build a character tokenizer in which instruction words, also with a space before them, are single tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -62,8 +62,8 @@ def train(
     what no stage trains: that folder must stay.
 
     Args:
-        start: A configuration, to train from random weights with a character tokenizer (the model is written in fp16); or
-            a folder that save_pretrained wrote (the model is written in the dtype of its weights).
+        start: A configuration, to train from random weights with a character tokenizer (the model is written in fp16);
+            or a folder that save_pretrained wrote (the model is written in the dtype of its weights).
         config: The stages and what they share.
         out: A folder.
         data: The sources of each stage; None: rendered words.
@@ -217,7 +217,7 @@ def _run_stage(run: _Run, number: int, start: int) -> None:
 
 def _steps(
     run: _Run, number: int, start: int, loader: BatchLoader, model: nn.Module, optimizer: Any, scheduler: Any
-) -> Iterator[_Step]:
+) -> Generator[_Step, None, None]:
     """The optimizer steps of a stage."""
     config, accelerator = run.config, run.accelerator
     stage = config.stages[number]

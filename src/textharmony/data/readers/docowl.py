@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from textharmony.boxes import SCALE, Box, check_box
 from textharmony.data.readers.reader import Entry, Reader, existing, parse_object, read_jsonl, text
 from textharmony.data.record import Record
-from textharmony.boxes import SCALE, Box, check_box
 from textharmony.prompts import Task
 
 _CHAT = (

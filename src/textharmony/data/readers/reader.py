@@ -124,8 +124,8 @@ def scene(
 def scene_records(scene: Record, task: Task) -> Iterator[Record]:
     """The records that ask one task about a scene.
 
-    READ asks for all words, joined by spaces; LOCATE for each word that stands once in the picture; EDIT masks each word
-    in its turn and fills it in again; DRAW asks for the whole picture by the scene's caption, if it has one.
+    READ asks for all words, joined by spaces; LOCATE for each word that stands once in the picture; EDIT masks each
+    word in its turn and fills it in again; DRAW asks for the whole picture by the scene's caption, if it has one.
     """
     caption, count = scene.extra.get("caption"), Counter(scene.words)
     if task is Task.READ and scene.words:
