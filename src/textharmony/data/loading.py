@@ -73,6 +73,8 @@ def _source(item: Any, path: Path, stage: str) -> Source:
             raise ValueError(f"{where} has a field {field!r}, expected some of {list(_KINDS)}")
         if not isinstance(value, _KINDS[field]):
             raise ValueError(f"{where} has {field} {value!r}, expected {'a number' if field == 'weight' else 'text'}")
+    if (task := item.get("task")) is not None and task not in [known.value for known in Task]:
+        raise ValueError(f"{where} has task {task!r}, expected one of {', '.join(known.value for known in Task)}")
     return Source(**item | {"folder": str(path.parent / item["folder"])})
 
 

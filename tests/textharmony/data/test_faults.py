@@ -1,6 +1,8 @@
+import pickle
+
 import pytest
 
-from textharmony.data.faults import Faults, TooManyFaults
+from textharmony.data.faults import Fault, Faults, TooManyFaults
 
 
 def test_good_and_corrupt_records_are_counted_and_listed() -> None:
@@ -27,7 +29,7 @@ def test_past_the_threshold_the_run_stops_with_the_list() -> None:
     assert [fault.where for fault in error.value.faults] == ["a", "b", "c"]
 
 
-def test_a_share_below_the_threshold_goes_on_for_ever() -> None:
+def test_a_share_below_the_threshold_never_stops_the_run() -> None:
     faults = Faults(max_share=0.1, grace=0)
     for _ in range(50):
         for _ in range(9):
@@ -42,7 +44,7 @@ def test_the_threshold_is_not_swallowed_by_the_records_around_it() -> None:
         Faults(0, 0).skip("inner", ValueError("x"))
 
 
-def test_errors_of_a_programmer_are_not_skipped() -> None:
+def test_programming_errors_are_not_skipped() -> None:
     with pytest.raises(ZeroDivisionError), Faults().skipping("x"):
         _ = 1 / 0
 
@@ -56,6 +58,11 @@ def test_a_long_list_is_cut_in_the_message_only() -> None:
 
 
 @pytest.mark.parametrize("given", [{"max_share": -0.1}, {"max_share": 2}, {"grace": -1}])
-def test_settings_that_are_none_are_refused(given: dict[str, float]) -> None:
+def test_settings_out_of_range_are_refused(given: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"expected 0\.\.1"):
         Faults(**given)
+
+
+def test_a_worker_process_can_send_the_error() -> None:
+    error = pickle.loads(pickle.dumps(TooManyFaults([Fault("a", "x"), Fault("b", "y")], 7, 0.01)))
+    assert str(error) == "2 of 7 records are corrupt, at most 1.00% may be: a: x; b: y" and error.faults[1].where == "b"

@@ -4,17 +4,17 @@ from itertools import islice
 
 import pytest
 
-from textharmony.data.mixture import Mixture
+from textharmony.data.mixture import Mixture, Shard
 from textharmony.data.record import Record
 from textharmony.prompts import Task
 
 
 def records(source: str, count: int) -> list[Record]:
-    return [Record(str(i), Task.GENERATION, source, "x") for i in range(count)]
+    return [Record(str(i), Task.DRAW, source, "x") for i in range(count)]
 
 
 def names(mixture: Mixture, count: int, start: int = 0) -> list[str]:
-    return [f"{r.source}{r.id}" for r in islice(mixture.iterate(start), count)]
+    return [f"{r.source}{r.id}" for r in islice(mixture.records(Shard(), start), count)]
 
 
 SOURCES = {"a": records("a", 7), "b": records("b", 300), "c": records("c", 5)}
@@ -68,7 +68,7 @@ def test_an_empty_source_is_an_error_and_not_a_loop_without_end() -> None:
 
 
 @pytest.mark.parametrize("weights", [{"a": 1}, {"a": -1, "b": 2}, {"a": 0, "b": 0}, {"a": float("nan"), "b": 1}])
-def test_weights_that_are_none(weights: dict[str, float]) -> None:
+def test_weights_that_are_no_shares_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="weights"):
         Mixture({"a": records("a", 1), "b": records("b", 1)}, weights, 0)
 
@@ -78,8 +78,8 @@ def test_a_stream_is_shuffled_within_a_buffer_anew_each_epoch() -> None:
     epochs = [drawn[i : i + 40] for i in (0, 40, 80)]
     assert all(len(set(epoch)) == 40 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    ahead = [int(name[1:]) - place for place, name in enumerate(epochs[0])]
-    assert max(ahead) <= 10  # no further than the buffer, and the record that takes a place in it
+    ahead = [int(name[1:]) - position for position, name in enumerate(epochs[0])]
+    assert max(ahead) <= 10  # no further than the buffer and the record that replaces one in it
     assert sum(shift != 0 for shift in ahead) > 30
 
 
@@ -89,6 +89,20 @@ def test_a_shuffled_stream_resumes_by_number(start: int) -> None:
     assert names(mixture, 50, start) == names(mixture, start + 50)[start:]
 
 
-def test_a_buffer_of_none() -> None:
+def test_a_buffer_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="buffer is 0, expected at least 1"):
         Mixture(SOURCES, WEIGHTS, 0, buffer=0)
+
+
+@pytest.mark.parametrize("count, block", [(2, 1), (3, 4), (6, 5)])
+def test_shards_share_the_records_in_blocks(count: int, block: int) -> None:
+    mixture = Mixture({"s": lambda: iter(records("s", 40)), "a": records("a", 7)}, {"s": 2, "a": 1}, 4, buffer=10)
+    whole = names(mixture, 400)
+    for index in range(count):
+        shard = Shard(index, count, block)
+        numbers = [n for n in range(400) if n // block % count == index]
+        assert [shard.number(n) for n in range(len(numbers))] == numbers
+        mine = [f"{r.source}{r.id}" for r in islice(mixture.records(shard), 50)]
+        assert mine == [whole[n] for n in numbers[:50]]
+        later = [f"{r.source}{r.id}" for r in islice(mixture.records(shard, 17), 20)]
+        assert later == mine[17:37]
