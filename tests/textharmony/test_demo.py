@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from textharmony.demo import PICTURES, demonstrate
-from textharmony.model.core import TextHarmony
+from textharmony.pipeline import TextHarmony
 
 
 def test_pictures_to_read_come_with_the_package() -> None:
