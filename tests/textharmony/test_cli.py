@@ -288,7 +288,7 @@ def test_data_check_writes_all_that_is_wrong(run: Run, tmp_path: Path, picture: 
 
 
 def test_data_check_of_a_folder_that_is_no_data_set(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="in no layout that is known"):
+    with pytest.raises(SystemExit, match="has an unknown layout"):
         run("data", "check", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Whether a folder is a data set that is understood: what is in it, what is wrong with it, and what it looks like."""
+"""Check a folder: which data sets it holds, how many records are good, what is wrong, and how samples look."""
 
 from __future__ import annotations
 
@@ -8,79 +8,87 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from textharmony.boxes import format_boxes
 from textharmony.data.faults import Fault, Faults
 from textharmony.data.readers import READERS, detect, read_dataset
 from textharmony.data.record import Record
-from textharmony.images import Box
+from textharmony.images import contact_sheet, outline, pad_square, shorten
 from textharmony.prompts import Task
-from textharmony.sheets import contact_sheet
 
-_CELLS, _COLUMNS, _SIDE, _LETTERS = 24, 4, 300, 44
-_LISTED = 20
+_CELLS, _COLUMNS, _SIDE, _LETTERS, _LISTED = 24, 4, 300, 44, 20
 
 
 @dataclass
 class Report:
-    """What was found in one split of a data set. faults: of the annotations and of the pictures."""
+    """What was found in one split of a data set."""
 
     name: str
     split: str
-    view: str | None
-    good: int = 0
-    tasks: Counter[str] = field(default_factory=Counter)
-    faults: list[Fault] = field(default_factory=list)
-    cells: list[tuple[Image.Image, str]] = field(default_factory=list)
+    task: Task | None  # what is asked about scenes; None for other data sets
+    good: int = 0  # records
+    tasks: Counter[str] = field(default_factory=Counter)  # good records of each task
+    faults: list[Fault] = field(default_factory=list)  # of annotations, then of pictures
+    cells: list[tuple[Image.Image, str]] = field(default_factory=list)  # random samples, each with its caption
 
     def passed(self, max_share: float) -> bool:
-        """Whether there are good records, and no larger share of corrupt ones than max_share."""
+        """Whether there are good records, and at most a share `max_share` of all records is corrupt."""
         return self.good > 0 and len(self.faults) <= max_share * (self.good + len(self.faults))
 
     def lines(self) -> list[str]:
-        """The report as text."""
-        view = f", as {self.view}" if self.view else ""
+        """The report as lines of text."""
+        task = f", task {self.task.value}" if self.task else ""
         tasks = ", ".join(f"{task} {count}" for task, count in sorted(self.tasks.items()))
-        lines = [
-            f"{self.name}, split {self.split}{view}",
+        more = len(self.faults) - _LISTED
+        return [
+            f"{self.name}, split {self.split}{task}",
             f"  layout: {READERS[self.name].layout}",
             f"  records: {self.good} good{f' ({tasks})' if tasks else ''}, {len(self.faults)} corrupt",
             *(f"  wrong: {fault}" for fault in self.faults[:_LISTED]),
+            *([f"  and {more} more"] if more > 0 else []),
         ]
-        if len(self.faults) > _LISTED:
-            lines.append(f"  and {len(self.faults) - _LISTED} more")
-        return lines
 
 
-def check(
-    folder: Path, name: str | None = None, split: str | None = None, view: str | None = None, limit: int = 1000
+def check_folder(
+    folder: Path, name: str | None = None, split: str | None = None, task: Task | None = None, limit: int = 1000
 ) -> list[Report]:
-    """Reads a folder's records and decodes their pictures: a report for each data set that it looks like.
+    """Read a folder's records and decode their pictures.
 
-    name, split, view: as read_dataset's, name None for what is detected; limit: look at so many records, 0 for all.
-    Raises ValueError where nothing is detected.
+    Args:
+        folder: Of one or more data sets.
+        name: One of READERS; None: all that are detected.
+        split: One of the reader's; None: its first.
+        task: For a data set of scenes, what is asked about them; None: the reader's first task.
+        limit: How many records are checked, corrupt ones included; 0: all.
+
+    Returns:
+        A report for each data set.
+
+    Raises:
+        ValueError: No data set is detected, or as `read_dataset` raises it.
+        FileNotFoundError: The folder or a file of annotations is missing.
     """
     names = [name] if name else detect(folder)
     if not names:
-        raise ValueError(f"{folder} is in no layout that is known, expected one of {', '.join(READERS)}")
-    return [_report(name, folder, split, view, limit) for name in names]
+        raise ValueError(f"{folder} has an unknown layout, expected one of {', '.join(READERS)}")
+    return [_report(name, folder, split, task, limit) for name in names]
 
 
-def _report(name: str, folder: Path, split: str | None, view: str | None, limit: int) -> Report:
+def _report(name: str, folder: Path, split: str | None, task: Task | None, limit: int) -> Report:
     read, decoded = Faults(max_share=1.0), Faults(max_share=1.0)
-    records = read_dataset(name, folder, split, view, read)
-    reader = READERS[name]
-    report = Report(name, split or reader.splits[0], view or (reader.views[0] if reader.views else None))
+    records = read_dataset(name, folder, split, task, read)
+    report = Report(name, split or READERS[name].splits[0], task or next(iter(READERS[name].tasks), None))
     rng = random.Random(0)
     for record in records:
         with decoded.skipping(f"{name} {record.id}"):
             cell = _cell(record)
             report.tasks[record.task.value] += 1
-            # Every record is as likely as another to be on the sheet.
+            # Each record has the same chance to be on the sheet.
             if len(report.cells) < _CELLS:
                 report.cells.append(cell)
-            elif (place := rng.randrange(decoded.good + 1)) < _CELLS:
-                report.cells[place] = cell
+            elif (index := rng.randrange(decoded.good + 1)) < _CELLS:
+                report.cells[index] = cell
         if limit and decoded.seen + len(read.listed) >= limit:
             break
     report.good, report.faults = decoded.good, read.listed + decoded.listed
@@ -88,41 +96,23 @@ def _report(name: str, folder: Path, split: str | None, view: str | None, limit:
 
 
 def sheet(reports: Sequence[Report]) -> Image.Image | None:
-    """One contact sheet of all reports' samples, or None where there are none."""
+    """One contact sheet of all reports' samples, or None if there are none."""
     cells = [cell for report in reports for cell in report.cells]
-    titles = ", ".join(f"{report.name} {report.split}" for report in reports)
-    return contact_sheet(cells, _COLUMNS, titles, zoom=1) if cells else None
+    title = ", ".join(f"{report.name} {report.split}" for report in reports)
+    return contact_sheet(cells, _COLUMNS, title, zoom=1) if cells else None
 
 
 def _cell(record: Record) -> tuple[Image.Image, str]:
-    """All pictures decoded, the one that matters small, with boxes outlined or the mask tinted; and what is asked."""
+    """Decode all pictures; the main one with boxes outlined or the mask tinted, and a caption of prompt and answer."""
     pictures = [record.load(i) for i in range(len(record.images))]
     target, mask = record.load_target(), record.load_mask()
-    said = " | ".join(record.texts) or (
-        " ".join(f"({x1:.0f},{y1:.0f})({x2:.0f},{y2:.0f})" for x1, y1, x2, y2 in record.boxes)
-    )
-    caption = " ".join(f"{_cut(record.prompt, _LETTERS // 2)} > {said}".split())
-    picture = target if target is not None else pictures[0] if pictures else Image.new("RGB", (_SIDE, _SIDE), "white")
+    answer = " | ".join(record.texts) or format_boxes(record.boxes)
+    caption = " ".join(f"{shorten(record.prompt, _LETTERS // 2)} > {answer}".split())
+    picture = target or next(iter(pictures), None) or Image.new("RGB", (_SIDE, _SIDE), "white")
     if mask is not None:
-        if not mask.getbbox():
-            raise ValueError("the mask is empty")
+        record.edit_box()  # raises if the mask is empty
         tint = Image.blend(picture, Image.new("RGB", picture.size, "red"), 0.4)
         picture = Image.composite(tint, picture, mask.resize(picture.size))
-    scale = _SIDE / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-    if record.task is not Task.EDITING:
-        _outline(picture, record.boxes)
-    framed = Image.new("RGB", (_SIDE, _SIDE), "lightgray")
-    framed.paste(picture, ((_SIDE - picture.width) // 2, (_SIDE - picture.height) // 2))
-    return framed, _cut(caption, _LETTERS)
-
-
-def _outline(picture: Image.Image, boxes: Sequence[Box]) -> None:
-    pen = ImageDraw.Draw(picture)
-    for box in boxes:
-        corners = [v / 999 * (side - 1) for v, side in zip(box, picture.size * 2, strict=True)]
-        pen.rectangle(corners, outline="red")
-
-
-def _cut(said: str, letters: int) -> str:
-    return said if len(said) <= letters else said[: letters - 1] + "…"
+    else:  # lines that are one pixel wide on the sheet
+        picture = outline(picture, record.boxes, width=max(1, round(max(picture.size) / _SIDE)))
+    return pad_square(picture, _SIDE), shorten(caption, _LETTERS)

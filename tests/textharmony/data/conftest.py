@@ -1,4 +1,4 @@
-"""Pictures for the tests' fixtures of data sets."""
+"""Pictures and annotations of the small data sets that the tests make."""
 
 import json
 from collections.abc import Callable
@@ -14,11 +14,11 @@ Dump = Callable[[Path, object], Path]
 @pytest.fixture(scope="session")
 def paint() -> Paint:
     def paint(path: Path, size: tuple[int, int] = (200, 100), **words: tuple[int, int]) -> Path:
-        """A picture of the size, the words at their places, in the format that its name says."""
+        """Save a picture with words at points (x, y), in the format of its name."""
         picture = Image.new("RGB", size, "beige")
         pen = ImageDraw.Draw(picture)
-        for word, place in words.items():
-            pen.text(place, word, fill="black", font=ImageFont.load_default(20))
+        for word, point in words.items():
+            pen.text(point, word, fill="black", font=ImageFont.load_default(20))
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         return path
@@ -29,7 +29,7 @@ def paint() -> Paint:
 @pytest.fixture(scope="session")
 def dump() -> Dump:
     def dump(path: Path, content: object) -> Path:
-        """Writes JSON, or JSONL where the name says so."""
+        """Write JSON, or JSONL if the name ends in it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".jsonl":
             assert isinstance(content, list)

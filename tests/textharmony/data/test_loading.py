@@ -194,7 +194,7 @@ def test_too_many_corrupt_records_stop_the_loader(tmp_path: Path, collator: Coll
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(" ")
     loader = load()
-    with pytest.raises(TooManyFaults, match="text was expected"):
+    with pytest.raises(TooManyFaults, match="expected text that is not blank"):
         prompts(loader, 1)
     assert len(loader.faults()) == 21
 

@@ -1,4 +1,4 @@
-"""One reader for each public data set, in its published layout, and for one's own folders and shards."""
+"""One reader for each public data set, in its published layout, and for users' own folders and shards."""
 
 from __future__ import annotations
 
@@ -6,50 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from textharmony.data.faults import Faults
-from textharmony.data.readers.anyword import ANYTEXT_BENCHMARK, ANYWORD
-from textharmony.data.readers.docowl import DOCLOCAL4K, DOCSTRUCT4M, TABFACT, WTQ
-from textharmony.data.readers.drawing import DETAILED_TEXT_CAPS, MARIO_EVAL, MARIO_LAION
-from textharmony.data.readers.ocrbench import OCRBENCH
-from textharmony.data.readers.own import CAPTIONED, FOLDER, SHARDS
+from textharmony.data.readers import docowl, drawing, own, scenes, vqa
 from textharmony.data.readers.reader import Entry, Reader, scene_records
-from textharmony.data.readers.scenes import COCO_TEXT, ICDAR2015, TEXTSEG
-from textharmony.data.readers.vqa import CHARTQA, DOCVQA, INFOVQA, TEXTVQA
 from textharmony.data.record import Record
 from textharmony.prompts import Task
 
-READERS: dict[str, Reader] = {
-    reader.name: reader
-    for reader in (
-        MARIO_LAION,
-        DOCSTRUCT4M,
-        DOCLOCAL4K,
-        ANYWORD,
-        ANYTEXT_BENCHMARK,
-        TEXTVQA,
-        DOCVQA,
-        INFOVQA,
-        CHARTQA,
-        TABFACT,
-        WTQ,
-        OCRBENCH,
-        COCO_TEXT,
-        ICDAR2015,
-        TEXTSEG,
-        MARIO_EVAL,
-        DETAILED_TEXT_CAPS,
-        FOLDER,
-        CAPTIONED,
-        SHARDS,
-    )
-}
+READERS: dict[str, Reader] = {r.name: r for module in (scenes, docowl, vqa, drawing, own) for r in module.READERS}
 
 
 def detect(folder: Path) -> list[str]:
-    """The names of the data sets that a folder looks like; some folders, such as DocDownstream-1.0, hold several."""
-    _check_folder(folder)
+    """The names of the data sets that a folder holds; some folders, such as DocDownstream-1.0, hold several."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
     found = [name for name, reader in READERS.items() if reader.recognises(folder)]
-    # A tar file beside a data set is what it was unpacked from.
-    return [name for name in found if name != SHARDS.name] or found
+    # A data set was unpacked from the tar files beside it.
+    return [name for name in found if name != own.shards.name] or found
 
 
 def read_dataset(
@@ -72,14 +43,15 @@ def read_dataset(
     if name not in READERS:
         raise ValueError(f"data set is {name!r}, expected one of {', '.join(READERS)}")
     reader = READERS[name]
-    _check_folder(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
     if split is not None and split not in reader.splits:
         raise ValueError(f"split of {name} is {split!r}, expected one of {', '.join(reader.splits)}")
     if task is not None and task not in reader.tasks:
         tasks = " or ".join(known.value for known in reader.tasks) or "None"
         raise ValueError(f"task of {name} is {getattr(task, 'value', task)!r}, expected {tasks}")
-    task = task or (reader.tasks[0] if reader.tasks else None)
-    return _records(reader, folder, split or reader.splits[0], task, Faults() if faults is None else faults)
+    chosen = next(iter(reader.tasks), None) if task is None else Task(task)
+    return _records(reader, folder, split or reader.splits[0], chosen, Faults() if faults is None else faults)
 
 
 def _records(reader: Reader, folder: Path, split: str, task: Task | None, faults: Faults) -> Iterator[Record]:
@@ -95,11 +67,5 @@ def _entries(reader: Reader, folder: Path, split: str) -> Iterator[Entry]:
     try:
         yield from reader.entries(folder, split)
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{folder} is not laid out as {reader.name} ({reader.layout}): {type(error).__name__} {error}"
-        ) from error
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
+        reason = f"{type(error).__name__} {error}"
+        raise ValueError(f"{folder} is not laid out as {reader.name}: {reason}. Expected: {reader.layout}") from error

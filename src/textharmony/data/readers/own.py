@@ -1,155 +1,160 @@
-"""One's own data: a folder with records.jsonl, captioned pictures, or tar shards."""
+"""Users' own data: a folder with records.jsonl, captioned pictures, or webdataset's tar shards."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+
 from textharmony.boxes import check_box
-from textharmony.data.readers.reader import Entry, Reader, existing, parse_object, read_jsonl, text
+from textharmony.data.readers.reader import Entry, contains, find, jsonl_entries, parse_object, reads, text
 from textharmony.data.record import Record
-from textharmony.data.shards import read_shard
 from textharmony.images import Picture
 from textharmony.prompts import Task
 
-_RECORDS = "records.jsonl"
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
-_LOOKED_AT = 50
+_SHARDS = ("*.tar", "*.tar.gz")
 
 
-def _make(item: Mapping[str, Any], id: str, picture: Callable[[str], Picture]) -> Record:
-    """A record of its JSON: Record's own fields, with pictures by name."""
-    task = _task(item["task"])
+def _own_record(picture: Callable[[str], Picture], id: object, item: dict[str, Any]) -> Record:
+    """A record of its JSON, which has Record's fields, with the names of pictures."""
+    if (task := item.get("task")) not in list(Task):
+        raise ValueError(f"task is {task!r}, expected one of {', '.join(known.value for known in Task)}")
+    lists = {key: item.get(key, []) for key in ("images", "texts", "boxes", "words")}
+    if wrong := [key for key, value in lists.items() if not isinstance(value, list)]:
+        raise ValueError(f"{wrong[0]} is {lists[wrong[0]]!r}, expected a list")
     record = Record(
         str(item.get("id", id)),
-        task,
+        Task(task),
         str(item.get("source", "own")),
         text(item["prompt"]),
-        images=tuple(picture(text(name)) for name in item.get("images", [])),
-        texts=tuple(map(text, item.get("texts", []))),
+        images=tuple(picture(text(name)) for name in lists["images"]),
+        texts=tuple(map(text, lists["texts"])),
         target=picture(text(item["target"])) if item.get("target") else None,
-        boxes=tuple(map(check_box, item.get("boxes", []))),
-        words=tuple(map(text, item.get("words", []))),
+        boxes=tuple(map(check_box, lists["boxes"])),
+        words=tuple(map(text, lists["words"])),
         mask=picture(text(item["mask"])) if item.get("mask") else None,
         extra=item.get("extra", {}),
     )
-    if task is not Task.DRAW and not record.images:
-        raise ValueError(f"a record to {task.value} has no image")
-    if task.modality == "image" and record.target is None:
-        raise ValueError(f"a record to {task.value} has no target")
-    if task is Task.EDIT and record.mask is None and not record.boxes:
-        raise ValueError("a record to edit has neither boxes nor a mask")
-    if record.words and len(record.words) != len(record.boxes):
-        raise ValueError(f"{len(record.words)} words for {len(record.boxes)} boxes")
+    _check(record)
     return record
 
 
-def _task(name: object) -> Task:
-    if name not in [task.value for task in Task]:
-        raise ValueError(f"task is {name!r}, expected one of {', '.join(task.value for task in Task)}")
-    return Task(name)
+def _check(record: Record) -> None:
+    task, boxes, words = record.task, len(record.boxes), len(record.words)
+    about = f"a record to {task.value} has"
+    if task is not Task.DRAW and not record.images:
+        raise ValueError(f"{about} no image, expected one")
+    if task.modality == "image" and record.target is None:
+        raise ValueError(f"{about} no target, expected the picture to be drawn")
+    if task is Task.EDIT and record.mask is None and boxes != 1:
+        raise ValueError(f"{about} {boxes} boxes and no mask, expected one box or a mask")
+    if task is Task.LOCATE and not boxes:
+        raise ValueError(f"{about} no boxes, expected at least one")
+    if words != boxes and (words or task is Task.LOCATE):
+        raise ValueError(f"{about} {words} words for {boxes} boxes, expected as many words as boxes")
 
 
-def _folder_entries(folder: Path, split: str) -> Iterator[Entry]:
-    for i, (where, line) in enumerate(read_jsonl(folder / _RECORDS)):
-        yield where, partial(_folder_record, folder, str(i), line)
+@reads("folder", ("all",), contains("records.jsonl"))
+def folder_of_records(folder: Path, split: str) -> Iterator[Entry]:
+    """Records in a layout of ours.
+
+    records.jsonl, one line each with task, prompt, and as the task needs them images, texts, target, boxes
+    (thousandths), words, mask, id, source, extra; pictures by their path from the folder.
+    """
+    return jsonl_entries(folder / "records.jsonl", partial(_own_record, partial(find, folder)))
 
 
-def _folder_record(folder: Path, id: str, line: bytes) -> Record:
-    return _make(parse_object(line), id, lambda name: existing(folder / name))
-
-
-FOLDER = Reader(
-    "folder",
-    "ours: records.jsonl, one line each with task, prompt, and as the task needs them images, texts, target, boxes "
-    "(thousandths), words, mask, id, source, extra; pictures by their path from the folder",
-    ("all",),
-    lambda folder: (folder / _RECORDS).is_file(),
-    _folder_entries,
-)
-
-
-def _captioned_entries(folder: Path, split: str) -> Iterator[Entry]:
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for path in (Path(place, name) for name in sorted(names)):
-            if _is_picture(path):
-                yield str(path), partial(_captioned_record, folder, path)
-
-
-def _captioned_record(folder: Path, path: Path) -> Record:
-    caption = text(existing(path.with_suffix(".txt")).read_text(encoding="utf-8").strip())
-    id = path.relative_to(folder).with_suffix("").as_posix()
-    return Record(id, Task.DRAW, "own", caption, target=path)
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower().removeprefix(".") in _PICTURES
-
-
-def _recognises_captioned(folder: Path) -> bool:
-    """By the first pictures of the folder and of one folder in it: there may be millions."""
+def _is_captioned(folder: Path) -> bool:
+    """Look at the first 50 pictures of the folder and of one folder in it, because there may be millions."""
     inside = (path for path in folder.iterdir() if path.is_dir())
-    files = (path for place in (folder, *islice(inside, 1)) for path in place.iterdir())
-    return any(path.with_suffix(".txt").is_file() for path in islice(filter(_is_picture, files), _LOOKED_AT))
+    files = (path for parent in (folder, *islice(inside, 1)) for path in parent.iterdir())
+    pictures = (path for path in files if path.suffix.lower()[1:] in _PICTURES)
+    return any(path.with_suffix(".txt").is_file() for path in islice(pictures, 50))
 
 
-CAPTIONED = Reader(
-    "captioned",
-    "NAME.jpg (or png, webp, bmp), here or in folders, and NAME.txt, its caption, as img2dataset leaves them "
-    "with output_format files (huggingface.co/datasets/opendiffusionai/cc12m-4mp-realistic, crawl.sh, says so)",
-    ("all",),
-    _recognises_captioned,
-    _captioned_entries,
-)
+@reads("captioned", ("all",), _is_captioned)
+def captioned(folder: Path, split: str) -> Iterator[Entry]:
+    """Captioned pictures as img2dataset writes them with output_format files.
+
+    NAME.jpg (or png, webp, bmp), here or in folders, and NAME.txt, its caption (source:
+    huggingface.co/datasets/opendiffusionai/cc12m-4mp-realistic, crawl.sh).
+    """
+
+    def make(path: Path) -> Record:
+        caption = text(find(path.with_suffix(".txt")).read_text(encoding="utf-8").strip())
+        return Record(path.relative_to(folder).with_suffix("").as_posix(), Task.DRAW, "own", caption, target=path)
+
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for path in (Path(parent, name) for name in sorted(names)):
+            if path.suffix.lower()[1:] in _PICTURES:
+                yield str(path), partial(make, path)
 
 
-def _shard_entries(folder: Path, split: str) -> Iterator[Entry]:
-    for path in _shards(folder):
-        samples = read_shard(path)
-        while True:
-            try:
-                key, parts = next(samples)
-            except StopIteration:
-                break
-            except ValueError as error:
-                yield str(path), partial(_cut_off, error)
-                break
-            yield f"{path}:{key}", partial(_shard_record, key, parts)
+def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Stream the samples of a tar file, compressed or not: keys, each with the contents of its files by extension.
+
+    webdataset makes a sample of files that follow each other and share a key, which is a path up to the first dot of
+    the file's name. The extension is the rest of the name in lower case; files without one are passed over.
+
+    Raises:
+        ValueError: The file is no tar file or is cut off; the whole samples before that have been given.
+    """
+    errors: list[Exception] = []
+    begun = None  # the key of the last file that was begun
+
+    def begin(name: str) -> bool:
+        nonlocal begun
+        begun, _ = base_plus_ext(name)
+        return True
+
+    with path.open("rb") as file:  # opened here, because webdataset takes some paths for a URL or a shell command
+        source = [{"url": str(path), "stream": file}]
+        # An error is listed and ends the iteration: if it were raised, the sample before it would be lost.
+        files = tar_file_expander(source, handler=errors.append, select_files=begin)
+        for sample in group_by_keys(files, handler=errors.append):
+            if not errors or sample["__key__"] != begun:  # else a part of the sample is missing
+                yield sample["__key__"], {key: value for key, value in sample.items() if key[:2] != "__"}
+    if errors:
+        reason = str(errors[0].args[0]).partition(" @ ")[0]  # webdataset appends the open file
+        raise ValueError(f"{path} is not a sound tar file: {reason}") from errors[0]
 
 
-def _shards(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.tar"), *folder.glob("*.tar.gz")])
+@reads("shards", ("all",), contains(*_SHARDS))
+def shards(folder: Path, split: str) -> Iterator[Entry]:
+    """Tar files in the layout of github.com/webdataset/webdataset.
+
+    key.jpg with key.txt, or with a caption in key.json, as img2dataset writes them, are pictures to be drawn. A
+    key.json with task is a record as in records.jsonl, and names its pictures by their extensions, such as 'jpg' or
+    'target.png'.
+    """
+    for path in sorted(path for pattern in _SHARDS for path in folder.glob(pattern)):
+        try:
+            for key, parts in read_shard(path):
+                yield f"{path}:{key}", partial(_shard_record, key, parts)
+        except ValueError as error:
+            yield str(path), partial(_raise, error)
 
 
-def _cut_off(error: ValueError) -> Record:
+def _raise(error: ValueError) -> Record:
     raise error
 
 
 def _shard_record(key: str, parts: dict[str, bytes]) -> Record:
-    item = json.loads(parts["json"]) if "json" in parts else {}
-    if not isinstance(item, dict):
-        raise ValueError(f"{key}.json holds {type(item).__name__}, expected an object")
-    own = next((extension for extension in _PICTURES if extension in parts), None)
+    item = parse_object(parts["json"]) if "json" in parts else {}
     if "task" in item:
-        return _make(item, key, lambda name: parts[name])
-    if own is None:
-        raise ValueError(f"no picture, only {', '.join(sorted(parts))}")
+        return _own_record(parts.__getitem__, key, item)
+    picture = next((extension for extension in _PICTURES if extension in parts), None)
+    if picture is None:
+        raise ValueError(f"the files are {', '.join(sorted(parts))}, expected a picture among them")
     caption = parts["txt"].decode("utf-8").strip() if "txt" in parts else item.get("caption")
-    return Record(key, Task.DRAW, "own", text(caption), target=parts[own], extra=item)
+    return Record(key, Task.DRAW, "own", text(caption), target=parts[picture], extra=item)
 
 
-SHARDS = Reader(
-    "shards",
-    "webdataset's tar files (data.shards): key.jpg with key.txt or the caption of "
-    "key.json, as img2dataset writes them, are pictures to be drawn; a key.json with task is a record as in "
-    "records.jsonl, its pictures named by their extensions, such as 'jpg' or 'target.png'",
-    ("all",),
-    lambda folder: bool(_shards(folder)),
-    _shard_entries,
-)
+READERS = (folder_of_records, captioned, shards)

@@ -1,21 +1,24 @@
-"""What a reader of a data set is, and what all readers need: files, JSON, and scenes, which are asked several tasks."""
+"""What a reader of a data set is, and what all readers need: files, JSON, and scenes, about which several tasks ask."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from textharmony.boxes import Polygon, bounding_box, polygon_from_pixels
+from textharmony.boxes import Box, Polygon, bounding_box, polygon_from_pixels
 from textharmony.data.record import Record
 from textharmony.images import Picture, image_size
 from textharmony.prompts import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
 
-# Where an item stands, and a function that makes its record, or raises an error if the item is corrupt.
+# Where an item is, and a function that makes its record, or raises an error if the item is corrupt.
 Entry = tuple[str, Callable[[], Record]]
+Entries = Callable[[Path, str], Iterator[Entry]]  # of a folder and a split
 
 
 @dataclass(frozen=True)
@@ -25,58 +28,88 @@ class Reader:
     name: str  # as in read_dataset
     layout: str  # of its files, and where that is documented
     splits: tuple[str, ...]  # the first is the default
-    recognises: Callable[[Path], bool]  # whether a folder looks like this data set
-    entries: Callable[[Path, str], Iterator[Entry]]  # of a folder and a split
+    recognises: Callable[[Path], bool]  # whether a folder holds this data set
+    entries: Entries
     # What can be asked about the scenes of a data set, the default first. Empty: the entries are records as they are.
     tasks: tuple[Task, ...] = ()
 
 
-def existing(path: Path) -> Path:
-    """The path, if it is a file. Raises FileNotFoundError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return path
+def reads(
+    name: str, splits: tuple[str, ...], recognises: Callable[[Path], bool], tasks: tuple[Task, ...] = ()
+) -> Callable[[Entries], Reader]:
+    """Decorate a function that gives entries: it becomes a Reader with these fields, and its docstring the layout."""
+    return lambda entries: Reader(name, " ".join((entries.__doc__ or "").split()), splits, recognises, entries, tasks)
 
 
-def first_existing(folder: Path, names: Iterable[str]) -> Path:
-    """The first of folder's files or folders that exists. Raises FileNotFoundError."""
-    names = list(names)
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has none of {', '.join(names)}")
+def contains(*patterns: str) -> Callable[[Path], bool]:
+    """Make a test whether a folder has a file or a folder that matches one of the glob patterns."""
+    return lambda folder: any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def find(folder: Path, *names: str) -> Path:
+    """The first of these files in a folder, or without names the path; raise FileNotFoundError if there is none."""
+    paths = [folder / name for name in names] or [folder]
+    found = next(filter(Path.is_file, paths), None)
+    if found is None:
+        several = f"{folder} has none of {', '.join(names)}"
+        raise FileNotFoundError(several if len(paths) > 1 else f"{paths[0]} does not exist")
+    return found
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file, whole. Raises ValueError that names the file."""
+    """Parse a whole JSON file; raise ValueError that names the file."""
     try:
-        return json.loads(existing(path).read_text(encoding="utf-8-sig"))
+        return json.loads(find(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a JSONL file, not parsed yet, each with where it stands; the file is streamed."""
-    with existing(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", line
-
-
 def parse_object(line: bytes) -> dict[str, Any]:
-    """One line of JSONL. Raises ValueError where it is no JSON object."""
+    """Parse one JSON object; raise ValueError for anything else."""
     item = json.loads(line)
     if not isinstance(item, dict):
-        raise ValueError(f"a JSON object was expected, got {type(item).__name__}")
+        raise ValueError(f"the JSON is of type {type(item).__name__}, expected an object")
     return item
 
 
 def text(value: object) -> str:
-    """The value, if it is text that is not blank, and that UTF-8 can hold. Raises ValueError."""
+    """Return the value; raise ValueError if it is no text, if it is blank, or if UTF-8 cannot hold it."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"text was expected, got {value!r}")
+        raise ValueError(f"text is {value!r}, expected text that is not blank")
     value.encode()
     return value
+
+
+def list_entries(where: Path | str, items: Any, make: Callable[[int, Any], Record]) -> Iterator[Entry]:
+    """The entries of a list in a JSON file; `make` gets the index of an item and the item."""
+    if not isinstance(items, list):
+        raise ValueError(f"{where} holds {type(items).__name__}, expected a list")
+    for index, item in enumerate(items):
+        yield f"{where}[{index}]", partial(make, index, item)
+
+
+def jsonl_entries(path: Path, make: Callable[[int, Any], Record], only: str = "") -> Iterator[Entry]:
+    """Stream the entries of a JSONL file; `make` gets the index of a line and its object.
+
+    Blank lines are passed over, and lines without the text `only` are counted, but not parsed.
+    """
+
+    def parse(index: int, line: bytes) -> Record:
+        return make(index, parse_object(line))
+
+    with find(path).open("rb") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for index, (number, line) in enumerate(lines):
+            if only.encode() in line:
+                yield f"{path}:{number}", partial(parse, index, line)
+
+
+def pairs(flat: Iterable[float]) -> list[tuple[float, float]]:
+    """Pair x1, y1, x2, y2, ... as points; raise ValueError for fewer than three points or an odd count."""
+    numbers = [float(value) for value in flat]
+    if len(numbers) < 6 or len(numbers) % 2:
+        raise ValueError(f"an outline has {len(numbers)} numbers, expected x and y of three or more points")
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def scene(
@@ -89,35 +122,18 @@ def scene(
 ) -> Record:
     """A picture with its words in the data set's order, of which `scene_records` makes records.
 
-    Args:
-        id: Unique in the data set and split.
-        source: The data set's name.
-        picture: The picture.
-        lines: (word, outline in pixels); outlines without area are left out.
-        extra: What else the data set says; "caption" is the caption to draw.
-        size: (width, height) of the picture that the outlines were drawn on; None: the picture's own.
+    `lines` are words, each with its outline in pixels of a picture of `size` (width, height), which is this picture's
+    size if it is None; words whose outline has no area are left out. `extra["caption"]` is the caption to draw.
     """
     size = size or image_size(picture)
-    words: list[str] = []
-    polygons: list[Polygon] = []
+    outlined: list[tuple[str, Polygon, Box]] = []
     for word, outline in lines:
         polygon = polygon_from_pixels(outline, size)
-        try:
-            bounding_box(polygon)
-        except ValueError:
-            continue
-        words.append(word)
-        polygons.append(polygon)
+        with suppress(ValueError):  # it has no area
+            outlined.append((word, polygon, bounding_box(polygon)))
+    words, polygons, boxes = zip(*outlined, strict=True) if outlined else ((), (), ())
     return Record(
-        id,
-        Task.READ,
-        source,
-        READ_QUESTION,
-        images=(picture,),
-        boxes=tuple(map(bounding_box, polygons)),
-        words=tuple(words),
-        polygons=tuple(polygons),
-        extra=extra,
+        id, Task.READ, source, READ_QUESTION, (picture,), boxes=boxes, words=words, polygons=polygons, extra=extra
     )
 
 
@@ -130,27 +146,13 @@ def scene_records(scene: Record, task: Task) -> Iterator[Record]:
     caption, count = scene.extra.get("caption"), Counter(scene.words)
     if task is Task.READ and scene.words:
         yield replace(scene, texts=(" ".join(scene.words),))
-    elif task is Task.LOCATE:
-        for i, word in enumerate(scene.words):
-            if count[word] == 1:
-                yield replace(_one_word(scene, i), task=task, prompt=LOCATE_QUESTION.format(text=word))
-    elif task is Task.EDIT:
-        for i, word in enumerate(scene.words):
-            prompt = FILL_QUESTION.format(text=word)
-            yield replace(_one_word(scene, i), task=task, prompt=prompt, texts=(word,), target=scene.images[0])
     elif task is Task.DRAW and caption:
         yield replace(scene, task=task, prompt=caption, images=(), target=scene.images[0], texts=scene.words)
-
-
-def _one_word(scene: Record, i: int) -> Record:
-    one = slice(i, i + 1)
-    id, words = f"{scene.id}#{i}", scene.words[one]
-    return replace(scene, id=id, boxes=scene.boxes[one], words=words, polygons=scene.polygons[one])
-
-
-def pairs(flat: Iterable[float]) -> list[tuple[float, float]]:
-    """x1, y1, x2, y2, ... as points. Raises ValueError for fewer than three, or an odd count."""
-    numbers = [float(v) for v in flat]
-    if len(numbers) < 6 or len(numbers) % 2:
-        raise ValueError(f"an outline of {len(numbers)} numbers, expected x and y of three or more points")
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
+    elif task in (Task.LOCATE, Task.EDIT):
+        for i, word in enumerate(scene.words):
+            boxes, polygons = scene.boxes[i : i + 1], scene.polygons[i : i + 1]
+            one = replace(scene, id=f"{scene.id}#{i}", task=task, boxes=boxes, words=(word,), polygons=polygons)
+            if task is Task.EDIT:
+                yield replace(one, prompt=FILL_QUESTION.format(text=word), texts=(word,), target=scene.images[0])
+            elif count[word] == 1:
+                yield replace(one, prompt=LOCATE_QUESTION.format(text=word))

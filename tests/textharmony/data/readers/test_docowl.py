@@ -35,11 +35,12 @@ def test_docstruct4m(tmp_path: Path, paint, dump) -> None:
     assert detect(tmp_path) == ["docstruct4m"]
     parsed, grounded, recognised = read_dataset("docstruct4m", tmp_path)
     assert parsed.prompt == "Recognize text in the image."
-    assert (parsed.task, parsed.texts) == (Task.COMPREHENSION, ("<doc> Report\n 1993 </doc>",))
+    assert (parsed.task, parsed.texts) == (Task.ANSWER, ("<doc> Report\n 1993 </doc>",))
     assert parsed.load().size == (200, 100)
-    assert (grounded.task, grounded.texts, grounded.words) == (Task.PERCEPTION, (), ("Report",))
+    assert (grounded.task, grounded.texts, grounded.words) == (Task.LOCATE, (), ("Report",))
     assert grounded.boxes == ((17, 90, 512, 999),)  # 1003 is clipped, as their evaluation clips it
-    assert (recognised.texts, recognised.boxes) == (("Total 1993",), ((1, 2, 30, 40),))
+    assert (recognised.task, recognised.texts) == (Task.READ, ("Total 1993",))
+    assert (recognised.boxes, recognised.words) == (((1, 2, 30, 40),), ("Total 1993",))
     assert len({parsed.id, grounded.id, recognised.id}) == 3
     (val,) = read_dataset("docstruct4m", tmp_path, "val")
     assert val.texts == ("| a |",)
@@ -72,7 +73,7 @@ def test_tables_of_docdownstream(tmp_path: Path, paint, dump) -> None:
     dump(tmp_path / "train.jsonl", questions + facts + questions)
     assert detect(tmp_path) == ["tabfact", "wtq"]
     (record,) = read_dataset("tabfact", tmp_path)
-    assert (record.task, record.prompt, record.texts) == (Task.COMPREHENSION, "he won twice", ("1",))
+    assert (record.task, record.prompt, record.texts) == (Task.ANSWER, "he won twice", ("1",))
     (record,) = read_dataset("tabfact", tmp_path, "train")
     assert record.id == "train-1"
     assert [r.load().size for r in read_dataset("wtq", tmp_path, "train")] == [(64, 64)] * 2

@@ -1,53 +1,10 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
 from textharmony.data.readers.drawing import quoted
-from textharmony.prompts import Task
-
-
-@pytest.fixture
-def laion(tmp_path: Path, paint, dump) -> Path:
-    for key in ("283305839", "283305840", "283305841"):
-        item = tmp_path / "28330" / key
-        paint(item / "image.jpg", (512, 512), SALE=(100, 100))
-        (item / "caption.txt").write_text("A summer sale poster\n")
-        (item / "ocr.txt").write_text(
-            "SALE 100,100,150,100,150,130,100,130 0.98\nNow 256,256,512,256,512,300,256,300 0.5\n"
-        )
-        np.save(item / "charseg.npy", np.zeros((512, 512), np.int64))
-        dump(item / "info.json", {"original_height": 600, "original_width": 600})
-    (tmp_path / "28330" / "283305841" / "image.jpg").unlink()  # its link was dead
-    (tmp_path / "mario-laion-test-index.txt").write_text("28330_283305840\n")
-    return tmp_path
-
-
-def test_mario_laion_is_drawn(laion: Path) -> None:
-    assert detect(laion) == ["mario-laion"]
-    faults = Faults()
-    (record,) = read_dataset("mario-laion", laion, faults=faults)
-    assert (record.id, record.task) == ("283305839", Task.GENERATION)
-    assert (record.prompt, record.images, record.texts) == ("A summer sale poster", (), ("SALE", "Now"))
-    assert record.load_target().size == (512, 512)
-    assert np.allclose(record.boxes[1], (499.5, 499.5, 999, 585.35), atol=0.01)
-    assert ["image.jpg" in fault.reason for fault in faults.listed] == [True]
-    assert [r.id for r in read_dataset("mario-laion", laion, "test")] == ["283305840"]
-
-
-def test_mario_laion_is_edited(laion: Path) -> None:
-    records = list(read_dataset("mario-laion", laion, view="edit"))
-    assert [record.texts for record in records] == [("SALE",), ("Now",)]
-    assert np.asarray(records[0].load_mask())[115, 125] == 255
-
-
-def test_mario_laion_without_an_index_has_no_test_split(laion: Path) -> None:
-    (laion / "mario-laion-test-index.txt").unlink()
-    assert len(list(read_dataset("mario-laion", laion))) == 2
-    with pytest.raises(FileNotFoundError, match="mario-laion-test-index"):
-        list(read_dataset("mario-laion", laion, "test"))
 
 
 def test_mario_eval(tmp_path: Path, paint) -> None:

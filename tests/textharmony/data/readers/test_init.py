@@ -6,31 +6,32 @@ import pytest
 
 from textharmony.data.faults import Faults, TooManyFaults
 from textharmony.data.readers import READERS, detect, read_dataset
+from textharmony.prompts import Task
 
 
-def test_names_and_splits() -> None:
-    asked_for = {
+def test_every_reader_has_its_name_splits_and_layout() -> None:
+    expected = {
         "mario-laion", "docstruct4m", "anyword-3m", "textvqa", "docvqa", "infovqa", "chartqa", "tabfact", "wtq",
         "ocrbench", "coco-text", "icdar2015", "textseg", "anytext-benchmark", "mario-eval", "detailedtextcaps",
     }  # fmt: skip
-    assert asked_for <= set(READERS)
+    assert expected <= set(READERS)
     assert all(reader.name == name and reader.splits and reader.layout for name, reader in READERS.items())
 
 
-def test_what_is_asked_for_in_vain_is_said_at_once(tmp_path: Path) -> None:
+def test_unknown_names_splits_and_tasks_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data set is 'imagenet', expected one of mario-laion"):
         read_dataset("imagenet", tmp_path)
     with pytest.raises(ValueError, match="split of textvqa is 'dev', expected one of val, train, test"):
         read_dataset("textvqa", tmp_path, "dev")
-    with pytest.raises(ValueError, match="view of textvqa is 'edit', expected None"):
-        read_dataset("textvqa", tmp_path, view="edit")
-    with pytest.raises(ValueError, match="view of icdar2015 is 'draw', expected read or locate or edit"):
-        read_dataset("icdar2015", tmp_path, view="draw")
+    with pytest.raises(ValueError, match="task of textvqa is 'edit', expected None"):
+        read_dataset("textvqa", tmp_path, task=Task.EDIT)
+    with pytest.raises(ValueError, match="task of icdar2015 is 'draw', expected read or locate or edit"):
+        read_dataset("icdar2015", tmp_path, task=Task.DRAW)
     with pytest.raises(FileNotFoundError, match="absent is not a folder"):
         read_dataset("textvqa", tmp_path / "absent")
 
 
-def test_annotations_that_are_no_json_name_their_file(tmp_path: Path) -> None:
+def test_an_error_in_json_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "TextVQA_0.5.1_val.json").write_text('{"data": [')
     with pytest.raises(ValueError, match=r"TextVQA_0\.5\.1_val\.json is not JSON"):
         list(read_dataset("textvqa", tmp_path))
@@ -40,7 +41,7 @@ def test_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
     assert detect(tmp_path) == []
 
 
-def test_a_tar_beside_a_data_set_is_what_it_was_unpacked_from(tmp_path: Path, dump) -> None:
+def test_tar_files_beside_a_data_set_are_not_shards(tmp_path: Path, dump) -> None:
     (tmp_path / "imgs.tar.gz").write_bytes(b"")
     assert detect(tmp_path) == ["shards"]
     dump(tmp_path / "struct_aware_parse.jsonl", [])
@@ -49,7 +50,7 @@ def test_a_tar_beside_a_data_set_is_what_it_was_unpacked_from(tmp_path: Path, du
 
 def test_text_that_utf8_cannot_hold_and_endless_brackets_are_faults(tmp_path: Path, paint) -> None:
     paint(tmp_path / "a.png")
-    head = b'{"task": "generation", "target": "a.png", "prompt": "'
+    head = b'{"task": "draw", "target": "a.png", "prompt": "'
     lines = [head + b'\\ud800"}', head + b'\xff"}', b"[" * 200000, head + b'fine"}']
     (tmp_path / "records.jsonl").write_bytes(b"\n".join(lines))
     faults = Faults()
@@ -57,8 +58,8 @@ def test_text_that_utf8_cannot_hold_and_endless_brackets_are_faults(tmp_path: Pa
     assert len(faults.listed) == 3
 
 
-def test_past_the_threshold_the_reading_stops(tmp_path: Path, dump) -> None:
-    dump(tmp_path / "records.jsonl", [{"task": "generation"}] * 30)
+def test_reading_stops_past_the_threshold(tmp_path: Path, dump) -> None:
+    dump(tmp_path / "records.jsonl", [{"task": "draw"}] * 30)
     with pytest.raises(TooManyFaults, match=r"21 of 21 records are corrupt, at most 1\.00%"):
         list(read_dataset("folder", tmp_path))
     faults = Faults(max_share=1)
@@ -69,19 +70,37 @@ def test_past_the_threshold_the_reading_stops(tmp_path: Path, dump) -> None:
 DOCS = Path(__file__).parents[4] / "docs" / "data.md"
 
 
-def test_the_docs_table_tells_of_every_reader() -> None:
-    rows = [line.split("|")[1:4] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
-    told = {}
-    for names, splits, views in rows:
+def test_annotations_in_another_layout_name_the_expected_one(tmp_path: Path, dump) -> None:
+    dump(tmp_path / "TextVQA_0.5.1_val.json", {"questions": []})
+    with pytest.raises(
+        ValueError, match=r"is not laid out as textvqa: KeyError 'data'\. Expected: TextVQA in the layout"
+    ):
+        list(read_dataset("textvqa", tmp_path))
+    dump(tmp_path / "TextVQA_0.5.1_val.json", {"data": {}})
+    with pytest.raises(ValueError, match=r"TextVQA_0\.5\.1_val\.json holds dict, expected a list"):
+        list(read_dataset("textvqa", tmp_path))
+
+
+def test_every_reader_tells_where_its_layout_is_documented() -> None:
+    """A repository, a site, or ours."""
+    for reader in READERS.values():
+        assert re.search(r"\w/[\w-]+|\w\.\w+/|of ours|textharmony", reader.layout), reader.name
+
+
+def test_the_table_in_the_docs_has_every_reader() -> None:
+    _, table = DOCS.read_text().split("## Data sets")
+    rows = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| `")]
+    listed = {}
+    for names, splits, tasks in rows:
         for name in names.replace("`", "").split(","):
-            told[name.strip()] = (splits.strip(), views.strip())
-    assert set(told) == set(READERS)
+            listed[name.strip()] = (splits.strip(), tasks.strip())
+    assert set(listed) == set(READERS)
     for name, reader in READERS.items():
-        assert told[name][1] == ", ".join(reader.views)
-        assert name == "mario-eval" or told[name][0] == ", ".join(reader.splits)
+        assert listed[name][1] == ", ".join(task.value for task in reader.tasks)
+        assert name == "mario-eval" or listed[name][0] == ", ".join(reader.splits)
 
 
-def test_the_docs_code_runs(
+def test_the_code_in_the_docs_runs(
     tmp_path: Path, paint, dump, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paint(tmp_path / "TextVQA" / "train_images" / "a.jpg")
@@ -94,7 +113,15 @@ def test_the_docs_code_runs(
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     exec(compile(code, str(DOCS), "exec"), {})
-    assert capsys.readouterr().out == "1\n"
+    assert capsys.readouterr().out in ("0 textvqa answer (200, 100)\n", "0 anyword-3m edit (512, 512)\n")
+
+
+def test_the_record_in_the_docs_is_read(tmp_path: Path, paint) -> None:
+    paint(tmp_path / "a.png")
+    (line,) = re.findall(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (tmp_path / "records.jsonl").write_text(line)
+    (record,) = read_dataset("folder", tmp_path)
+    assert (record.task, record.words, record.load().size) == (Task.LOCATE, ("OPEN",), (200, 100))
 
 
 def test_detecting_does_not_walk_through_a_large_data_set(

@@ -1,15 +1,18 @@
-"""Annotations with one value replaced: read, or refused with what a user can make sense of, and nothing else."""
+"""Annotations with one value replaced are read, or refused with a clear message; nothing else happens."""
 
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from textharmony.config import ModelConfig
+from textharmony.data.batch import Collator
 from textharmony.data.faults import Faults
 from textharmony.data.readers import read_dataset
-from textharmony.data.samples import load_samples
 
 OTHERS = (None, True, -1, 7.5, float("nan"), "", "x", [], [1], {}, {"x": 1}, "\ud800", 10**400)
 MARK = {"polygon": [[9, 9], [99, 9], [99, 99]], "text": "A", "language": "Latin", "valid": True}
@@ -41,7 +44,10 @@ CASES = {
     "detailedtextcaps": ("captions.jsonl", [{"target_image": "a.jpg", "info": "a", "words": ["A"]}]),
     "folder": (
         "records.jsonl",
-        [{"task": "perception", "prompt": "?", "images": ["a.jpg"], "boxes": [[1, 2, 3, 4]], "words": ["A"]}],
+        [
+            {"id": "1", "source": "s", "extra": {"x": 1}, "texts": ["A"]}
+            | {"task": "locate", "prompt": "?", "images": ["a.jpg"], "boxes": [[1, 2, 3, 4]], "words": ["A"]}
+        ],
     ),
 }
 
@@ -54,9 +60,12 @@ def nodes(content: object) -> list[tuple[object, object]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_but_faults_and_clear_errors(name: str, tmp_path: Path, paint: Callable, dump: Callable) -> None:
-    for place in ("a.jpg", "val/a.jpg", "train_images/a.jpg", "test/png/a.jpg", "image/a.jpg", "images/a.jpg"):
-        paint(tmp_path / place, (100, 100))
+def test_a_mutation_leads_to_faults_or_clear_errors_alone(
+    name: str, tmp_path: Path, paint: Callable, dump: Callable, config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    collator = Collator(replace(config, layout=None), tokenizer)
+    for picture in ("a.jpg", "val/a.jpg", "train_images/a.jpg", "test/png/a.jpg", "image/a.jpg", "images/a.jpg"):
+        paint(tmp_path / picture, (100, 100))
     paint(tmp_path / "semantic_label" / "a_maskfg.png")
     dump(tmp_path / "test" / "test_augmented.json", [])
     dump(tmp_path / "split.json", {"train": ["a"]})
@@ -72,13 +81,15 @@ def test_nothing_but_faults_and_clear_errors(name: str, tmp_path: Path, paint: C
             else:
                 container[key] = rng.choice(OTHERS)
         dump(tmp_path / file, changed)
-        faults = Faults(max_share=1)
+        faults, encoded = Faults(max_share=1), Faults(max_share=1)
         try:
-            samples = list(load_samples(read_dataset(name, tmp_path, faults=faults), Faults(max_share=1)))
+            for record in read_dataset(name, tmp_path, faults=faults):
+                with encoded.skipping(record.id):
+                    collator.encode(record)
         except (ValueError, FileNotFoundError) as error:
             assert str(tmp_path) in str(error)
             outcomes["refused"] += 1
         else:
-            outcomes["read" if samples else "skipped"] += 1
-            assert number or len(samples) == 1, [str(fault) for fault in faults.listed]
+            outcomes["read" if encoded.good else "skipped"] += 1
+            assert number or encoded.good == 1, [*faults.listed, *encoded.listed]
     assert outcomes["read"] > 3 and outcomes["skipped"] > 3, outcomes

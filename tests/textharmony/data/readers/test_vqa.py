@@ -1,9 +1,11 @@
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from textharmony.data.faults import Faults
 from textharmony.data.readers import detect, read_dataset
+from textharmony.data.readers.vqa import OCRBENCH_PARTS
 from textharmony.prompts import Task
 
 
@@ -27,7 +29,7 @@ def test_textvqa(tmp_path: Path, paint, dump) -> None:
     dump(tmp_path / "TextVQA_0.5.1_test.json", head | {"data": [question | {"image_id": "aa"}]})
     assert detect(tmp_path) == ["textvqa"]
     (record,) = read_dataset("textvqa", tmp_path)
-    assert (record.id, record.task, record.source) == ("34602", Task.COMPREHENSION, "textvqa")
+    assert (record.id, record.task, record.source) == ("34602", Task.ANSWER, "textvqa")
     assert record.prompt == "what is the brand of this camera?"
     assert record.texts == tuple(answers)  # all ten, in order: the metric averages over annotators
     assert record.load().size == (200, 100)
@@ -155,3 +157,51 @@ def test_corrupt_questions_are_skipped_and_listed(tmp_path: Path, paint, dump) -
     assert [fault.where.rsplit("[")[-1] for fault in faults.listed] == ["1]", "2]", "3]", "4]", "5]"]
     reasons = [fault.reason for fault in faults.listed]
     assert reasons[0] == "no 'question'" and "absent.jpg does not exist" in reasons[1]
+
+
+def ocrbench_item(kind: str, answers: object, path: str = "IIIT5K/test/5864_1.png") -> dict[str, object]:
+    return {
+        "dataset_name": "IIIT5K",
+        "id": 0,
+        "image_path": path,
+        "question": "what is written in the image?",
+        "answers": answers,
+        "type": kind,
+    }
+
+
+def test_ocrbench(tmp_path: Path, paint, dump) -> None:
+    paint(tmp_path / "OCRBench_Images" / "IIIT5K" / "test" / "5864_1.png", (40, 20))
+    formula = ocrbench_item("Handwritten Mathematical Expression Recognition", "x > - \\frac { 5 } { 2 }\n")
+    items = [
+        ocrbench_item("Regular Text Recognition", ["CENTRE"]),
+        formula,
+        ocrbench_item("Doc-oriented VQA", ["a", "b"]),
+    ]
+    dump(tmp_path / "OCRBench" / "OCRBench.json", items)
+    assert detect(tmp_path) == ["ocrbench"]
+    read, written, asked = read_dataset("ocrbench", tmp_path)
+    assert (read.task, read.texts, read.load().size) == (Task.READ, ("CENTRE",), (40, 20))
+    assert written.texts == ("x > - \\frac { 5 } { 2 }\n",)  # as it stands: the metric strips it
+    assert (written.extra["part"], asked.extra["part"]) == ("formulae", "document VQA")
+    assert (asked.task, asked.texts) == (Task.ANSWER, ("a", "b"))
+    assert [read.id, written.id, asked.id] == ["0", "1", "2"]
+
+
+def test_ocrbench_has_ten_types_in_five_parts() -> None:
+    assert len(OCRBENCH_PARTS) == 10
+    assert Counter(OCRBENCH_PARTS.values()) == {
+        "recognition": 6,
+        "scene VQA": 1,
+        "document VQA": 1,
+        "key information": 1,
+        "formulae": 1,
+    }
+
+
+def test_an_unknown_type_of_ocrbench_is_a_fault(tmp_path: Path, paint, dump) -> None:
+    paint(tmp_path / "images" / "IIIT5K" / "test" / "5864_1.png")
+    dump(tmp_path / "OCRBench.json", [ocrbench_item("Singing", ["la"]), ocrbench_item("Doc-oriented VQA", [])])
+    faults = Faults()
+    assert list(read_dataset("ocrbench", tmp_path, faults=faults)) == []
+    assert "Singing" in faults.listed[0].reason and "empty" in faults.listed[1].reason
