@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine that misbehaves as it is told to."""
+"""A local chat endpoint that misbehaves as a test wants."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -18,17 +19,17 @@ Behaviour = Callable[["Handler"], None]
 
 @dataclass(frozen=True)
 class Request:
-    """One request, as it came: words are those of the last list in its last turn."""
+    """One request; `words` are those of the last list in its last turn."""
 
     time: float
     path: str
-    headers: dict[str, str]
+    headers: Message
     body: dict[str, Any]
     words: tuple[str, ...]
 
 
 class ChatServer(ThreadingHTTPServer):
-    """plan: from the words of a request and how many requests came before it for the same words, what to do."""
+    """`plan` maps the words of a request, and the number of earlier requests with the same words, to a behaviour."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -43,7 +44,7 @@ class ChatServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request: object, address: object) -> None:
-        """Clients that hang up are what the tests are about."""
+        """Print no traceback for clients that hang up."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -54,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][-1]["content"][-1]["text"]
         self.words = tuple(json.loads(re.findall(r"\[.*\]", text)[-1])) if "[" in text else ()
-        request = Request(time.monotonic(), self.path, dict(self.headers), body, self.words)
+        request = Request(time.monotonic(), self.path, self.headers, body, self.words)
         with self.server.lock:
             before = sum(other.words == self.words for other in self.server.requests)
             self.server.requests.append(request)
@@ -71,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Says nothing."""
+        """Print nothing."""
 
 
 def completion(text: str | None, finish_reason: str = "stop") -> bytes:
@@ -81,7 +82,7 @@ def completion(text: str | None, finish_reason: str = "stop") -> bytes:
 
 
 def answer(text: str | None = None, finish_reason: str = "stop") -> Behaviour:
-    """A caption, by default one with all words."""
+    """Answer with a caption, by default one with all words."""
 
     def behave(handler: Handler) -> None:
         with handler.server.lock:
@@ -97,7 +98,7 @@ def status(code: int, body: bytes = b"no", **headers: str) -> Behaviour:
 
 
 def echo_key(code: int) -> Behaviour:
-    """The endpoint tells the key back, as some do of a wrong one."""
+    """Repeat the key in the body, as some endpoints do when it is wrong."""
     return lambda handler: handler.respond(code, f"wrong: {handler.headers['Authorization']}".encode())
 
 
@@ -106,7 +107,7 @@ def hang(handler: Handler) -> None:
 
 
 def drip(handler: Handler) -> None:
-    """A good answer, too slowly: each byte comes long before any timeout of a single read."""
+    """Send a good answer too slowly, although each byte comes long before the timeout of a single read."""
     whole = completion("late")
     handler.wfile.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(whole)}\r\n\r\n".encode())
     _drip(handler, whole)
@@ -152,6 +153,15 @@ def no_http(handler: Handler) -> None:
 
 def endless(handler: Handler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    _write_on(handler)
+
+
+def endless_error(handler: Handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 500 Broken\r\nConnection: close\r\n\r\n")
+    _write_on(handler)
+
+
+def _write_on(handler: Handler) -> None:
     with suppress(OSError):
         while not handler.server.closing.is_set():
             handler.wfile.write(b" " * 65536)
@@ -167,6 +177,7 @@ MISBEHAVIOURS: dict[str, Behaviour] = {
     "hang_up": hang_up,
     "no_http": no_http,
     "endless": endless,
+    "endless_error": endless_error,
     "html": status(200, b"<html>gateway</html>"),
     "no_choices": status(200, b'{"choices": []}'),
     "wrong_types": status(200, b'{"choices": {"0": 1}}'),

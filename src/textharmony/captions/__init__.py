@@ -1,1 +1,1 @@
-"""Captions for pictures of one's own, written by a multimodal model."""
+"""Captions for your own pictures, written by a multimodal model."""

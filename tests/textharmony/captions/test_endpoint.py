@@ -3,6 +3,7 @@ import io
 import shutil
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_llava
+import torch
 from chat_server import MISBEHAVIOURS, Behaviour, ChatServer, answer, completion, echo_key, status
 from PIL import Image
 
-from textharmony.captions.endpoint import KEY_VARIABLE, ChatRefused, Endpoint, LocalChat, RequestFailed, _seconds
+from textharmony.captions.endpoint import (
+    KEY_VARIABLE,
+    ChatRefused,
+    ChatSettings,
+    Endpoint,
+    EndpointSettings,
+    LocalChat,
+    RequestFailed,
+)
 
 KEY = "sk-very/secret+key=="
 TURNS = [("system", "be brief"), ("user", 'read ["A1"]')]
@@ -34,7 +44,8 @@ def picture() -> Image.Image:
 def ask(server: ChatServer, picture: Image.Image) -> Ask:
     def ask(log: Log | None = None, **settings: object) -> tuple[str, Log]:
         log = [] if log is None else log
-        endpoint = Endpoint(server.url, "m", **{"timeout": 5.0, "backoff": 0.01, **settings})
+        requests = EndpointSettings(**{"timeout": 5.0, "backoff": 0.01, **settings})
+        endpoint = Endpoint(server.url, "m", requests=requests)
         return endpoint(picture, TURNS, lambda *row: log.append(row), threading.Event()), log
 
     return ask
@@ -44,16 +55,16 @@ def first(behaviour: Behaviour, times: int = 1) -> Callable[[tuple[str, ...], in
     return lambda words, before: behaviour if before < times else answer()
 
 
-def test_a_request_is_as_openai_lays_it_out(
+def test_a_request_has_openais_layout(
     server: ChatServer, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, f" {KEY}\n")
     log: Log = []
     turns = [*TURNS, ("assistant", "a sign"), ("user", "more")]
-    endpoint = Endpoint(server.url + "/?version=2", "some/model", temperature=0.5, max_tokens=7)
+    endpoint = Endpoint(server.url + "/?version=2&a=1&a=%20", "some/model", ChatSettings(temperature=0.5, max_tokens=7))
     assert endpoint(picture, turns, lambda *row: log.append(row), threading.Event()) == "A sign that says"
     (request,) = server.requests
-    assert request.path == "/v1/chat/completions?version=2"
+    assert request.path == "/v1/chat/completions?version=2&a=1&a=%20"
     assert request.headers["Authorization"] == f"Bearer {KEY}"
     messages = request.body.pop("messages")
     assert request.body == {"model": "some/model", "temperature": 0.5, "max_tokens": 7}
@@ -72,12 +83,40 @@ def test_a_request_is_as_openai_lays_it_out(
     assert [row[:2] + row[3:] for row in log] == [(1, 200, None)]
 
 
-def test_without_a_key_or_temperature_none_is_sent(
+def test_a_missing_key_or_temperature_is_not_sent(
+    server: ChatServer, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    endpoint = Endpoint(server.url, "m", ChatSettings(temperature=None))
+    endpoint(picture, TURNS, lambda *row: None, threading.Event())
+    assert "Authorization" not in server.requests[0].headers and "temperature" not in server.requests[0].body
+
+
+def test_other_environment_variables_have_no_effect(
     server: ChatServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    ask(temperature=None)
-    assert "Authorization" not in server.requests[0].headers and "temperature" not in server.requests[0].body
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET", "BASE_URL"):
+        monkeypatch.setenv(f"OPENAI_{name}", "http://127.0.0.1:9/leak")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer leak\nX-Gateway: leak\nIdempotency-Key: leak")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    ask(max_retries=0)
+    assert "leak" not in str(server.requests[0].headers)
+
+
+def test_a_missing_openai_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "textharmony.captions.client", raising=False)
+    with pytest.raises(ImportError, match=r"slidelora\[captions\]"):
+        Endpoint("http://localhost/v1", "m")
+
+
+def test_settings_are_imported_without_heavy_packages() -> None:
+    code = """import sys, textharmony.captions.build, textharmony.captions.endpoint
+print(sorted({"torch", "transformers", "openai", "httpx2", "PIL", "numpy"} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
@@ -86,14 +125,14 @@ def test_a_misbehaving_endpoint_is_asked_again(server: ChatServer, ask: Ask, nam
     started = time.monotonic()
     text, log = ask(timeout=0.4)
     assert text == 'A sign that says "A1"'
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 5
     assert [row[0] for row in log] == [1, 2, 3] and len(server.requests) == 3
     assert all(row[3] for row in log[:2]) and log[2][3] is None and log[2][1] == 200
     assert len({request.headers["Idempotency-Key"] for request in server.requests}) == 1
     if name.isdecimal():
         assert [row[1] for row in log[:2]] == [int(name)] * 2 and name in str(log[0][3])
     if name in ("hang", "drip", "drip_headers"):
-        assert all("no whole answer within 0.4 s" in str(row[3]) and 0.4 <= row[2] < 1 for row in log[:2])
+        assert all("no whole answer within 0.4 s" in str(row[3]) and 0.3 < row[2] < 1.5 for row in log[:2])
 
 
 def test_it_gives_up_after_max_retries(server: ChatServer, ask: Ask) -> None:
@@ -113,26 +152,26 @@ def test_a_request_that_is_not_accepted_is_not_repeated(server: ChatServer, ask:
 
 
 @pytest.mark.parametrize("code", [401, 402, 403, 404, 302, 307])
-def test_an_endpoint_that_refuses_all_is_not_asked_again(server: ChatServer, ask: Ask, code: int) -> None:
+def test_an_endpoint_that_refuses_everything_is_not_asked_again(server: ChatServer, ask: Ask, code: int) -> None:
     server.plan = first(status(code, Location=server.url), times=99)
     with pytest.raises(ChatRefused, match=f"127.0.0.1 refuses every request: status {code}"):
         ask()
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(("reason", "said"), [("length", "max_tokens"), ("content_filter", "content filter")])
-def test_a_cut_answer_is_no_answer(server: ChatServer, ask: Ask, reason: str, said: str) -> None:
+@pytest.mark.parametrize(("reason", "named"), [("length", "max_tokens"), ("content_filter", "content filter")])
+def test_a_cut_answer_is_no_answer(server: ChatServer, ask: Ask, reason: str, named: str) -> None:
     server.plan = first(answer("A sign that sa", reason), times=99)
     log: Log = []
-    with pytest.raises(RequestFailed, match=said):
+    with pytest.raises(RequestFailed, match=named):
         ask(log)
-    assert len(server.requests) == 1 and [row[1] for row in log] == [200] and said in str(log[0][3])
+    assert len(server.requests) == 1 and [row[1] for row in log] == [200] and named in str(log[0][3])
 
 
 def test_a_closed_port_is_tried_again(picture: Image.Image, server: ChatServer) -> None:
     server.server_close()
     log: Log = []
-    endpoint = Endpoint(server.url, "m", backoff=0.01, max_retries=2)
+    endpoint = Endpoint(server.url, "m", requests=EndpointSettings(backoff=0.01, max_retries=2))
     with pytest.raises(RequestFailed, match="ConnectionRefusedError"):
         endpoint(picture, TURNS, lambda *row: log.append(row), threading.Event())
     assert [row[:2] for row in log] == [(1, None), (2, None), (3, None)]
@@ -147,17 +186,17 @@ def in_threads(count: int, work: Callable[[], object]) -> None:
 
 
 def test_requests_are_spaced_over_all_threads(server: ChatServer, picture: Image.Image) -> None:
-    endpoint = Endpoint(server.url, "m", requests_per_minute=600)
+    endpoint = Endpoint(server.url, "m", requests=EndpointSettings(requests_per_minute=600))
     in_threads(8, lambda: endpoint(picture, TURNS, lambda *row: None, threading.Event()))
     times = sorted(request.time for request in server.requests)
     assert len(times) == 8
-    assert all(times[i + 3] - times[i] > 0.2 for i in range(5))  # 3 gaps of 0.1 s, some of it lost on the way
+    assert all(times[i + 3] - times[i] > 0.2 for i in range(5))  # 3 gaps of 0.1 s, less what the network varies
     assert times[-1] - times[0] > 0.6
 
 
 def test_retry_after_holds_all_threads(server: ChatServer, picture: Image.Image) -> None:
     server.plan = lambda words, before: status(429, Retry_After="0.6") if before == 0 else answer()
-    endpoint = Endpoint(server.url, "m", requests_per_minute=1200, backoff=0.0)
+    endpoint = Endpoint(server.url, "m", requests=EndpointSettings(requests_per_minute=1200, backoff=0.0))
     in_threads(4, lambda: endpoint(picture, TURNS, lambda *row: None, threading.Event()))
     times = sorted(request.time for request in server.requests)
     late = [t - times[0] for t in times if t - times[0] > 0.3]
@@ -165,25 +204,32 @@ def test_retry_after_holds_all_threads(server: ChatServer, picture: Image.Image)
     assert server.answered[("A1",)] == 4
 
 
-def test_a_wait_of_hours_ends_the_run(server: ChatServer, ask: Ask) -> None:
-    server.plan = first(status(429, Retry_After="7200"), times=99)
-    with pytest.raises(ChatRefused, match="429 and asks to wait 7200 s"):
+@pytest.mark.parametrize("wait", ["7200", " 7200.5 ", format_datetime(datetime.now(timezone.utc) + timedelta(hours=2))])
+def test_a_wait_of_hours_ends_the_run(server: ChatServer, ask: Ask, wait: str) -> None:
+    server.plan = first(status(429, Retry_After=wait), times=99)
+    with pytest.raises(ChatRefused, match=r"asks to wait 7[12]\d\d s") as error:
         ask()
-    assert len(server.requests) == 1
+    assert len(server.requests) == 1 and "127.0.0.1" in str(error.value)
 
 
-def test_retry_after_in_all_its_forms() -> None:
-    soon = datetime.now(timezone.utc) + timedelta(seconds=60)
-    assert 58 < (_seconds(format_datetime(soon, usegmt=True)) or 0) <= 60
-    assert _seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [_seconds(v) for v in ("7", " 7 ", "0.5", "0", "-3")] == [7, 7, 0.5, 0, 0]
-    assert [_seconds(v) for v in (None, "", "soon", "nan", "inf", "99999-13-45", "Wed, 99 Oct 2015")] == [None] * 7
+@pytest.mark.parametrize("wait", ["0", "-3", "0.05", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_wait_that_is_over_replaces_the_backoff(server: ChatServer, ask: Ask, wait: str) -> None:
+    server.plan = first(status(503, Retry_After=wait))
+    started = time.monotonic()
+    ask(backoff=60.0)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("wait", ["", "soon", "nan", "inf", "1e999", "99999-13-45", "Wed, 21 Oct 99999 07:28:00 GMT"])
+def test_a_wait_that_is_no_time_is_ignored(server: ChatServer, ask: Ask, wait: str) -> None:
+    server.plan = first(status(503, Retry_After=wait))
+    assert ask()[0] == 'A sign that says "A1"'
 
 
 def test_stop_ends_the_waiting(server: ChatServer, picture: Image.Image) -> None:
     for plan, settings in ((status(500), {"backoff": 60.0}), (status(503, Retry_After="60"), {})):
         server.plan = first(plan, times=99)
-        endpoint, stop = Endpoint(server.url, "m", **settings), threading.Event()
+        endpoint, stop = Endpoint(server.url, "m", requests=EndpointSettings(**settings)), threading.Event()
         threading.Timer(0.3, stop.set).start()
         started = time.monotonic()
         with pytest.raises(RequestFailed, match="stopped"):
@@ -192,7 +238,7 @@ def test_stop_ends_the_waiting(server: ChatServer, picture: Image.Image) -> None
 
 
 @pytest.mark.parametrize("code", [400, 401, 500])
-def test_the_key_is_told_to_nobody(server: ChatServer, ask: Ask, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_no_message_contains_the_key(server: ChatServer, ask: Ask, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     server.plan = first(echo_key(code), times=99)
     log: Log = []
@@ -204,58 +250,68 @@ def test_the_key_is_told_to_nobody(server: ChatServer, ask: Ask, monkeypatch: py
 
 
 @pytest.mark.parametrize("key", ["sk-abc\r\nHost: evil", "sk-ä", "sk a"])
-def test_a_key_that_is_no_header_is_refused_unseen(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_no_header_may_have_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv(KEY_VARIABLE, key)
     with pytest.raises(ValueError, match=KEY_VARIABLE) as error:
         Endpoint("http://localhost/v1", "m")
     assert "sk" not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://a/v1", "", "http://", "http://a/v 1", "http://a/ä"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "ftp://a/v1", "", "http://", "http://a/v 1", "http://a/ä", "http://a:99999/v1"]
+)
 def test_a_bad_address_is_named(url: str) -> None:
     with pytest.raises(ValueError, match="endpoint is"):
         Endpoint(url, "m")
 
 
-def test_a_login_in_the_address_is_refused_unseen() -> None:
+def test_a_login_in_the_address_is_refused_without_showing_it() -> None:
     with pytest.raises(ValueError, match="no login in it") as error:
         Endpoint("https://me:secret@host/v1", "m")
     assert "secret" not in str(error.value) and "host/v1" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "setting", [{"timeout": 0}, {"requests_per_minute": -1}, {"max_tokens": 0}, {"max_retries": -1}, {"backoff": -1.0}]
+    ("settings", "setting"),
+    [
+        (ChatSettings, {"max_tokens": 0}),
+        (EndpointSettings, {"timeout": 0}),
+        (EndpointSettings, {"requests_per_minute": -1}),
+        (EndpointSettings, {"max_retries": -1}),
+        (EndpointSettings, {"backoff": -1.0}),
+    ],
 )
-def test_a_bad_setting_is_named(setting: dict[str, float]) -> None:
+def test_a_bad_setting_is_named(settings: type, setting: dict[str, float]) -> None:
     ((name, value),) = setting.items()
-    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
-        Endpoint("http://localhost/v1", "m", **setting)
+    with pytest.raises(ValueError, match=rf"{name} is {value}, expected"):
+        settings(**setting)
 
 
-def test_an_answer_of_many_megabytes_is_not_kept(server: ChatServer, ask: Ask) -> None:
+def test_an_answer_of_many_megabytes_is_not_read_to_its_end(server: ChatServer, ask: Ask) -> None:
     server.plan = first(status(200, completion("x" * (9 << 20))))
     text, log = ask()
-    assert text == 'A sign that says "A1"' and "more than" in str(log[0][3])
+    assert text == 'A sign that says "A1"' and "no chat completion in 8" in str(log[0][3])
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "llava"
+    torch.set_num_threads(1)  # in a model as small as this, threads only wait for each other
     tiny_llava.write(folder)
     return folder
 
 
 def test_a_local_model_sees_the_picture_and_the_turns(llava: Path) -> None:
-    chat, log = LocalChat(llava, temperature=None, max_tokens=40), []
+    chat, log = LocalChat(llava, ChatSettings(temperature=None, max_tokens=40)), []
     assert chat.name == "llava"
     for color, caption in tiny_llava.SIGNS.items():
-        said = chat(tiny_llava.sign(color), tiny_llava.TURNS, lambda *row: log.append(row), threading.Event())
-        assert said == caption
+        text = chat(tiny_llava.sign(color), tiny_llava.TURNS, lambda *row: log.append(row), threading.Event())
+        assert text == caption
     assert [(row[0], row[1], row[3]) for row in log] == [(1, None, None)] * 2 and all(row[2] > 0 for row in log)
 
 
 def test_a_local_answer_that_is_cut_is_no_answer(llava: Path) -> None:
-    chat, log = LocalChat(llava, temperature=None, max_tokens=5), []
+    chat, log = LocalChat(llava, ChatSettings(temperature=0, max_tokens=5)), []
     with pytest.raises(RequestFailed, match="max_tokens"):
         chat(tiny_llava.sign("red"), tiny_llava.TURNS, lambda *row: log.append(row), threading.Event())
     assert "max_tokens" in str(log[0][3])
@@ -266,14 +322,14 @@ def test_a_local_answer_that_is_cut_is_no_answer(llava: Path) -> None:
     assert len(log) == 1
 
 
-def test_a_local_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_local_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         LocalChat(tmp_path / "nowhere")
 
 
 @pytest.fixture
 def over_tls(server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of the same server, spoken to over TLS with a certificate that this process alone trusts."""
+    """The address of the same server over TLS, with a certificate that only this process trusts."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -293,7 +349,7 @@ def test_over_tls_a_misbehaving_endpoint_is_asked_again(
 ) -> None:
     server.plan = first(MISBEHAVIOURS[name])
     log: Log = []
-    endpoint = Endpoint(over_tls, "m", timeout=0.6, backoff=0.01)
+    endpoint = Endpoint(over_tls, "m", requests=EndpointSettings(timeout=0.6, backoff=0.01))
     text = endpoint(picture, TURNS, lambda *row: log.append(row), threading.Event())
     assert text == 'A sign that says "A1"' and len(server.requests) == 2
     assert [row[1] for row in log] == [None, 200] and log[0][2] < 2
@@ -305,5 +361,6 @@ def test_a_certificate_that_is_not_trusted_gets_no_request(
 ) -> None:
     monkeypatch.delenv("SSL_CERT_FILE")
     with pytest.raises(RequestFailed, match="CERTIFICATE_VERIFY_FAILED"):
-        Endpoint(over_tls, "m", max_retries=0)(picture, TURNS, lambda *row: None, threading.Event())
+        endpoint = Endpoint(over_tls, "m", requests=EndpointSettings(max_retries=0))
+        endpoint(picture, TURNS, lambda *row: None, threading.Event())
     assert not server.requests
