@@ -13,15 +13,16 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e ".[textharmony,eval,demo,dev]"
+	$(PIP) install -q -c constraints.txt -e ".[textharmony,eval,captions,demo,dev]"
 	touch $@
 
 # make demo WORDS="HELLO 42"
 demo: $(STAMP)
 	$(BIN)/textharmony demo $(WORDS)
 
+# Two processes of one thread each.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

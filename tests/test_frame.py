@@ -62,7 +62,8 @@ def test_changelog_speaks_of_this_version() -> None:
 
 
 def test_distribution_offers_the_documented_extras() -> None:
-    assert set(metadata("slidelora").get_all("Provides-Extra")) == {"textharmony", "eval", "fid", "demo", "plot", "dev"}
+    extras = {"textharmony", "eval", "captions", "fid", "demo", "plot", "dev"}
+    assert set(metadata("slidelora").get_all("Provides-Extra")) == extras
 
 
 def test_uninitialised_memory_shows() -> None:

@@ -323,7 +323,24 @@ class BuildCaptions:
     requests: Flat[EndpointSettings] = field(default_factory=EndpointSettings)
 
     def __call__(self) -> None:
-        raise SystemExit
+        from textharmony.captions.build import Prompt, build_captions
+        from textharmony.captions.endpoint import Endpoint, LocalChat
+        from textharmony.evaluate.ocr import read_text
+
+        prompt = None if self.prompt is None else Prompt.load(self.prompt)
+        chat: Endpoint | LocalChat
+        if self.local is not None and self.endpoint is None and self.model is None:
+            chat = LocalChat(self.local, self.chat)
+        elif self.local is None and self.endpoint is not None and self.model is not None:
+            chat = Endpoint(self.endpoint, self.model, self.chat, self.requests)
+        else:
+            raise ValueError("captions build needs either --endpoint and --model, or --local")
+        report = build_captions(self.pictures, self.out, chat, read_text, prompt, self.settings)
+        print(f"{report.captioned} captions of {report.pictures} pictures in {self.out / 'captions.jsonl'}")
+        print(f"{report.flagged} lack words that OCR saw (flagged), {report.without_text} pictures have no text")
+        if report.failed:
+            where = self.out / "report.json"
+            raise ValueError(f"{len(report.failed)} pictures failed, listed in {where}: run again to try them")
 
 
 @dataclass

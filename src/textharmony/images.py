@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
 from textharmony.boxes import Box, covered_pixels, from_pixels, to_pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # An open picture, an array uint8 (H, W, 3), an encoded file, or the path of one.
 Picture = Image.Image | np.ndarray | bytes | str | Path
@@ -137,6 +139,8 @@ class FittedImage:
 
 def fit_image(source: Picture, size: tuple[int, int]) -> FittedImage:
     """Decode a picture and scale it to fit a size (height, width); raise as `open_image` and `check_picture` do."""
+    import torch  # here, since whoever only opens pictures should not wait for it
+
     check_picture(source)
     original = open_image(source)
     height, width = size

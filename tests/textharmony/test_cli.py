@@ -1,4 +1,6 @@
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import textharmony.train.loop
 from textharmony.cli import main
-from textharmony.config import PAPER_TRAINING, TINY, TINY_TRAINING
 from textharmony.data.loading import Source
-from textharmony.model.core import TextHarmony
+from textharmony.pipeline import TextHarmony
+from textharmony.presets import PAPER_TRAINING, TINY, TINY_TRAINING
 
 Run = Callable[..., None]
 
@@ -43,7 +45,7 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-def test_read_prints_a_line_a_picture(
+def test_read_prints_one_line_for_each_picture(
     run: Run, model: TextHarmony, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("read", picture, picture)
@@ -55,7 +57,7 @@ def test_answer(run: Run, model: TextHarmony, picture: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == model.answer(picture, "what color is the text") + "\n"
 
 
-def test_locate_prints_a_line_a_box(
+def test_locate_prints_one_line_for_each_box(
     run: Run, model: TextHarmony, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "locate", lambda image, text: [(1.0, 2.0, 3.0, 4.5)] * 2)
@@ -103,7 +105,7 @@ def test_train_takes_a_model_through_stages(
     model = ["train", "--model", tmp_path / "model"]
     run(*model)
     run(*model, "--stages", "paper", "--out", tmp_path / "run", "--data", tmp_path / "sources.json", "--steps", 2)
-    run(*model, "--batch-size", 8, "--mixed-precision", "no", "--gradient-accumulation-steps", 4)
+    run(*model, "--batch-size", 8, "--mixed-precision", "no", "--gradient-accumulation-steps", 4, "--workers", 3)
     source = Source("folder", str(tmp_path / "own"), weight=2)
     few = replace(PAPER_TRAINING, stages=tuple(replace(stage, steps=2, warmup=0) for stage in PAPER_TRAINING.stages))
     small = replace(
@@ -111,6 +113,7 @@ def test_train_takes_a_model_through_stages(
         stages=tuple(replace(stage, batch_size=8) for stage in PAPER_TRAINING.stages),
         mixed_precision="no",
         gradient_accumulation_steps=4,
+        workers=3,
     )
     assert calls == [
         (tmp_path / "model", PAPER_TRAINING, Path("runs/paper"), None),
@@ -199,9 +202,12 @@ def test_captions_build_with_a_local_model(run: Run, tmp_path: Path) -> None:
         (["train", "--model", "nowhere", "--stages", "huge"], "'huge'"),
         (["train", "--model", "nowhere", "--data", "nofile.json"], "nofile.json"),
         (["train", "--model", "nowhere", "--data", "NOTE"], "note.txt is not JSON"),
-        (["captions", "build", "."], "--endpoint and --model, or --local"),
-        (["captions", "build", ".", "--endpoint", "http://a/v1"], "--endpoint and --model, or --local"),
-        (["captions", "build", ".", "--endpoint", "http://a/v1", "--model", "m", "--local", "."], "not both"),
+        (["captions", "build", "."], "either --endpoint and --model, or --local"),
+        (["captions", "build", ".", "--endpoint", "http://a/v1"], "either --endpoint and --model, or --local"),
+        (
+            ["captions", "build", ".", "--endpoint", "http://a/v1", "--model", "m", "--local", "."],
+            "either --endpoint and --model, or --local",
+        ),
         (["captions", "build", "nowhere", "--endpoint", "http://a/v1", "--model", "m", "-o", "OUT"], "nowhere"),
         (["captions", "build", ".", "--endpoint", "a", "--model", "m", "-o", "OUT"], "endpoint is 'a'"),
         (["captions", "build", ".", "--local", "nowhere", "-o", "OUT"], "nowhere"),
@@ -238,7 +244,7 @@ def test_bad_input_is_one_line_and_status_one(
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_command_that_is_none_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         run("sing", "a song")
     assert error.value.code not in (0, None)
@@ -256,21 +262,21 @@ def test_help_lists_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
-def test_data_check_says_what_a_folder_is_and_writes_a_sheet(
+def test_data_check_tells_what_a_folder_is_and_writes_a_sheet(
     run: Run, tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n' * 3
+    lines = '{"task": "answer", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n' * 3
     (tmp_path / "records.jsonl").write_text(lines)
     run("data", "check", tmp_path, "-o", tmp_path / "sheet.png")
     said = capsys.readouterr().out
-    assert "folder, split all" in said and "3 good (comprehension 3), 0 corrupt" in said
+    assert "folder, split all" in said and "3 good (answer 3), 0 corrupt" in said
     assert Image.open(tmp_path / "sheet.png").width > 300
 
 
-def test_data_check_fails_past_the_share_that_may_be_corrupt(
+def test_data_check_fails_if_too_large_a_share_is_corrupt(
     run: Run, tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n'
+    good = '{"task": "answer", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n'
     (tmp_path / "records.jsonl").write_text(good * 3 + "nonsense\n")
     run("data", "check", tmp_path, "-o", tmp_path / "sheet.png", "--max-share", 0.25)
     with pytest.raises(SystemExit, match=r"no sound folder: 24\.00% may be corrupt"):
@@ -278,8 +284,8 @@ def test_data_check_fails_past_the_share_that_may_be_corrupt(
     assert "records.jsonl:4" in capsys.readouterr().out
 
 
-def test_data_check_writes_all_that_is_wrong(run: Run, tmp_path: Path, picture: Path) -> None:
-    good = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n'
+def test_data_check_lists_everything_that_is_wrong(run: Run, tmp_path: Path, picture: Path) -> None:
+    good = '{"task": "answer", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n'
     (tmp_path / "records.jsonl").write_text(good + "nonsense\n" * 30)
     listed = tmp_path / "faults.txt"
     run("data", "check", tmp_path, "-o", tmp_path / "sheet.png", "--max-share", 1, "--faults", listed)
@@ -287,14 +293,14 @@ def test_data_check_writes_all_that_is_wrong(run: Run, tmp_path: Path, picture: 
     assert len(lines) == 30 and "records.jsonl:31: " in lines[-1]
 
 
-def test_data_check_of_a_folder_that_is_no_data_set(run: Run, tmp_path: Path) -> None:
+def test_data_check_refuses_a_folder_with_an_unknown_layout(run: Run, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has an unknown layout"):
         run("data", "check", tmp_path)
 
 
 @pytest.fixture
 def questions(tmp_path: Path, picture: Path) -> Path:
-    lines = '{"task": "comprehension", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n' * 3
+    lines = '{"task": "answer", "prompt": "what?", "images": ["picture.png"], "texts": ["it"]}\n' * 3
     (tmp_path / "records.jsonl").write_text(lines)
     return tmp_path
 
@@ -307,7 +313,7 @@ def test_evaluate_a_benchmark_and_score_it_again(
     said = capsys.readouterr().out
     assert "| ANLS |" in said and "Records: 2." in said and str(out / "report.md") in said
     report = (out / "report.json").read_bytes()
-    monkeypatch.setattr(TextHarmony, "_write", None)  # no model is asked
+    monkeypatch.setattr(TextHarmony, "perform", None)  # no model is asked
     run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--limit", 2, "--score-only")
     assert (out / "report.json").read_bytes() == report
     run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--score-only")
@@ -323,14 +329,65 @@ def test_evaluate_a_benchmark_and_score_it_again(
         (["--benchmark", "textvqa", "--data", "DATA", "--split", "dev"], "split of textvqa is 'dev'"),
         (["--benchmark", "folder", "--data", "DATA", "--score-only"], "predictions.jsonl does not exist"),
         (["--benchmark", "folder", "--data", "DATA", "--clip", "nowhere"], "nowhere is not a folder"),
-        (["--benchmark", "folder", "--data", "DATA", "--batch-size", "0"], "batch_size 0, expected at least 1"),
-        (["--data", "DATA"], "--data is of a --benchmark"),
+        (["--benchmark", "folder", "--data", "DATA", "--batch-size", "0"], "batch_size is 0, expected at least 1"),
+        (["--data", "DATA"], "expected --benchmark NAME"),
     ],
 )
-def test_evaluate_says_what_is_wrong(
+def test_evaluate_names_what_is_wrong(
     run: Run, questions: Path, tmp_path: Path, arguments: list[str], named: str
 ) -> None:
     with pytest.raises(SystemExit) as error:
         run("evaluate", *(questions if a == "DATA" else a for a in arguments), "--out", tmp_path / "out")
     message = error.value.code
     assert isinstance(message, str) and message.startswith("textharmony: ") and named in message, message
+
+
+FAST = """if True:
+    import resource, sys
+    sys.argv = ["textharmony", *sys.argv[1:]]
+    try:
+        from textharmony.cli import main
+        main()
+    except SystemExit:
+        pass
+    heavy = {"torch", "transformers", "diffusers", "accelerate", "numpy", "PIL", "openai"} & set(sys.modules)
+    print(sorted(heavy), file=sys.stderr)"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-h"], ["train", "-h"], ["captions", "build", "-h"], ["read", "a.png", "--bogus", "3"], ["sing"]]
+)
+def test_help_and_mistakes_load_no_heavy_library(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", FAST, *arguments], capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "textharmony", "-h"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: textharmony" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "read",
+        "answer",
+        "locate",
+        "draw",
+        "edit",
+        "chat",
+        "init",
+        "train",
+        "evaluate",
+        "demo",
+        "captions build",
+        "data check",
+    ],
+)
+def test_every_option_has_help(run: Run, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """The comment beside its field: a line that is too long, or a comment at another position, would be lost."""
+    with pytest.raises(SystemExit):
+        run(*command.split(), "--help")
+    text = " ".join(re.sub(r"[│╭╮╰╯─•]", " ", capsys.readouterr().out).split())
+    assert re.findall(r"--[\w-]+(?:,? \S+)? \((?:default|required)\b", text) == []
+    assert text.count("(default") + text.count("(required") >= 2

@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from textharmony.captions.endpoint import Chat, RequestFailed
 from textharmony.journal import Journal
 
@@ -137,6 +135,8 @@ def build_captions(
         ValueError: There are no pictures, another run writes to `out`, or more than max_failures pictures failed.
         ChatRefused: The endpoint answers nothing.
     """
+    from tqdm import tqdm  # here, since the command line imports this module to show help
+
     paths, prompt, settings = find_pictures(pictures), prompt or Prompt(), settings or CaptionSettings()
     stop, failed = threading.Event(), list[tuple[str, str]]()
     with (
