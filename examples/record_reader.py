@@ -12,7 +12,7 @@ model = TextHarmony.from_pretrained("tiny")
 with tempfile.TemporaryDirectory() as directory:
     folder = Path(directory)
     records = []
-    for number, word in enumerate(["OPEN", "CAFE", "BANK"]):
+    for number, word in enumerate(["OPEN", "CAFE"]):
         model.draw(f'"{word}" in red on white', seed=number).save(folder / f"{word}.png")
         records.append({"task": "read", "prompt": "read all the text", "images": [f"{word}.png"], "texts": [word]})
     records.append({"task": "answer", "prompt": "how many characters are there", "images": ["OPEN.png"], "texts": ["4"]})
