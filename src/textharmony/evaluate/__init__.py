@@ -1,1 +1,1 @@
-"""Measures of a model: on the renderer's words and on public benchmarks."""
+"""Metrics of a model on the renderer's words and on public benchmarks."""

@@ -1,46 +1,41 @@
-"""The benchmarks: which data set is asked what, and how the answers are measured."""
+"""The benchmarks: a data set, a task, and the measures of the predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from textharmony.evaluate import fidelity
+from textharmony.config import PredictionSettings
 from textharmony.data.faults import Faults
 from textharmony.data.readers import read_dataset
 from textharmony.data.record import Record
-from textharmony.evaluate.tiny import RapidOcr
-from textharmony.evaluate.measures import kind_of
-from textharmony.model.core import TextHarmony
-from textharmony.evaluate.run import Row, Settings, load_rows, load_settings, predict, samples_of
-from textharmony.evaluate.report import Report
-from textharmony.evaluate.scoring import Ocr, open_picture, score
-
-RAPIDOCR = RapidOcr()
+from textharmony.evaluate import fidelity
+from textharmony.evaluate.ocr import Ocr, RapidOcr
+from textharmony.evaluate.report import Report, score
+from textharmony.evaluate.run import load_run, predict
+from textharmony.images import open_image
+from textharmony.pipeline import TextHarmony
+from textharmony.prompts import Task
 
 _ANSWERS = ("containment", "containment, released")
-_PLACES = ("Acc@0.5", "IoU")
+_BOXES = ("Acc@0.5", "IoU")
 _LINES = ("NED, AnyText", "Sen.Acc, AnyText", "NED, released")
 _EDITS = (*_LINES, "outside unchanged")
+_OWN = ("ANLS", *_ANSWERS, *_BOXES, *_EDITS)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A row of the table.
+    """A benchmark on a data set."""
 
-    dataset, split, view: as read_dataset takes them, split None for the data set's first; measures: names in MEASURES,
-    the first that is of a record's kind ranking its predictions; group: the key of Record.extra that groups are made
-    by; samples: pictures drawn of each record, where its protocol draws several.
-    """
-
-    dataset: str
-    measures: tuple[str, ...]
-    split: str | None = None
-    view: str | None = None
-    group: str | None = None
-    samples: int = 1
+    dataset: str  # as in read_dataset
+    measures: tuple[str, ...]  # names in MEASURES; the first one that is for a record's task ranks its predictions
+    split: str | None = None  # None: the data set's first
+    task: Task | None = None  # of a data set of scenes: what is asked about them; None: the data set's first
+    group: str | None = None  # key of Record.extra: results are also given for each of its values
+    samples: int = 1  # drawings of each record in the protocol
 
 
 BENCHMARKS = {
@@ -51,19 +46,26 @@ BENCHMARKS = {
     "tabfact": Benchmark("tabfact", ("containment, DocOwl", *_ANSWERS)),
     "wtq": Benchmark("wtq", ("containment, DocOwl", *_ANSWERS)),
     "ocrbench": Benchmark("ocrbench", ("OCRBench",), group="part"),
-    "doclocal4k": Benchmark("doclocal4k", _PLACES, split="grounding", group="task_name"),
-    "coco-text-locate": Benchmark("coco-text", _PLACES, view="locate"),
-    "icdar2015-locate": Benchmark("icdar2015", _PLACES, view="locate"),
-    "textseg-locate": Benchmark("textseg", _PLACES, split="test", view="locate"),
-    "coco-text-edit": Benchmark("coco-text", _EDITS, view="edit"),
-    "icdar2015-edit": Benchmark("icdar2015", _EDITS, view="edit"),
-    "textseg-edit": Benchmark("textseg", _EDITS, split="test", view="edit"),
-    "anytext-benchmark": Benchmark("anytext-benchmark", _LINES, view="draw", samples=4),
-    "anytext-benchmark-edit": Benchmark("anytext-benchmark", _EDITS, view="edit", samples=4),
+    "doclocal4k": Benchmark("doclocal4k", _BOXES, split="grounding", group="task_name"),
+    "coco-text-locate": Benchmark("coco-text", _BOXES, task=Task.LOCATE),
+    "icdar2015-locate": Benchmark("icdar2015", _BOXES, task=Task.LOCATE),
+    "textseg-locate": Benchmark("textseg", _BOXES, split="test", task=Task.LOCATE),
+    "coco-text-edit": Benchmark("coco-text", _EDITS, task=Task.EDIT),
+    "icdar2015-edit": Benchmark("icdar2015", _EDITS, task=Task.EDIT),
+    "textseg-edit": Benchmark("textseg", _EDITS, split="test", task=Task.EDIT),
+    "anytext-benchmark": Benchmark("anytext-benchmark", _LINES, task=Task.DRAW, samples=4),
+    "anytext-benchmark-edit": Benchmark("anytext-benchmark", _EDITS, task=Task.EDIT, samples=4),
     "mario-eval": Benchmark("mario-eval", _LINES, group="subset"),
-    "folder": Benchmark("folder", ("ANLS", *_ANSWERS, *_PLACES, *_EDITS)),
-    "shards": Benchmark("shards", ("ANLS", *_ANSWERS, *_PLACES, *_EDITS)),
+    "folder": Benchmark("folder", _OWN),
+    "shards": Benchmark("shards", _OWN),
 }
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark of a name; raise ValueError if there is none."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark is {name!r}, expected one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
 
 
 def evaluate_benchmark(
@@ -71,95 +73,72 @@ def evaluate_benchmark(
     data: Path,
     out: Path,
     model: TextHarmony | None,
+    settings: PredictionSettings,
     model_name: str = "",
     split: str | None = None,
     limit: int = 0,
-    batch_size: int = 16,
-    seed: int = 0,
-    samples: int | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    max_new_tokens: int | None = None,
     inception: Path | None = None,
     clip: Path | None = None,
     max_share: float = 0.01,
-    ocr: Ocr = RAPIDOCR,
+    ocr: Ocr | None = None,
 ) -> Report:
-    """Predicts what out lacks, scores what it holds, and writes report.md, report.json and worst.png there.
+    """Make the predictions that a folder lacks, score all of them, and write report.md, report.json and worst.png.
 
-    name: one of BENCHMARKS; model: None to score what is there, and nothing else; model_name: written to the report,
-    and a folder's predictions are of one; limit: so many records, 0 for all; samples: pictures of each record, None for
-    the protocol's; inception, clip: weights for FID and CLIP score, which are left out without; max_share: share of
-    records that may be corrupt; ocr: reads what was drawn.
+    Args:
+        name: One of BENCHMARKS.
+        data: The folder of the data set.
+        out: The folder of predictions, for one benchmark, split, model name and settings.
+        model: Makes the predictions; None: score the folder as it is.
+        settings: How predictions are made; they have no effect without a model.
+        model_name: Is written to run.json and to the report.
+        split: Of the data set; None: the benchmark's.
+        limit: How many records are used; 0: all of them.
+        inception: Weights of Inception v3; None: no FID.
+        clip: A folder of transformers' CLIP; None: no CLIP score.
+        max_share: The share of records that may be corrupt, 0..1.
+        ocr: Reads drawings and edits; None: rapidocr.
+
+    Raises:
+        ValueError: There is no such benchmark or split, or the folder holds other predictions.
+        FileNotFoundError: The data, the weights or the predictions are missing.
+        TooManyFaults: Too many records are corrupt.
+        ImportError: An optional library is missing.
     """
     benchmark = find_benchmark(name)
     split = split or benchmark.split
     fidelity.check_weights(inception, clip)
+
+    def records(faults: Faults) -> Iterator[Record]:
+        return islice(read_dataset(benchmark.dataset, data, split, benchmark.task, faults), limit or None)
+
     if model is not None:
-        settings = Settings(
-            name,
-            split,
-            model_name,
-            seed,
-            benchmark.samples if samples is None else samples,
-            batch_size,
-            num_inference_steps,
-            guidance_scale,
-            max_new_tokens,
-        )
-        records = _records(benchmark, data, split, limit, Faults(max_share))
-        predict(model, records, benchmark.measures, out, settings, Faults(max_share))
-    rows = load_rows(out)
-    report = Report(load_settings(out))
-    if (report.settings.get("benchmark"), report.settings.get("split")) != (name, split):
-        raise ValueError(f"{out} holds predictions of {report.settings}, not of {name}, split {split}")
-    read = Faults(1.0)
-    score(_records(benchmark, data, split, limit, read), rows, benchmark.measures, out, report, ocr, benchmark.group)
-    report.faults[:0] = read.listed
-    drawings = [
-        (record, row)
-        for record in _records(benchmark, data, split, limit, Faults(1.0))
-        if kind_of(record) == "draw"
-        for row in samples_of(rows, record.id)
-        if "picture" in row
-    ]
-    if drawings:
-        report.whole = _whole(drawings, out, inception, clip)
+        about = {"benchmark": name, "split": split, "model": model_name}
+        settings = replace(settings, samples=settings.samples or benchmark.samples)
+        predict(model, records(Faults(max_share)), benchmark.measures, out, about, settings, Faults(max_share))
+    run = load_run(out)
+    if (run.get("benchmark"), run.get("split")) != (name, split):
+        raise ValueError(f"{out} holds predictions of {run}, not of {name}, split {split}")
+    corrupt = Faults(1.0)
+    report = score(records(corrupt), out, benchmark.measures, ocr or RapidOcr(), benchmark.group)
+    report.faults[:0] = corrupt.listed
+    if report.drawings:
+        report.all_drawings = _score_together(report.drawings, inception, clip)
     report.write(out)
     return report
 
 
-def _whole(
-    drawings: Sequence[tuple[Record, Row]], out: Path, inception: Path | None, clip: Path | None
+def _score_together(
+    drawings: Sequence[tuple[Record, Path]], inception: Path | None, clip: Path | None
 ) -> dict[str, float | str]:
-    """FID and CLIP score of what was drawn, or why there is none."""
-    found: dict[str, float | str] = {
-        "FID": "not measured: needs --inception",
-        "CLIP score": "not measured: needs --clip",
-    }
-    paired = [(record, row) for record, row in drawings if record.target is not None]
-    real = {record.id: record for record, _ in paired}
-    try:
-        if inception is not None:
-            truths = (truth for record in real.values() if (truth := record.load_target()) is not None)
-            found["FID"] = fidelity.frechet_inception_distance(
-                truths, (open_picture(out, row) for _, row in paired), inception
-            )
-    except ValueError as error:
-        found["FID"] = f"not measured: {error}"
+    """FID and CLIP score of all drawings, or why they are missing."""
+    found: dict[str, float | str] = {"FID": "needs --inception", "CLIP score": "needs --clip"}
+    if inception is not None:
+        targets = {record.id: record.target for record, _ in drawings if record.target is not None}
+        drawn = (open_image(path) for record, path in drawings if record.target is not None)
+        try:
+            found["FID"] = fidelity.frechet_inception_distance(map(open_image, targets.values()), drawn, inception)
+        except ValueError as error:
+            found["FID"] = f"not measured: {error}"
     if clip is not None:
-        found["CLIP score"] = fidelity.clip_score(
-            ((open_picture(out, row), record.prompt) for record, row in drawings), clip
-        )
+        found["CLIP score"] = fidelity.clip_score(((open_image(path), r.prompt) for r, path in drawings), clip)
     return found
-
-
-def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of a name. Raises ValueError."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark is {name!r}, expected one of {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
-
-
-def _records(benchmark: Benchmark, data: Path, split: str | None, limit: int, faults: Faults) -> Iterator[Record]:
-    return islice(read_dataset(benchmark.dataset, data, split, benchmark.view, faults), limit or None)

@@ -1,133 +1,202 @@
-"""The report of a benchmark: Markdown, JSON, and a sheet of what went worst."""
+"""Scores of predictions, and the report of a benchmark: Markdown, JSON, and a sheet of the worst predictions."""
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
+from textharmony.boxes import covered_pixels, format_boxes
 from textharmony.data.faults import Fault
-from textharmony.evaluate.measures import MEASURES
-from textharmony.sheets import contact_sheet
+from textharmony.data.record import Record
+from textharmony.evaluate.metrics import MEASURES, Prediction, match_lines, measure
+from textharmony.evaluate.ocr import Ocr
+from textharmony.evaluate.run import Row, load_rows, load_run
+from textharmony.images import contact_sheet, open_image, outline, pad_square, shorten
+from textharmony.prompts import Task
 
-_COLUMNS, _LISTED, _LETTERS = 4, 20, 120
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A measure over some predictions: the sum of the scores, and how many there are."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def __add__(self, scores: Sequence[float]) -> Mean:
-        return Mean(self.total + sum(scores), self.count + len(scores))
-
-    @property
-    def value(self) -> float | None:
-        """The mean, None of nothing."""
-        return self.total / self.count if self.count else None
+_WORST, _COLUMNS, _SIDE = 24, 4, 300  # pictures on the sheet, side in pixels
+_LISTED, _CAPTION, _CELL = 20, 44, 120  # faults in report.md; characters below a picture, and in a table
+Scores = dict[str, list[float]]  # by measure, all in 0..1
 
 
 @dataclass
 class Report:
-    """What a run came to.
+    """The result of a benchmark."""
 
-    settings: what the predictions were made with; means: by measure, all in 0..1; groups: the same by group; whole: of
-    measures of all pictures at once, or why there is none; refused and faults: predictions that the model would not
-    make (they count as wrong) and records that were no use (they do not count); unscored: predictions without a gold.
-    """
-
-    settings: Mapping[str, Any]
-    ocr: str | None = None
+    settings: Mapping[str, Any]  # of run.json
+    ocr: str | None = None  # the engine that read drawings
     records: int = 0
-    unscored: int = 0
-    missing: int = 0
-    means: dict[str, Mean] = field(default_factory=dict)
-    groups: dict[str, dict[str, Mean]] = field(default_factory=dict)
-    whole: dict[str, float | str] = field(default_factory=dict)
-    refused: list[Fault] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    worst: list[dict[str, Any]] = field(default_factory=list)
-    cells: list[tuple[Image.Image, str]] = field(default_factory=list)
+    unscored: int = 0  # predictions for records without an accepted answer
+    missing: int = 0  # records without a prediction
+    scores: Scores = field(default_factory=dict)
+    groups: dict[str, Scores] = field(default_factory=dict)
+    all_drawings: dict[str, float | str] = field(default_factory=dict)  # FID and CLIP score, or why they are missing
+    refused: list[Fault] = field(default_factory=list)  # requests that the model refused: they score 0
+    faults: list[Fault] = field(default_factory=list)  # records that cannot be asked or scored: they do not count
+    worst: list[dict[str, Any]] = field(default_factory=list)  # the predictions with the lowest scores
+    cells: list[tuple[Image.Image, str]] = field(default_factory=list)  # the same as a sheet; not in report.json
+    drawings: list[tuple[Record, Path]] = field(default_factory=list)  # all of them; not in report.json
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it, without the pictures."""
-
-        def means(of: Mapping[str, Mean]) -> dict[str, Any]:
-            return {name: {"mean": mean.value, "sum": mean.total, "count": mean.count} for name, mean in of.items()}
-
-        plain = {key: value for key, value in vars(self).items() if key not in ("cells", "means", "groups")}
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values, without pictures."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("scores", "cells", "drawings")}
         return plain | {
-            "means": means(self.means),
-            "groups": {group: means(of) for group, of in self.groups.items()},
+            "means": _means(self.scores),
+            "groups": {group: _means(scores) for group, scores in self.groups.items()},
             "refused": [asdict(fault) for fault in self.refused],
             "faults": [asdict(fault) for fault in self.faults],
         }
 
     def summary(self) -> list[str]:
-        """Lines of Markdown: what was predicted, and the tables of measures."""
-        made = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
-        lines = [f"# {self.settings['benchmark']}", "", f"Predictions: {made}.", f"Records: {self.records}."]
-        lines += [f"Read by {self.ocr}."] if self.ocr else []
-        for count, what in (
-            (self.missing, "are not predicted yet"),
-            (self.unscored, "have no gold, and do not count"),
-            (len(self.faults), "were no use, and do not count"),
-            (len(self.refused), "were refused by the model, and count as wrong"),
+        """Lines of Markdown: the settings, and the tables of measures."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
+        lines = [f"# {self.settings['benchmark']}", "", f"Predictions: {settings}."]
+        for what, count in (
+            ("Records", self.records),
+            ("OCR", self.ocr),
+            ("Not predicted yet", self.missing),
+            ("Without an accepted answer, not scored", self.unscored),
+            ("Corrupt, not scored", len(self.faults)),
+            ("Refused by the model, scored as wrong", len(self.refused)),
         ):
-            lines += [f"{count} {what}."] if count else []
-        lines += ["", "| measure | mean | sum | of | protocol |", "|---|---|---|---|---|"]
-        lines += [f"| {name} | {_figures(mean)} | {MEASURES[name].protocol} |" for name, mean in self.means.items()]
-        lines += [
-            f"| {name} | {value if isinstance(value, str) else f'{value:.3f}'} | | | textharmony.evaluate.fidelity |"
-            for name, value in self.whole.items()
-        ]
-        if self.groups:
-            lines += ["", "| group | measure | mean | sum | of |", "|---|---|---|---|---|"]
-            lines += [
-                f"| {_cell(group)} | {name} | {_figures(mean)} |"
-                for group, of in self.groups.items()
-                for name, mean in of.items()
-            ]
-        return lines
+            lines += [f"{what}: {count}."] if count else []
+        measured = [f"{_row(name, of)} | {MEASURES[name].protocol}" for name, of in self.scores.items()]
+        for name, value in self.all_drawings.items():
+            figure = value if isinstance(value, str) else f"{value:.3f}"
+            measured.append(f"{name} | {figure} | | | all drawings together (textharmony.evaluate.fidelity)")
+        grouped = [f"{_cell(key)} | {_row(name, of)}" for key in self.groups for name, of in self.groups[key].items()]
+        lines += _table("measure | mean | sum | count | protocol", measured)
+        return lines + _table("group | measure | mean | sum | count", grouped)
 
     def markdown(self) -> str:
-        """The report as Markdown."""
+        """The whole report as Markdown."""
         lines = self.summary()
         if self.worst:
-            lines += ["", "## Worst first", "", "![worst first](worst.png)", ""]
-            lines += ["| id | score | asked | said | gold |", "|---|---|---|---|---|"]
-            lines += [
-                f"| {_cell(item['id'])} | {item['score']:.2f} | "
-                + " | ".join(_cell(item[key]) for key in ("prompt", "said", "gold"))
-                + " |"
-                for item in self.worst
-            ]
-        for title, faults in (("Refused", self.refused), ("No use", self.faults)):
+            lines += ["", "## Worst predictions", "", "![worst predictions](worst.png)"]
+            cells = [[_cell(item[key]) for key in ("id", "prompt", "prediction", "gold")] for item in self.worst]
+            ranked = [" | ".join([id, f"{item['score']:.2f}", *texts]) for item, (id, *texts) in zip(self.worst, cells)]
+            lines += _table("id | score | prompt | prediction | gold", ranked)
+        for title, faults in (("Refused", self.refused), ("Corrupt records", self.faults)):
             if faults:
                 lines += ["", f"## {title}", "", *(f"- {_cell(str(fault))}" for fault in faults[:_LISTED])]
                 lines += [f"- and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
         return "\n".join(lines) + "\n"
 
     def write(self, out: Path) -> None:
-        """Writes report.md, report.json and worst.png."""
+        """Write report.md, report.json and worst.png."""
         (out / "report.md").write_text(self.markdown(), encoding="utf-8")
-        (out / "report.json").write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (out / "report.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
         if self.cells:
-            title = f"{self.settings['benchmark']}, worst first"
+            title = f"{self.settings['benchmark']}, worst predictions first"
             contact_sheet(self.cells, _COLUMNS, title, zoom=1).save(out / "worst.png")
 
 
-def _figures(mean: Mean) -> str:
-    return f"{100 * mean.value:.2f}% | {mean.total:.6g} | {mean.count}" if mean.value is not None else "- | - | 0"
+def _means(scores: Scores) -> dict[str, Any]:
+    return {k: {"mean": sum(v) / len(v) if v else None, "sum": sum(v), "count": len(v)} for k, v in scores.items()}
+
+
+def _row(name: str, scores: Sequence[float]) -> str:
+    mean = f"{sum(scores) / len(scores):.2%}" if scores else "-"
+    return f"{name} | {mean} | {sum(scores):.6g} | {len(scores)}"
 
 
 def _cell(text: str) -> str:
     """Text as a cell of a Markdown table."""
-    text = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
+    return shorten(" ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;"), _CELL)
+
+
+def _table(header: str, rows: Sequence[str]) -> list[str]:
+    below = "|---" * (header.count("|") + 1) + "|"
+    return ["", f"| {header} |", below, *(f"| {row} |" for row in rows)] if rows else []
+
+
+def score(records: Iterable[Record], out: Path, measures: Sequence[str], ocr: Ocr, group: str | None = None) -> Report:
+    """Score the predictions in a folder; the same predictions always get the same scores.
+
+    Args:
+        records: The records that the predictions are about.
+        out: The folder, which `predict` wrote.
+        measures: Names in MEASURES. The first one that applies to a record ranks it, the next ones break ties.
+        ocr: Reads the drawings.
+        group: A key of `Record.extra`: means are also computed for each of its values. None: no groups.
+
+    Raises:
+        FileNotFoundError: The folder holds no predictions.
+        ValueError: A prediction was made for another prompt than its record has, or a file has another form.
+    """
+    rows, report = load_rows(out), Report(load_run(out))
+
+    def scored() -> Iterator[tuple[list[float], Record, Row, str]]:
+        for record in records:
+            report.records += 1
+            report.missing += record.id not in rows
+            for row in rows.get(record.id, []):
+                where = f"{record.source} {record.id}"
+                if row["prompt"] != record.prompt:
+                    raise ValueError(f"{where} was predicted for {row['prompt']!r}, expected {record.prompt!r}")
+                if "fault" in row:
+                    report.faults += [Fault(where, row["fault"])] if row["sample"] == 0 else []
+                    continue
+                if "refused" in row:
+                    report.refused.append(Fault(f"{where}, sample {row['sample']}", row["refused"]))
+                if "picture" in row:
+                    report.ocr = ocr.name
+                    report.drawings += [(record, out / row["picture"])] if record.task is Task.DRAW else []
+                prediction, text = _load(record, row, out, ocr)
+                scores = measure(prediction, measures)
+                report.unscored += not scores
+                for name, values in scores.items():
+                    report.scores.setdefault(name, []).extend(values)
+                    if group:
+                        of_group = report.groups.setdefault(str(record.extra.get(group, "")), {})
+                        of_group.setdefault(name, []).extend(values)
+                if means := [sum(values) / len(values) for values in scores.values() if values]:
+                    yield means, record, row, text
+
+    for means, record, row, text in heapq.nsmallest(_WORST, scored(), key=lambda item: item[0]):
+        gold = " / ".join(record.texts) or format_boxes(record.boxes)
+        asked = {"id": record.id, "sample": row["sample"], "prompt": record.prompt}
+        report.worst.append(asked | {"score": means[0], "prediction": text, "gold": gold})
+        caption = " ".join(f"{means[0]:.2f} {text} | {gold}".split())
+        report.cells.append((_show(record, row, out), shorten(caption, _CAPTION)))
+    report.groups = dict(sorted(report.groups.items()))
+    return report
+
+
+def _load(record: Record, row: Row, out: Path, ocr: Ocr) -> tuple[Prediction, str]:
+    """The prediction in a row, and as text."""
+    sample, golds = row["sample"], record.texts if record.task.modality == "image" else ()
+    if "refused" in row:
+        lines = tuple(("", gold) for gold in golds)
+        return Prediction(record, sample, lines=lines, refused=True), f"(refused: {row['refused']})"
+    if "boxes" in row:
+        boxes = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in row["boxes"])
+        return Prediction(record, sample, boxes=boxes), format_boxes(boxes)
+    if "answer" in row:
+        return Prediction(record, sample, row["answer"]), row["answer"]
+    picture = open_image(out / row["picture"])
+    if record.task is Task.EDIT:
+        crop = picture.crop(covered_pixels(record.edit_box(), picture.size))
+        # A tall line is turned, as in AnyText's eval/eval_dgocr.py.
+        read = [ocr.line(crop.rotate(90, expand=True) if crop.height > 1.2 * crop.width else crop)]
+    else:
+        read = match_lines(ocr.lines(picture), golds) if golds else []
+    return Prediction(record, sample, lines=tuple(zip(read, golds, strict=True)), picture=picture), " / ".join(read)
+
+
+def _show(record: Record, row: Row, out: Path) -> Image.Image:
+    """The drawing or the picture that was asked about, gold boxes in green and predicted ones in red."""
+    if "picture" in row:
+        picture = open_image(out / row["picture"])
+    else:
+        picture = record.load() if record.images else Image.new("RGB", (_SIDE, _SIDE), "white")
+    picture = ImageOps.contain(picture, (_SIDE, _SIDE))
+    if record.task in (Task.LOCATE, Task.EDIT):
+        picture = outline(outline(picture, record.boxes, "green"), row.get("boxes", []), "red")
+    return pad_square(picture, _SIDE)

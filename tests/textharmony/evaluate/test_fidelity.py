@@ -21,14 +21,14 @@ def pictures(count: int) -> Iterator[Image.Image]:
 
 
 def test_clip_score_is_the_mean_cosine(clip: Path) -> None:
-    captions = [" ".join("abcdefghij"[i % 10 : i % 10 + 3]) for i in range(40)]  # more than one batch
+    captions = [" ".join("abcdefghij"[i % 10 : i % 10 + 3]) for i in range(40)]
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     cosines = []
     with torch.no_grad():
         for picture, caption in zip(pictures(40), captions, strict=True):
-            seen = model.vision_model(**processor(images=[picture], return_tensors="pt")).pooler_output
-            said = model.text_model(**processor(text=[caption], return_tensors="pt")).pooler_output
-            a, b = model.visual_projection(seen)[0].double(), model.text_projection(said)[0].double()
+            viewed = model.vision_model(**processor(images=[picture], return_tensors="pt")).pooler_output
+            read = model.text_model(**processor(text=[caption], return_tensors="pt")).pooler_output
+            a, b = model.visual_projection(viewed)[0].double(), model.text_projection(read)[0].double()
             cosines.append(float(a @ b / (a.norm() * b.norm())))
     assert len(set(np.round(cosines, 6))) > 20
     expected = max(100 * sum(cosines) / 40, 0)
@@ -46,24 +46,24 @@ def test_clip_score_is_not_negative_and_cuts_long_captions(clip: Path) -> None:
     assert long == longer
 
 
-def test_clip_score_of_nothing(clip: Path) -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+def test_clip_score_needs_pictures(clip: Path) -> None:
+    with pytest.raises(ValueError, match="there are no pictures, CLIP score needs one or more"):
         clip_score([], clip)
 
 
-def test_weights_that_are_not_there_are_named(tmp_path: Path, clip: Path) -> None:
+def test_missing_weights_are_named(tmp_path: Path, clip: Path) -> None:
     check_weights(None, clip)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist, expected the weights of Inception"):
         check_weights(tmp_path / "nowhere.pth", None)
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder, expected one of transformers' CLIP"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder, expected a folder of transformers' CLIP"):
         check_weights(None, tmp_path / "nowhere")
 
 
-def test_clip_score_is_that_of_torchmetrics(clip: Path) -> None:
+def test_clip_score_equals_torchmetrics(clip: Path) -> None:
     torchmetrics = pytest.importorskip("torchmetrics.multimodal", exc_type=ImportError)
 
     class Clip(CLIPModel):
-        """With features in the form that torchmetrics takes: transformers gives more than them since version 5."""
+        """Returns features as torchmetrics expects them; transformers returns more since version 5."""
 
         def get_image_features(self, *args: Any) -> Tensor:
             return super().get_image_features(*args).pooler_output
@@ -80,21 +80,23 @@ def test_clip_score_is_that_of_torchmetrics(clip: Path) -> None:
 
 
 def frechet_distance(real: Tensor, drawn: Tensor) -> float:
-    """By the definition in float64, exact for fewer pictures than features: the trace of the root of the product of
-    two covariances A'A and B'B is the sum of the singular values of AB'."""
+    """The definition in float64, exact for fewer pictures than features.
+
+    The trace of the root of the product of two covariances A'A and B'B is the sum of the singular values of AB'.
+    """
     a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (real.double(), drawn.double()))
     mean = (real.double().mean(0) - drawn.double().mean(0)).square().sum()
     return float(mean + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
 
 
 def write_inception(path: Path) -> Path:
-    """Random weights of the Inception that torchmetrics wants; skips where its libraries are not there."""
+    """Write random weights for torchmetrics' Inception; skip the test if the libraries are missing."""
     pytest.importorskip("torchmetrics.image.fid", exc_type=ImportError)
     library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError)
 
     class Unloaded(library.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
         def load_state_dict(self, *args: Any) -> None:
-            """Leaves the weights that it was made with."""
+            """Keep the weights that the network was made with."""
 
     torch.save({}, path)
     with torch.random.fork_rng():
@@ -123,11 +125,11 @@ def test_fid_is_the_frechet_distance_of_inception_features(tmp_path: Path) -> No
     assert found == pytest.approx(frechet_distance(features[:6], features[6:]), rel=1e-6)
     assert frechet_inception_distance(pictures(6), pictures(6), inception) == pytest.approx(0, abs=1e-6 * found)
     for real, drawn, side in ((1, 2, "real"), (2, 0, "drawn")):
-        with pytest.raises(ValueError, match=f"{min(real, drawn)} {side} pictures, FID needs two or more"):
+        with pytest.raises(ValueError, match=f"there are {min(real, drawn)} {side} pictures, FID needs two or more"):
             frechet_inception_distance(pictures(real), pictures(drawn), inception)
 
 
-def test_fid_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fid_names_the_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "inception.pth").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     for call in (

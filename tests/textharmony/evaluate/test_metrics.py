@@ -1,29 +1,37 @@
-"""Each metric against worked examples of its protocol and cases computed by hand; the cases name their source."""
+"""Each metric against worked examples of its protocol and cases by hand, which name their source; and the measures."""
 
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from textharmony.boxes import Box
+from textharmony.data.record import Record
 from textharmony.evaluate.metrics import (
+    MEASURES,
+    Prediction,
     anls,
     contains_answer,
     contains_answer_docowl,
     contains_answer_released,
     edit_distance,
     grounding_iou,
-    intersection_over_union,
     match_lines,
+    measure,
     ned,
     ned_released,
     normalise_answer,
     ocrbench,
+    outside_unchanged,
     relaxed_accuracy,
     sentence_accuracy,
     textvqa_accuracy,
 )
+from textharmony.prompts import Task
 
 TEXT = st.text("aAbB1 .é漢\n", max_size=8)
 
@@ -75,7 +83,7 @@ def test_metrics_of_text_say_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         ("", [" "], 1, 1),
         ("ÉCOLE", ["école"], 1, 1),
         ("東京都", ["京都"], 1, 1),
-        ("e\u0301cole", ["\u00e9cole"], 0, 0),  # code points are compared, not what looks the same
+        ("e\u0301cole", ["\u00e9cole"], 0, 0),  # code points are compared, not glyphs
     ],
 )
 def test_containment_by_hand(prediction: str, golds: list[str], expected: float, released: float) -> None:
@@ -111,7 +119,7 @@ COCA_COLA = ["Coca Cola", "Coca Cola Company"]
         ("Coca cola", COCA_COLA, 1.00),
         ("Cola", COCA_COLA, 0.00),
         ("Cat", COCA_COLA, 0.00),
-        # google-research/pix2struct, metrics_test.py, whose eight come to 47.5%.
+        # google-research/pix2struct, metrics_test.py: the mean of its eight examples is 47.5%.
         ("100%", ["96%"], 0.00),
         ("100%", ["94%"], 0.00),
         ("100%", ["0.96"], 0.00),
@@ -127,7 +135,7 @@ COCA_COLA = ["Coca Cola", "Coca Cola Company"]
         ("", [""], 1.00),
         ("a", [""], 0.00),
         ("new  york", ["New York"], 1.00),
-        ("a  b", ["a c"], 0.75),  # one of four: lengths are those before white space is joined
+        ("a  b", ["a c"], 0.75),  # one of four: the length is taken before white space is joined
         ("naïve", ["naive"], 0.80),
         ("漢字", ["漢子", "漢字"], 1.00),
         ("abcd", ["wxyz", "abcx", "abxx"], 0.75),
@@ -226,14 +234,14 @@ def test_relaxed_accuracy_takes_the_best_of_several_golds() -> None:
         ("couldn'tve", "couldn't've"),
         ("couldntve", "couldntve"),
         ("somebody'd", "somebodyd"),
-        ("ow's'at", "ow 's'at"),  # the script takes "'s" off before it looks contractions up
+        ("ow's'at", "ow 's'at"),  # the script splits off "'s" before it searches contractions
         ("3.5", "3.5"),
         ("5.", "5"),
         ("U.S.A.", "usa"),
         ("..5", ".5"),
         ("well-known", "well known"),
         ("well - known", "well known"),
-        ("a-b - c", "ab c"),  # one hyphen beside a blank, and all of them go
+        ("a-b - c", "ab c"),  # one hyphen touches a space, so all hyphens are removed
         ("10/12/99", "10 12 99"),
         ("what?!", "what"),
         ("École", "école"),
@@ -269,7 +277,7 @@ def test_textvqa_accuracy_by_hand(prediction: str, golds: list[str], expected: f
 
 @pytest.mark.parametrize("count", [0, 1, 9, 11])
 def test_textvqa_accuracy_wants_ten_annotators(count: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} answers, expected those of 10 annotators"):
+    with pytest.raises(ValueError, match=f"{count} answers, expected the answers of 10 annotators"):
         textvqa_accuracy("red", ["red"] * count)
 
 
@@ -324,22 +332,22 @@ def test_a_gold_among_others_is_right(metric: object, text: str, others: list[st
         ((0, 0, 0, 0), (0, 0, 2, 2), 0),
     ],
 )
-def test_intersection_over_union_by_hand(a: tuple[float, ...], b: tuple[float, ...], expected: float) -> None:
-    assert intersection_over_union(a, b) == intersection_over_union(b, a) == pytest.approx(expected)
+def test_iou_of_one_box_by_hand(a: Box, b: Box, expected: float) -> None:
+    assert grounding_iou([a], [b]) == grounding_iou([b], [a]) == pytest.approx(expected)
 
 
 @st.composite
-def whole_boxes(draw: st.DrawFn) -> tuple[int, ...]:
+def whole_boxes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     x1, y1 = draw(st.integers(0, 10)), draw(st.integers(0, 10))
     return x1, y1, x1 + draw(st.integers(1, 10)), y1 + draw(st.integers(1, 10))
 
 
 @settings(deadline=None)
 @given(whole_boxes(), whole_boxes())
-def test_intersection_over_union_by_counting(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+def test_iou_of_one_box_by_counting(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> None:
     cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (a, b)]
     expected = len(cells[0] & cells[1]) / len(cells[0] | cells[1])
-    assert intersection_over_union(a, b) == pytest.approx(expected)
+    assert grounding_iou([a], [b]) == pytest.approx(expected)
 
 
 def test_grounding_takes_the_first_box_and_the_nearest_gold() -> None:
@@ -396,3 +404,98 @@ def test_normalised_edit_distance_has_the_scripts_small_number() -> None:
 )
 def test_lines_find_their_golds(read: list[str], golds: list[str], expected: list[str]) -> None:
     assert match_lines(read, golds) == expected
+
+
+PICTURE = Image.new("RGB", (100, 50), "white")
+BOX = (100.0, 200.0, 500.0, 800.0)
+
+
+def make(task: Task = Task.ANSWER, **fields: object) -> Record:
+    return Record("1", task, "test", "what is it", **({"images": (PICTURE,)} | fields))  # type: ignore[arg-type]
+
+
+LOCATE = make(Task.LOCATE, boxes=(BOX,), words=("a",))
+EDIT = make(Task.EDIT, boxes=(BOX,), texts=("a",), target=PICTURE)
+DRAW = make(Task.DRAW, images=(), texts=("a", "b"), target=PICTURE)
+
+
+def test_measures_belong_to_tasks() -> None:
+    answers = [
+        "containment",
+        "containment, released",
+        "containment, DocOwl",
+        "ANLS",
+        "relaxed accuracy",
+        "TextVQA accuracy",
+        "OCRBench",
+    ]
+    lines = ["NED, AnyText", "Sen.Acc, AnyText", "NED, released"]
+    assert {task: [name for name in MEASURES if task in MEASURES[name].tasks] for task in Task} == {
+        Task.READ: answers,
+        Task.ANSWER: answers,
+        Task.LOCATE: ["Acc@0.5", "IoU"],
+        Task.DRAW: lines,
+        Task.EDIT: [*lines, "outside unchanged"],
+    }
+    with pytest.raises(ValueError, match="no measure of ANLS, IoU is for the task 'draw'"):
+        measure(Prediction(DRAW), ["ANLS", "IoU"])
+
+
+@pytest.mark.parametrize("task", [Task.READ, Task.ANSWER])
+def test_an_answer_is_scored_by_the_measures_of_answers(task: Task) -> None:
+    record = make(task, texts=("3.5",), extra={"part": "formulae"})
+    scores = measure(Prediction(record, text=" 3 .5 "), [name for name in MEASURES if name != "TextVQA accuracy"])
+    assert scores == {
+        "containment": [0.0],
+        "containment, released": [0.0],
+        "containment, DocOwl": [0.0],
+        "ANLS": [pytest.approx(1 - 1 / 6)],
+        "relaxed accuracy": [0.0],
+        "OCRBench": [1.0],
+    }
+    ten = make(task, texts=("cat",) * 10)
+    assert measure(Prediction(ten, text="A cat"), ["TextVQA accuracy"]) == {"TextVQA accuracy": [1]}
+    assert measure(Prediction(make(task), text="A cat"), ["ANLS"]) == {}  # there is no accepted answer
+
+
+def test_a_box_is_scored() -> None:
+    half = (100.0, 200.0, 300.0, 800.0)
+    assert measure(Prediction(LOCATE, boxes=(half,)), list(MEASURES)) == {"Acc@0.5": [1.0], "IoU": [0.5]}
+    for boxes in ((), ((0, 0, 50, 50), BOX)):
+        assert measure(Prediction(LOCATE, boxes=boxes), list(MEASURES)) == {"Acc@0.5": [0.0], "IoU": [0.0]}
+
+
+def test_each_drawn_line_has_a_score_and_the_released_measure_takes_the_first_sample() -> None:
+    lines = (("Ab", "ab"), ("", "cd"))
+    first, second = (measure(Prediction(DRAW, sample, lines=lines), list(MEASURES)) for sample in (0, 1))
+    assert first["NED, AnyText"] == second["NED, AnyText"] == [pytest.approx(0.5, abs=1e-5), pytest.approx(0, abs=1e-5)]
+    assert first["Sen.Acc, AnyText"] == [0, 0]
+    assert first["NED, released"] == [1, pytest.approx(0, abs=1e-5)] and second["NED, released"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda picture: picture, 1.0),
+        (lambda picture: picture.paste("red", (10, 10, 51, 40)) or picture, 1.0),  # 10.01..50.05 x 10.01..40.04
+        (lambda picture: picture.paste("red", (9, 10, 51, 40)) or picture, 0.0),
+        (lambda picture: picture.paste("red", (10, 10, 51, 42)) or picture, 0.0),
+        (lambda picture: picture.resize((101, 50)), 0.0),
+    ],
+)
+def test_an_edit_does_not_change_pixels_outside_its_box(
+    change: Callable[[Image.Image], Image.Image], expected: float
+) -> None:
+    picture = change(PICTURE.copy())
+    assert outside_unchanged(EDIT, picture) == expected
+    scores = measure(Prediction(EDIT, lines=(("a", "a"),), picture=picture), list(MEASURES))
+    assert scores["outside unchanged"] == [expected] and scores["Sen.Acc, AnyText"] == [1]
+
+
+def test_a_refused_request_scores_nothing_even_if_an_empty_answer_would_be_right() -> None:
+    chinese = make(Task.DRAW, images=(), texts=("漢字",), target=PICTURE)
+    refused = Prediction(chinese, lines=(("", "漢字"),), refused=True)
+    assert measure(refused, list(MEASURES)) == {"NED, AnyText": [0], "Sen.Acc, AnyText": [0], "NED, released": [0]}
+    assert measure(Prediction(make(texts=(" ",)), refused=True), ["containment"]) == {"containment": [0.0]}
+    edit = Prediction(EDIT, lines=(("", "a"),), refused=True)
+    assert measure(edit, ["outside unchanged"]) == {"outside unchanged": [0]}
