@@ -1,6 +1,8 @@
 """The preset "paper" on the meta device: how large it is, what Slide-LoRA adds, shapes of a step and of generation."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import slidelora
 from textharmony.boxes import from_pixels
-from textharmony.config import GenerationSettings, put_experts_on
+from textharmony.config import GenerationSettings, ModelConfig, put_experts_on
 from textharmony.data.record import Record
 from textharmony.model.generation import draw, prompt
 from textharmony.pipeline import TextHarmony
@@ -24,9 +26,17 @@ from textharmony.prompts import Task, compose
 DOCS = Path(__file__).parents[3] / "docs"
 
 
-def build(tokenizer: PreTrainedTokenizerFast, experts_on: str) -> TextHarmony:
+@pytest.fixture(autouse=True)
+def memory_as_it_comes(deterministic_run: None) -> Iterator[None]:
+    """The meta device has no memory to fill, and filling it takes as long as all the rest."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def build(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> TextHarmony:
     with init_empty_weights(include_buffers=True):
-        model = TextHarmony(put_experts_on(PAPER, experts_on), tokenizer)
+        model = TextHarmony(config, tokenizer)
     return model.to("meta")
 
 
@@ -36,7 +46,15 @@ def count(model: torch.nn.Module, pattern: str = "") -> int:
 
 @pytest.fixture(scope="module")
 def paper(tokenizer: PreTrainedTokenizerFast) -> TextHarmony:
-    return build(tokenizer, "both")
+    return build(tokenizer, put_experts_on(PAPER, "both"))
+
+
+@pytest.fixture(scope="module")
+def shallow(tokenizer: PreTrainedTokenizerFast) -> TextHarmony:
+    """The same widths, with two layers each in the ViT and the language model: the others have the same shapes."""
+    two = {"num_hidden_layers": 2}
+    config = replace(PAPER, vision={**PAPER.vision, **two}, language={**PAPER.language, **two})
+    return build(tokenizer, put_experts_on(config, "both"))
 
 
 def test_parameters(paper: TextHarmony) -> None:
@@ -72,7 +90,7 @@ def test_experts_on_language_model_or_vit_or_both(paper: TextHarmony, tokenizer:
         ("both", {"language", "visual_tokenizer"}),
         ("none", set()),
     ):
-        model = paper if experts_on == "both" else build(tokenizer, experts_on)
+        model = paper if experts_on == "both" else build(tokenizer, put_experts_on(PAPER, experts_on))
         assert {part for part in ("language", "visual_tokenizer") if count(model, rf"^{part}\..*lora_A")} == expected
         counts = model.count_parameters()
         if experts_on != "none":
@@ -82,7 +100,7 @@ def test_experts_on_language_model_or_vit_or_both(paper: TextHarmony, tokenizer:
             assert f"| {row} |" in page
 
 
-def test_a_training_step(paper: TextHarmony) -> None:
+def test_a_training_step(shallow: TextHarmony) -> None:
     read, drawn = np.zeros((896, 896, 3), np.uint8), np.zeros((512, 512, 3), np.uint8)
     box = from_pixels((7, 7, 700, 140), (896, 896))
     records = [
@@ -90,48 +108,48 @@ def test_a_training_step(paper: TextHarmony) -> None:
         Record("2", Task.DRAW, "test", "a sign", texts=("A",), target=drawn),
         Record("3", Task.EDIT, "test", "fill", (read,), ("A",), target=drawn, boxes=(box,)),
     ]
-    batch = collate(paper.config, paper.tokenizer, records)
+    batch = collate(shallow.config, shallow.tokenizer, records)
     assert batch["pixel_values"].shape == (4, 3, 896, 896)  # two of them are read again after they are drawn
     assert batch["target_pixel_values"].shape == (2, 3, 512, 512)
     assert relative_error(batch["regions"][1], torch.tensor([4.0, 4, 400, 80])) < 1e-6
-    for name, parameter in paper.named_parameters():
+    for name, parameter in shallow.named_parameters():
         parameter.requires_grad_(re.search(r"lora_|slidelora_gate|begin_|resampler|unet", name) is not None)
-    paper.train()
+    shallow.train()
     modalities = batch.pop("modalities")
     with Shapes():
         on_meta = {name: tensor.to("meta") for name, tensor in batch.items()}
-        losses = paper(**on_meta, modalities=modalities, losses=("text", "image", "gate"))
+        losses = shallow(**on_meta, modalities=modalities, losses=("text", "image", "gate"))
         assert losses.keys() == {"text", "image", "gate"} and all(loss.shape == () for loss in losses.values())
         sum(losses.values()).backward()
-    gates = slidelora.routing(paper.language).weights
+    gates = slidelora.routing(shallow.language).weights
     assert isinstance(gates, torch.Tensor) and gates.shape == (3, 3)
-    trained = [p for p in paper.parameters() if p.requires_grad]
+    trained = [p for p in shallow.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.shape == p.shape for p in trained)
-    paper.zero_grad()
+    shallow.zero_grad()
 
 
-def test_a_generation(paper: TextHarmony) -> None:
+def test_a_generation(shallow: TextHarmony) -> None:
     """Drawing at 512 pixels under guidance, editing, and two tokens of text from a picture of 512 visual tokens."""
     picture = torch.zeros(1, 3, 896, 896)
-    drawing = [1, 8, 9, paper.boi_id]
-    edit = [1, paper.boi_id, *[paper.image_id] * 512, 9, paper.boi_id]
+    drawing = [1, 8, 9, shallow.boi_id]
+    edit = [1, shallow.boi_id, *[shallow.image_id] * 512, 9, shallow.boi_id]
     settings = GenerationSettings(num_inference_steps=1)
     with Shapes(), torch.no_grad():
         # Both in one batch: the drawing has no region.
-        prompted = prompt(paper.eval(), [drawing, edit], picture, "image")
+        prompted = prompt(shallow.eval(), [drawing, edit], picture, "image")
         regions, source = torch.tensor([[torch.nan] * 4, [10.0, 20, 200, 90]]), torch.zeros(2, 3, 512, 512)
-        assert draw(paper, prompted, [0, 1], settings, source, regions).shape == (2, 3, 512, 512)
-        prompted = prompt(paper, [edit[:-1]], picture, "text")
+        assert draw(shallow, prompted, [0, 1], settings, source, regions).shape == (2, 3, 512, 512)
+        prompted = prompt(shallow, [edit[:-1]], picture, "text")
         assert prompted.inputs_embeds.shape == (1, 515, 5120) and prompted.attention_mask.shape == (1, 515)
         assert prompted.gates is not None and prompted.gates.shape == (1, 3)
         mask = prompted.attention_mask
-        with paper.read_under(prompted.gates, prompted.features):
-            first = paper.language(
+        with shallow.read_under(prompted.gates, prompted.features):
+            first = shallow.language(
                 inputs_embeds=prompted.inputs_embeds, attention_mask=mask, use_cache=True, logits_to_keep=1
             )
             assert first.logits.shape == (1, 1, 32002)
             token, longer = torch.full((1, 1), 9, device="meta"), torch.cat([mask, mask[:, :1]], 1)
-            second = paper.language(input_ids=token, attention_mask=longer, past_key_values=first.past_key_values)
+            second = shallow.language(input_ids=token, attention_mask=longer, past_key_values=first.past_key_values)
         assert second.logits.shape == (1, 1, 32002) and second.past_key_values.get_seq_length() == 516
 
 
