@@ -39,7 +39,33 @@ def test_package_is_typed(name: str) -> None:
     assert files(name).joinpath("py.typed").is_file()
 
 
-@pytest.mark.parametrize("missing", ["transformers", "diffusers"])
+LIGHT = """
+import json, sys
+import textharmony
+from textharmony import GenerationSettings, ModelConfig, Request, Stage, Task, TrainConfig
+heavy = {"torch", "transformers", "diffusers", "accelerate", "numpy", "PIL"}
+print(json.dumps(sorted(heavy & {name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_import_textharmony_loads_nothing_heavy() -> None:
+    """Nor do the values with which a user asks and configures: only the model itself does."""
+    assert json.loads(run_python(LIGHT)) == []
+
+
+def test_textharmony_offers_its_public_names() -> None:
+    import textharmony
+    from textharmony import GenerationSettings, ModelConfig, Request, Stage, Task, TextHarmony, TrainConfig
+
+    public = {GenerationSettings, ModelConfig, Request, Stage, Task, TextHarmony, TrainConfig}
+    assert {getattr(textharmony, name) for name in textharmony.__all__} == public
+    with pytest.raises(AttributeError, match="module 'textharmony' has no attribute 'Harmony'"):
+        textharmony.Harmony  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Harmony'"):
+        from textharmony import Harmony  # noqa: F401
+
+
+@pytest.mark.parametrize("missing", ["transformers", "diffusers", "accelerate", "einops", "PIL"])
 def test_textharmony_without_its_extra_says_what_to_install(missing: str) -> None:
     message = run_python(
         f"import sys; sys.modules[{missing!r}] = None\n"

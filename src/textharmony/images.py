@@ -50,6 +50,8 @@ def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
 def image_size(source: Picture) -> tuple[int, int]:
     """(width, height) of a picture as `open_image` turns it, from the file's header; raises as `open_image` does."""
     with _decoding(source), _open(source) as picture:
+        if picture.format == "TIFF":
+            picture.load()  # Pillow turns these by itself, some versions when opening them, some when decoding them
         width, height = picture.size
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (height, width) if turned else (width, height)
@@ -118,8 +120,9 @@ class FittedImage:
     def region(self, box: Box) -> tuple[int, int, int, int]:
         """Convert a box in thousandths of the original to whole pixels x1, y1, x2, y2 of `pixels`, never empty."""
         x1, y1, x2, y2 = (round(side) for side in self._model_pixels(box))
-        left, top = max(0, x1), max(0, y1)
-        return left, top, min(self.size[0], max(left + 1, x2)), min(self.size[1], max(top + 1, y2))
+        width, height = self.size
+        left, top = min(max(0, x1), width - 1), min(max(0, y1), height - 1)
+        return left, top, min(width, max(left + 1, x2)), min(height, max(top + 1, y2))
 
     def _model_pixels(self, box: Box) -> Box:
         x1, y1, x2, y2 = to_pixels(box, self.original.size)

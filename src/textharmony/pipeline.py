@@ -378,9 +378,9 @@ def _rows(fields: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
     lengths = {len(value) for value in fields.values() if isinstance(value, list)}
     if len(lengths) > 1:
         raise ValueError(f"got lists of {sorted(lengths)} items, expected the same length")
-    rows = range(lengths.pop()) if lengths else None
-    pick = lambda value, i: value[i] if isinstance(value, list) else value  # noqa: E731
-    return [{name: pick(value, i) for name, value in fields.items()} for i in rows or [0]], rows is not None
+    count = max(lengths, default=1)
+    rows = [{n: v[i] if isinstance(v, list) else v for n, v in fields.items()} for i in range(count)]
+    return rows, bool(lengths)
 
 
 def _seeds(seed: int | Sequence[int], generator: torch.Generator | None, *arguments: Any) -> list[int] | int:

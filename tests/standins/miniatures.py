@@ -24,7 +24,10 @@ from transformers import (
     SiglipModel,
 )
 
-# What joins miniatures, as a file of settings says it.
+from textharmony.config import ModelConfig
+from textharmony.pipeline import TextHarmony
+
+# What joins miniatures, as in a file of settings.
 SETTINGS: dict[str, Any] = {
     "image_size": [56, 56],
     "drawing_size": [32, 32],
@@ -45,7 +48,7 @@ _CORPUS = [
 
 @dataclass(frozen=True)
 class Miniature:
-    """Folders of the three backbones."""
+    """The folders of three backbones."""
 
     vision: Path
     language: Path
@@ -53,7 +56,7 @@ class Miniature:
 
 
 def write_clip_llama_sd(root: Path) -> Miniature:
-    """A CLIP vision model, a Llama as Vicuna stores it (no pad token), Stable Diffusion that predicts noise."""
+    """Write a CLIP vision model, a Llama as Vicuna stores it (no pad token), a Stable Diffusion that predicts noise."""
     torch.manual_seed(1)
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     CLIPVisionModel(CLIPVisionConfig(**vision, image_size=28, patch_size=14)).save_pretrained(root / "clip")
@@ -67,7 +70,7 @@ def write_clip_llama_sd(root: Path) -> Miniature:
 
 
 def write_siglip_qwen_sd(root: Path) -> Miniature:
-    """A whole SigLIP, a Qwen2 (no begin token, tied embeddings with rows to spare), a diffusion model of velocity."""
+    """Write a whole SigLIP, a Qwen2 (no begin token, tied embeddings, spare rows) and one that predicts velocity."""
     torch.manual_seed(2)
     layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = SiglipConfig(
@@ -81,6 +84,11 @@ def write_siglip_qwen_sd(root: Path) -> Miniature:
     ).save_pretrained(root / "qwen")
     _save_stable_diffusion(root / "sd-v", "DDIMScheduler", "v_prediction", set_alpha_to_one=False, clip_sample=False)
     return Miniature(root / "siglip", root / "qwen", root / "sd-v")
+
+
+def join(miniature: Miniature, config: ModelConfig, **options: Any) -> TextHarmony:
+    """A model of a miniature's backbones, joined as a configuration says."""
+    return TextHarmony.from_backbones(miniature.vision, miniature.language, miniature.image, config, **options)
 
 
 WRITERS = {"clip-llama-sd": write_clip_llama_sd, "siglip-qwen-sdv": write_siglip_qwen_sd}
@@ -97,7 +105,7 @@ _LANGUAGE: dict[str, Any] = {
 
 
 def _save_llama_tokenizer(path: Path) -> None:
-    """Byte-pair encoding as SentencePiece has it, a blank before each word."""
+    """Save byte-pair encoding as SentencePiece does it, with a blank before each word."""
     specials = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -118,7 +126,7 @@ def _save_llama_tokenizer(path: Path) -> None:
 
 
 def _save_qwen_tokenizer(path: Path) -> None:
-    """Byte-pair encoding of bytes; text ends in what also pads."""
+    """Save byte-pair encoding of bytes, whose token for the end of a text also pads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -30,7 +30,7 @@ class Shapes(TorchDispatchMode):
         known = bool(tensors) and all(t.device.type != "meta" or t in self._values for t in tensors)
         if known and (any(t.device.type == "meta" for t in tensors) or _to_meta(kwargs)):
             return self._follow(func, args, kwargs)
-        if func is _ATEN._local_scalar_dense.default and not known:
+        if func.name() == "aten::_local_scalar_dense" and not known:  # a tensor as a Python number
             return 0.0 if args[0].dtype.is_floating_point else 0
         if func is _ATEN.index.Tensor:
             args = (args[0], [place for index in args[1] for place in self._places(index)], *args[2:])

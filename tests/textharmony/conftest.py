@@ -1,4 +1,4 @@
-"""A model small enough for tests: the tiny configuration with fewer layers and channels, and random weights."""
+"""Models small enough for tests: the preset "tiny" with fewer layers and channels, and miniatures of backbones."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chat_server import ChatServer, serve
-from miniatures import SETTINGS, WRITERS, Miniature
+from miniatures import SETTINGS, WRITERS, Miniature, join
 from transformers import PreTrainedTokenizerFast
 
 from textharmony.config import LayoutConfig, ModelConfig
@@ -51,7 +51,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Callable[..., TextHarmony]:
     def make(seed: int = 0, **changes: object) -> TextHarmony:
-        """A model of random weights; those that start at zero, adapters among them, are random too."""
+        """Build a model with random weights, also where a new model has zeros, as in its adapters."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = TextHarmony(replace(config, **changes), tokenizer)
@@ -66,7 +66,7 @@ def make_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Calla
 
 @pytest.fixture(scope="session")
 def model(make_model: Callable[..., TextHarmony]) -> TextHarmony:
-    """Shared by all tests, which leave it as it is."""
+    """All tests share it and leave it as it is."""
     return make_model()
 
 
@@ -78,7 +78,7 @@ def server() -> Iterator[ChatServer]:
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of random weights in transformers' layout, for captions of the letters a to j."""
+    """A CLIP with random weights in transformers' layout, for captions of the letters a to j."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip")
@@ -102,23 +102,23 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=sorted(WRITERS))
 def miniature(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Miniature:
-    """Folders of three backbones, once for each layout."""
+    """The folders of three backbones; a test that takes them runs once for each set."""
     with torch.random.fork_rng():
         return WRITERS[request.param](tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def joined() -> ModelConfig:
-    """What joins the miniatures."""
+    """The configuration that joins miniatures: the preset "paper" in other sizes."""
     return ModelConfig.from_dict(json.loads(json.dumps(PAPER.to_dict())) | SETTINGS)
 
 
 @pytest.fixture(scope="session")
 def united(miniature: Miniature, joined: ModelConfig) -> TextHarmony:
-    """A model of a miniature's backbones; parameters that start at zero are random."""
+    """A model of a miniature's backbones, with random numbers where a new model has zeros; left as it is, too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = TextHarmony.from_backbones(miniature.vision, miniature.language, miniature.image, joined)
+        model = join(miniature, joined)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name or "begin_" in name:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import relative_error
 from miniatures import SETTINGS, Miniature
 from PIL import Image
 
 from textharmony.cli import main
 from textharmony.data.synthetic import SyntheticWords
-from textharmony.model.core import TextHarmony
+from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Task
 
 Run = Callable[..., str]
@@ -21,7 +22,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line as typed; gives what it prints."""
+    """Run a command line, and return what it prints."""
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["textharmony", *map(str, arguments)])
@@ -93,27 +94,25 @@ def test_chat_draws(run: Run, tmp_path: Path) -> None:
     said = run("chat", 'Generate an image according to the caption. "OK" in red', "--out", tmp_path, "--seed", 2)
     assert said == f"{tmp_path / '1.png'}\n"
     drawn = TextHarmony.from_pretrained("tiny").draw('"OK" in red', seed=2)
-    assert np.abs(np.asarray(Image.open(tmp_path / "1.png"), int) - np.asarray(drawn, int)).max() <= 1
+    assert relative_error(Image.open(tmp_path / "1.png"), drawn) < 0.01
 
 
 def write_records(folder: Path) -> None:
-    """Own data of the four tasks, two records each."""
+    """Write own data: two records of each task."""
     folder.mkdir()
     with (folder / "records.jsonl").open("w") as file:
         for task in Task:
-            data = SyntheticWords(5, "train", {task: 1}, (56, 56), (56, 56))
+            data = SyntheticWords(5, "train", {task: 1})
             for i in range(2):
-                sample, row = data[i], {"id": f"{task.value}-{i}", "task": task.value, "prompt": data[i].prompt}
-                for kind, pixels in (("image", sample.image), ("target", sample.target)):
-                    if pixels is not None:
-                        Image.fromarray(pixels).save(folder / f"{row['id']}-{kind}.png")
-                if sample.image is not None:
+                record = data[i]
+                row = {"id": f"{task.value}-{i}", "task": task.value, "prompt": record.prompt}
+                if record.images:
                     row["images"] = [f"{row['id']}-image.png"]
-                if sample.target is not None:
+                    record.load().save(folder / row["images"][0])
+                if (target := record.load_target()) is not None:
                     row["target"] = f"{row['id']}-target.png"
-                row["texts"] = [sample.answer or sample.text]
-                if sample.region is not None:
-                    row["boxes"] = [[side / 56 * 999 for side in sample.region]]
+                    target.save(folder / row["target"])
+                row |= {"texts": record.texts, "boxes": record.boxes, "words": record.words}
                 file.write(json.dumps(row) + "\n")
 
 

@@ -75,9 +75,12 @@ def word_loss(logits: WordLogits, labels: WordLabels) -> Tensor:
         return logits.box.new_zeros(())
     characters, positions, colors, box = (tensor[known] for tensor in labels[:4])
     columns = logits.colors.shape[1]
+    by_color = logits.colors.new_zeros(())
+    if (colors != IGNORE).any():  # a mean over no color is NaN
+        by_color = F.cross_entropy(logits.colors[known].movedim(-1, 1), colors[:, None].expand(-1, columns, -1))
     return (
         F.cross_entropy(logits.characters[known].movedim(-1, 1), characters[:, None].expand(-1, 2, -1))
         + F.cross_entropy(logits.positions[known].movedim(-1, 1), positions)
-        + F.cross_entropy(logits.colors[known].movedim(-1, 1), colors[:, None].expand(-1, columns, -1))
+        + by_color
         + F.cross_entropy(logits.box[known].movedim(-1, 1), box[:, None].expand(-1, columns, -1))
     )

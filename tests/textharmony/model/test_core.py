@@ -1,118 +1,67 @@
-import json
-import math
-from collections.abc import Callable
+"""The model: what the language model reads, the losses of a batch, and which experts act."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import collate
+from closeness import relative_error
+from miniatures import Miniature, join
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import slidelora
-import textharmony.model.checkpoint
-import textharmony.model.core
-from textharmony.config import ModelConfig
-from textharmony.data.batch import Collator
-from textharmony.data.sample import Sample
+from textharmony.boxes import from_pixels
+from textharmony.config import LOSSES, ModelConfig, MultiScaleConfig, put_experts_on
+from textharmony.data.record import Record
 from textharmony.data.synthetic import SyntheticWords
-from textharmony.evaluate.tiny import recognise, same_text
-from textharmony.model.core import TextHarmony
-from textharmony.prompts import IMAGE, READ_QUESTION, Task
+from textharmony.images import fit_image
+from textharmony.pipeline import TextHarmony
+from textharmony.presets import PAPER, TINY
+from textharmony.prompts import Request, Task
 
 Make = Callable[..., TextHarmony]
-EMBEDDED = Path(textharmony.model.core.__file__).parent / "weights" / "tiny"
-embedded_only = pytest.mark.skipif(not EMBEDDED.exists(), reason="the embedded weights are not there")
+HALF = (0, 0, 500, 500)
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
+def records() -> list[Record]:
     """Two of each task, of different lengths."""
     return [SyntheticWords(4, "train", {task: 1})[i] for task in Task for i in range(2)]
 
 
 @pytest.fixture(scope="module")
-def pictures(samples: list[Sample]) -> list[Image.Image]:
-    return [Image.fromarray(s.image if s.image is not None else s.target) for s in samples][:3]
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8))
 
 
-# Losses
+@pytest.fixture(scope="module")
+def three() -> list[Record]:
+    """A drawing, a reading and an edit for miniatures."""
+    rng = np.random.default_rng(0)
+    read, drawn = (rng.integers(0, 256, (size, size, 3), np.uint8) for size in (56, 32))
+    box = from_pixels((7, 7, 40, 40), (56, 56))
+    return [
+        Record("1", Task.DRAW, "test", "a sign", texts=("A",), target=drawn),
+        Record("2", Task.READ, "test", "read", (read,), ("A",)),
+        Record("3", Task.EDIT, "test", "fill", (read,), ("A",), target=drawn, boxes=(box,)),
+    ]
 
 
-def test_a_padded_batch_is_its_samples_alone(
-    model: TextHarmony, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Text, column and gate losses, and what the image decoder is given; its own losses draw noise."""
-    contexts = []
-    read_context = model.image_decoder.read_context
-    monkeypatch.setattr(
-        model.image_decoder, "read_context", lambda *a: contexts.append(read_context(*a)) or contexts[-1]
-    )
-    collate = Collator(model.config, model.tokenizer)
-    batch = collate(samples)
+def randomise(model: nn.Module, *names: str, std: float = 0.5) -> None:
+    """Fill parameters that have one of these in their names, as if they had been trained."""
     with torch.no_grad():
-        together = model(**batch)
-        seen, contexts[:] = contexts[0], []
-        alone = [model(**collate([sample])) for sample in samples]
-    torch.testing.assert_close(torch.cat(contexts), seen, atol=1e-4, rtol=1e-4)
-
-    def mean(name: str, counts: torch.Tensor) -> float:
-        values = torch.tensor([float(getattr(loss, name)) for loss in alone])
-        return float((values * counts).sum() / counts.sum())
-
-    assert len(set((batch["labels"] != -100).sum(1).tolist())) > 2
-    each = torch.ones(len(samples))
-    assert together.text.item() == pytest.approx(mean("text", each), rel=1e-4)
-    assert together.gate.item() == pytest.approx(mean("gate", each), rel=1e-4)
-    columns = torch.tensor([float(s.image is not None and s.region is None) for s in samples])
-    assert together.columns.item() == pytest.approx(mean("columns", columns), rel=1e-4)
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in names):
+                parameter.normal_(0, std)
 
 
-def test_the_answer_does_not_choose_its_experts(model: TextHarmony, samples: list[Sample]) -> None:
-    reading = next(s for s in samples if s.task is Task.PERCEPTION)
-    weights = []
-    for answer in ("A", "ZZZZZZ"):
-        with torch.no_grad():
-            model(**Collator(model.config, model.tokenizer)([replace(reading, answer=answer)]))
-        weights.append(slidelora.routing(model.language).weights)
-    assert weights[0] is not None and weights[1] is not None
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-5)
-
-
-def test_the_total_weighs_what_was_asked_for(model: TextHarmony, samples: list[Sample]) -> None:
-    batch = Collator(model.config, model.tokenizer)(samples)
-    with torch.no_grad():
-        everything = model(**batch)
-        expected = (
-            model.config.text_weight * everything.text
-            + model.config.image_weight * everything.image
-            + everything.layout
-            + everything.columns
-            + everything.gate
-        )
-        torch.testing.assert_close(everything.total, expected)
-        assert all(float(getattr(everything, name)) > 0 for name in ("text", "image", "layout", "columns", "gate"))
-        columns = model(**batch, losses=("columns",))
-        assert columns.total == columns.columns == everything.columns and columns.text == columns.image == 0
-        text = model(**batch, losses=("text",), adapters=False)
-        assert text.total == text.text and text.image == text.gate == 0
-
-
-def test_adapters_act_when_asked(model: TextHarmony, samples: list[Sample]) -> None:
-    batch = Collator(model.config, model.tokenizer)(samples)
-    with torch.no_grad():
-        acting, plain = (model(**batch, losses=("text",), adapters=on).text for on in (True, False))
-        with slidelora.disabled(model.language):
-            logits = model.language(
-                inputs_embeds=model.embed(batch["input_ids"], batch["pixel_values"])[0],
-                attention_mask=batch["attention_mask"],
-            ).logits
-    of_samples = [F.cross_entropy(said[:-1], label[1:]) for said, label in zip(logits, batch["labels"])]
-    base = torch.stack(of_samples).mean()
-    assert not torch.allclose(acting, plain, atol=1e-3)
-    torch.testing.assert_close(plain, base, atol=1e-4, rtol=1e-4)
+# What the language model reads
 
 
 def test_embed_counts_the_image_tokens(model: TextHarmony) -> None:
@@ -125,263 +74,340 @@ def test_embed_counts_the_image_tokens(model: TextHarmony) -> None:
         model.embed(ids, torch.zeros(2, 3, 32, 128))
     with pytest.raises(ValueError, match=f"expected {count} for each of 0 pictures"):
         model.embed(ids, None)
-    ids[:, count] = model.image_id
-    pixels = torch.rand(2, 3, 32, 128)
-    embeds, *_ = model.embed(ids, pixels)
-    tokens, *_ = model.visual_tokenizer(pixels)
-    assert torch.equal(embeds[:, 1 : count + 1], tokens)
+
+
+def test_visual_tokens_stand_where_image_tokens_stood(model: TextHarmony) -> None:
+    count = model.config.visual_tokens
+    ids, pixels = torch.full((2, count + 3), 7), torch.rand(2, 3, 32, 128)
+    ids[:, 1 : count + 1] = model.image_id
+    with torch.no_grad():
+        embeds, features, logits = model.embed(ids, pixels)
+        tokens, _, expected = model.visual_tokenizer(pixels)
+    assert torch.equal(embeds[:, 1 : count + 1], tokens) and features is None
+    assert all(map(torch.equal, logits, expected))
     assert torch.equal(embeds[:, 0], model.language.get_input_embeddings()(ids[:, 0]))
 
 
-# Verbs
+def test_a_begin_token_has_an_embedding_of_its_own(model: TextHarmony) -> None:
+    ids = torch.tensor([[7, model.boi_id, 7]])
+    with torch.no_grad():
+        embeds, _, logits = model.embed(ids, None)
+    plain = model.language.get_input_embeddings()(ids)
+    assert logits is None and torch.equal(embeds[:, ::2], plain[:, ::2])
+    assert torch.equal(embeds[0, 1], plain[0, 1] + model.begin_image)
 
 
-def test_a_batch_of_verbs_is_the_verbs_alone(model: TextHarmony, pictures: list[Image.Image]) -> None:
-    """Prompts of different lengths, so padded on the left."""
-    questions = ["a", "what color is the ground", "how many characters are there"]
-    assert model.read(pictures) == [model.read(picture) for picture in pictures]
-    assert model.answer(pictures, questions) == [model.answer(p, q) for p, q in zip(pictures, questions)]
-    assert model.answer(pictures, questions[1]) == [model.answer(p, questions[1]) for p in pictures]
-    assert len(set(model.answer(pictures, questions))) > 1
-    assert model.answer(pictures[0], questions) == [model.answer(pictures[0], question) for question in questions]
-    assert model.read([]) == []
+def test_the_begin_head_changes_one_logit(united: TextHarmony) -> None:
+    ids = torch.arange(5)[None]
+    with torch.no_grad(), slidelora.disabled(united.language):
+        hidden = united.hidden_states(united.language.get_input_embeddings()(ids), torch.ones_like(ids))
+        logits = united.language(input_ids=ids).logits
+    assert united.begin_head is not None
+    plain = F.linear(hidden, united.language.get_output_embeddings().weight)
+    plain[..., united.boi_id] += hidden @ united.begin_head
+    assert relative_error(logits, plain) < 1e-5
 
 
-def test_read_is_a_question(model: TextHarmony, pictures: list[Image.Image]) -> None:
-    assert model.read(pictures[0]) == model.answer(pictures[0], READ_QUESTION, task=Task.PERCEPTION)
+# Losses
 
 
-def test_locate_reads_boxes_out_of_the_answer(
-    model: TextHarmony, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+def test_a_padded_batch_is_its_records_alone(
+    model: TextHarmony, records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = ["(100,200)(300,400)", "none", "(500,500)(400,900) (001,002)(003,004)(1"]
-    monkeypatch.setattr(model, "_write", lambda prompts, pixels: said[: len(prompts)])
-    found = model.locate(pictures, ["A", "B", "C"])
-    assert found == [[(100, 200, 300, 400)], [], [(1, 2, 3, 4)]]
-    # Twice as high as wide enough: the model saw it between bars of a quarter on each side.
-    (box,) = model.locate(Image.new("RGB", (64, 32)), "A")
-    assert box == pytest.approx((0, 200, 100.5, 400), abs=0.11)
+    """The losses of text, words and gate, and what the image decoder is given; its own losses draw noise."""
+    contexts: list[Tensor] = []
+    read_context = model.image_decoder.read_context
+    monkeypatch.setattr(
+        model.image_decoder, "read_context", lambda *a: contexts.append(read_context(*a)) or contexts[-1]
+    )
+    batch = collate(model.config, model.tokenizer, records)
+    with torch.no_grad():
+        together = model(**batch)
+        context, contexts[:] = contexts[0], []
+        alone = [model(**collate(model.config, model.tokenizer, [record])) for record in records]
+    assert relative_error(torch.cat(contexts), context) < 1e-5
+    assert len(set((batch["labels"] != -100).sum(1).tolist())) > 2
+    for name in ("text", "gate"):
+        assert together[name].item() == pytest.approx(np.mean([float(losses[name]) for losses in alone]), rel=1e-4)
+    words = [float(losses["words"]) for losses, record in zip(alone, records) if record.images]
+    words = [loss for loss in words if loss > 0]  # nothing is asked of a picture with a hidden region
+    assert len(words) == 2 * len([Task.READ, Task.ANSWER, Task.LOCATE])
+    assert together["words"].item() == pytest.approx(np.mean(words), rel=1e-4)
 
 
-def test_draw_by_seed(model: TextHarmony) -> None:
-    prompts = ['"CAFE" in red on white', '"A"', "B7"]
-    together = model.draw(prompts, seed=5)
-    assert [p.size for p in together] == [(128, 32)] * 3 and all(isinstance(p, Image.Image) for p in together)
-    for i, prompt in enumerate(prompts):
-        difference = np.abs(np.asarray(model.draw(prompt, seed=5 + i), int) - np.asarray(together[i], int))
-        assert difference.max() <= 1
-    chosen = model.draw(prompts[:2], seed=[6, 6])
-    assert np.abs(np.asarray(chosen[1], int) - np.asarray(together[1], int)).max() <= 1
-    assert np.abs(np.asarray(model.draw(prompts[0], seed=9), int) - np.asarray(together[0], int)).max() > 3
-    assert np.array_equal(model.draw(prompts[0], seed=9), model.draw(prompts[0], seed=9))
-    several = model.draw(prompts[0], seed=[5, 9])
-    assert len(several) == 2 and np.abs(np.asarray(several[0], int) - np.asarray(together[0], int)).max() <= 1
+def test_only_the_losses_that_are_asked_for_are_computed(model: TextHarmony, records: list[Record]) -> None:
+    batch = collate(model.config, model.tokenizer, records)
+    with torch.no_grad():
+        everything = model(**batch)
+        assert list(everything) == list(LOSSES) and all(loss > 0 for loss in everything.values())
+        for name in ("words", "text", "gate"):  # which draw no noise
+            found = model(**batch, losses=(name,))
+            assert found == {name: everything[name]}
+        assert model(**batch, losses=("autoencoder",)).keys() == {"autoencoder"}
+        assert model(**batch, losses=("layout", "image")).keys() == {"layout", "image"}
+        assert model(**batch, losses=("text", "gate"), adapters=False).keys() == {"text"}
+        assert model(**batch, losses=()) == {}
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    ["", '""', "hello", '"HELLO!"', '"SEVENCH"', '"NAÏVE"', '"A B"', '"A', 'A "B" "C"', '"A" and "B"', "日本"],
-)
-def test_draw_and_edit_name_what_they_cannot_draw(model: TextHarmony, pictures: list[Image.Image], prompt: str) -> None:
-    word = prompt.strip('"') if prompt.count('"') == 2 else prompt
-    with pytest.raises(ValueError, match="expected") as error:
-        model.draw(prompt)
-    assert repr(word) in str(error.value) or repr(prompt) in str(error.value)
-    with pytest.raises(ValueError, match="expected"):
-        model.edit(pictures[0], (0, 0, 500, 500), prompt)
-    with pytest.raises(ValueError, match="expected"):
-        model.draw(['"A"', prompt])
+def test_a_batch_has_the_losses_that_it_has_something_for(model: TextHarmony, records: list[Record]) -> None:
+    by_task = {record.task: record for record in records}
+    expected = {
+        Task.READ: {"text", "words", "gate"},
+        Task.DRAW: {"autoencoder", "text", "image", "layout", "gate"},
+        Task.EDIT: set(LOSSES),
+    }
+    for task, names in expected.items():
+        with torch.no_grad():
+            found = model(**collate(model.config, model.tokenizer, [by_task[task]]))
+        assert found.keys() == names
+        assert task is not Task.EDIT or found["words"] == 0
 
 
-def test_edit_leaves_the_rest_alone(model: TextHarmony) -> None:
-    rng = np.random.default_rng(0)
-    shapes = [(32, 128), (61, 300), (200, 90)]
-    arrays = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
-    box = (200, 300, 700, 800)
-    edited = model.edit(arrays, (200, 300, 700, 800), '"OPEN" in red', seed=3)
-    for before, after in zip(arrays, edited):
-        height, width = before.shape[:2]
-        corners = [v / 999 * side for v, side in zip(box, (width, height) * 2)]
-        (x1, y1), (x2, y2) = map(math.floor, corners[:2]), map(math.ceil, corners[2:])
-        outside = np.ones((height, width), bool)
-        outside[y1:y2, x1:x2] = False
-        assert np.array_equal(np.asarray(after)[outside], before[outside])
-        assert (np.asarray(after)[~outside] != before[~outside]).mean() > 0.5
-    alone = model.edit(arrays[0], box, '"OPEN" in red', seed=3)
-    assert np.abs(np.asarray(alone, int) - np.asarray(edited[0], int)).max() <= 1
+def test_adapters_act_when_asked(model: TextHarmony, records: list[Record]) -> None:
+    batch = collate(model.config, model.tokenizer, records)
+    with torch.no_grad():
+        acting, plain = (model(**batch, losses=("text",), adapters=on)["text"].item() for on in (True, False))
+        with slidelora.disabled(model.language):
+            logits = model.language(
+                inputs_embeds=model.embed(batch["input_ids"], batch["pixel_values"]).inputs_embeds,
+                attention_mask=batch["attention_mask"],
+            ).logits
+    of_rows = [F.cross_entropy(row[:-1], labels[1:]) for row, labels in zip(logits, batch["labels"])]
+    assert plain == pytest.approx(torch.stack(of_rows).mean().item(), rel=1e-4)
+    assert acting != pytest.approx(plain, rel=1e-3)
 
 
-def test_edit_does_not_see_what_it_replaces(model: TextHarmony) -> None:
-    one = np.random.default_rng(0).integers(0, 256, (32, 128, 3), np.uint8)
-    other = one.copy()
-    other[8:24, 32:96] = 77
-    box = (32 / 128 * 999, 8 / 32 * 999, 96 / 128 * 999, 24 / 32 * 999)
-    assert np.array_equal(model.edit(one, box, "A"), model.edit(other, box, "A"))
+# Gates
 
 
-def test_edit_checks_the_box(model: TextHarmony, pictures: list[Image.Image]) -> None:
-    with pytest.raises(ValueError, match=r"box is \(5, 5, 5, 9\)"):
-        model.edit(pictures[0], (5, 5, 5, 9), "A")
-    with pytest.raises(ValueError, match=r"box is \(0, 0, 2000, 9\)"):
-        model.edit(pictures[:2] * 2, [0, 0, 2000, 9], "A")
-    with pytest.raises(ValueError, match=r"box is \(0, 0, 2000, 9\)"):
-        model.edit(pictures[:2], [(0, 0, 500, 500), (0, 0, 2000, 9)], "A")
+def test_the_answer_does_not_choose_its_experts(model: TextHarmony, records: list[Record]) -> None:
+    reading = next(record for record in records if record.task is Task.READ)
+    gates = []
+    for answer in ("A", "ZZZZZZ"):
+        with torch.no_grad():
+            model(**collate(model.config, model.tokenizer, [replace(reading, texts=(answer,))]), losses=("gate",))
+        gates.append(slidelora.routing(model.language).weights)
+    assert relative_error(*gates) < 1e-5
 
 
-def test_lists_must_be_of_one_length(model: TextHarmony, pictures: list[Image.Image]) -> None:
-    for call in (
-        lambda: model.answer(pictures, ["a", "b"]),
-        lambda: model.locate(pictures, ["A"] * 4),
-        lambda: model.draw(['"A"', '"B"'], seed=[1, 2, 3]),
-    ):
-        with pytest.raises(ValueError, match="expected the same length"):
-            call()
+def check_gate_loss(model: TextHarmony, records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is the cross-entropy of experts by name, and its gradient raises the right ones' weights."""
+    batch = collate(model.config, model.tokenizer, records)
+    modalities, hosts = batch["modalities"], (model.language, model.visual_tokenizer)
+    compute_gates, computed = slidelora.compute_gates, {}
+
+    def note(host: nn.Module, *arguments: Tensor) -> Tensor:
+        computed[host] = compute_gates(host, *arguments)
+        return computed[host]
+
+    def share_of_right_experts(host: nn.Module) -> Tensor:
+        """(B,) float64: the gate's softmax at the expert of each row's own modality."""
+        names, weights = slidelora.routing(host).names, computed[host].detach().double()
+        both = weights[:, [names.index("text"), names.index("image")]]
+        assert relative_error(both.sum(1), torch.ones(len(weights))) < 1e-6
+        return torch.stack([row[names.index(modality)] for row, modality in zip(weights, modalities, strict=True)])
+
+    monkeypatch.setattr(slidelora, "compute_gates", note)
+    gates = [p for name, p in model.named_parameters() if "slidelora_gate" in name]
+    model.requires_grad_(False)
+    for parameter in gates:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(gates, 0.02)
+    scale = slidelora.routing(model.language).config.supervised_coef
+    history = []
+    for _ in range(6):
+        loss = model(**batch, losses=("gate",))["gate"]
+        history.append(torch.stack([share_of_right_experts(host) for host in hosts]))  # (2, B)
+        assert loss.item() == pytest.approx(-scale * history[-1].log().mean(1).sum().item(), rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    text = torch.tensor([modality == "text" for modality in modalities])
+    for rows in (text, ~text):
+        assert (history[-1][:, rows].mean(1) > history[0][:, rows].mean(1) + 0.02).all()
 
 
-def test_verbs_leave_the_weights_alone(model: TextHarmony, pictures: list[Image.Image]) -> None:
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.read(pictures[0])
-    model.edit(pictures[0], (0, 0, 500, 500), "A")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+@pytest.mark.parametrize("experts", [PAPER.slide["experts"], TINY.slide["experts"], ["shared", "image", "text"]])
+def test_the_gate_learns_experts_by_name(
+    make_model: Make,
+    config: ModelConfig,
+    records: list[Record],
+    experts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the order in which the experts are listed, text goes to "text" and pictures go to "image"."""
+    both = put_experts_on(replace(config, slide={**config.slide, "experts": experts}), "both")
+    check_gate_loss(make_model(slide=both.slide, slide_vision=both.slide_vision), records[::2], monkeypatch)
 
 
-# Files
+@pytest.mark.parametrize("miniature", ["clip-llama-sd"], indirect=True)
+def test_the_gate_of_the_preset_paper_learns_experts_by_name(
+    miniature: Miniature, joined: ModelConfig, three: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert joined.slide == PAPER.slide and PAPER.slide["experts"][0] == "image"
+    model = join(miniature, put_experts_on(joined, "both"))
+    check_gate_loss(model, three, monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def saved(model: TextHarmony, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "deep" / "model"
-    model.save_pretrained(folder)
-    return folder
+@contextmanager
+def listen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Notes the gates that are put in force, with their hosts."""
+    gates, used = slidelora.gates, []
+
+    def listening(host: nn.Module, value: Tensor, repeats: int = 1) -> Any:
+        used.append((host, value))
+        return gates(host, value, repeats)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slidelora, "gates", listening)
+        yield used
+
+
+def test_gates_by_a_table_of_tasks(
+    miniature: Miniature,
+    joined: ModelConfig,
+    picture: Image.Image,
+    three: list[Record],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = join(miniature, put_experts_on(replace(joined, slide={**joined.slide, "gate": "given"}), "both"))
+    text, image = [0, 0.5, 0.5], [0.5, 0, 0.5]  # experts image, text, shared
+    for verb, row in ((lambda: model.read(picture), text), (lambda: model.edit(picture, HALF, "A"), image)):
+        with listen(monkeypatch) as used:
+            verb()
+        assert {id(host) for host, _ in used} == {id(model.language), id(model.visual_tokenizer)}
+        assert all(gates.tolist() == [row] for _, gates in used)
+    batch = collate(model.config, model.tokenizer, three)
+    with listen(monkeypatch) as used:
+        losses = model(**batch, losses=("text", "gate"))
+    assert losses["gate"] == 0 and losses["text"] > 0
+    of_rows, of_pictures = [image, text, image], [image, text, image, image]  # two are drawn and read again
+    assert {id(host): gates.tolist() for host, gates in used} == {
+        id(model.language): of_rows,
+        id(model.visual_tokenizer): of_pictures,
+    }
+    with pytest.raises(ValueError, match="modalities is None, expected one for each row"):
+        model.embed(batch["input_ids"], batch["pixel_values"])
+
+
+def test_experts_on_the_vit(miniature: Miniature, joined: ModelConfig, picture: Image.Image) -> None:
+    """The text of the prompt chooses them: another question gives other visual tokens; the picture does not choose."""
+    model = join(miniature, put_experts_on(joined, "vision"))
+    randomise(model, "lora_B")
+    randomise(model, "slidelora_gate", std=0.1)
+    tokens: list[Tensor] = []
+    model.visual_tokenizer.register_forward_hook(lambda _, __, output: tokens.append(output[0]))
+    gates: list[Any] = []
+    for question, image in (("read", picture), ("where is it", picture), ("read", Image.new("RGB", (9, 9)))):
+        model.answer(image, question, max_new_tokens=1)
+        gates.append(slidelora.routing(model.visual_tokenizer).weights)
+    assert relative_error(gates[1], gates[0]) > 1e-3 and torch.equal(gates[0], gates[2])
+    assert relative_error(tokens[1], tokens[0]) > 1e-4
+    assert not any("lora_" in name for name, _ in model.language.named_parameters())
+    # A batch is its rows alone.
+    together = model.answer([picture, picture], ["read", "where is it"])
+    assert together == [model.answer(picture, "read"), model.answer(picture, "where is it")]
+
+
+def test_experts_on_the_vit_act_when_asked(miniature: Miniature, joined: ModelConfig, three: list[Record]) -> None:
+    model = join(miniature, put_experts_on(joined, "vision"))
+    randomise(model, "lora_B")
+    batch = collate(model.config, model.tokenizer, three)
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
+    with torch.no_grad():
+        acting, still = (model.embed(ids, pixels, adapters=on).inputs_embeds for on in (True, False))
+        with slidelora.disabled(model.visual_tokenizer):
+            tokens, *_ = model.visual_tokenizer(pixels)
+    assert torch.equal(still[ids == model.image_id], tokens.flatten(0, 1))
+    assert relative_error(acting, still) > 1e-3
+
+
+def test_feedback_changes_neither_gates_nor_drawings(
+    miniature: Miniature, joined: ModelConfig, three: list[Record]
+) -> None:
+    """A picture that is read after it is drawn comes too late for the gates and for the image decoder."""
+    scales = MultiScaleConfig(every=1, levels=(1.0,), points=2, heads=2, width=8)
+    model = join(miniature, put_experts_on(replace(joined, multi_scale=scales), "both"))
+    randomise(model, "lora_B", "begin_", "gate")
+    found = []
+    for feeds in (True, False):
+        model.config = replace(model.config, feed_back=feeds)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses = model(**collate(model.config, model.tokenizer, three))
+        found.append((losses, slidelora.routing(model.language).weights))
+    (fed, gates), (plain, same) = found
+    assert relative_error(gates, same) < 1e-6
+    assert fed["image"].item() == pytest.approx(plain["image"].item(), rel=1e-5)
+    assert fed["gate"].item() == pytest.approx(plain["gate"].item(), rel=1e-5)
+    assert fed["text"].item() != pytest.approx(plain["text"].item(), rel=1e-4)
+
+
+# Multi-scale features
+
+SCALES = MultiScaleConfig(every=1, levels=(1.0, 0.5), points=2, heads=2, width=8)
 
 
 @pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    for file in saved.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+def with_features(miniature: Miniature, joined: ModelConfig, united: TextHarmony) -> TextHarmony:
+    """`united` with new multi-scale features."""
+    model = join(miniature, replace(joined, multi_scale=SCALES))
+    missing = model.load_state_dict(united.state_dict(), strict=False)
+    assert all(name.startswith("multi_scale.") for name in missing.missing_keys) and not missing.unexpected_keys
+    return model
 
 
-def test_round_trip_is_exact(model: TextHarmony, saved: Path, pictures: list[Image.Image]) -> None:
-    again = TextHarmony.from_pretrained(saved)
-    assert not again.training and again.config == model.config
-    theirs = again.state_dict()
-    assert theirs.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
-    assert again.read(pictures) == model.read(pictures)
-    assert np.array_equal(again.draw('"A1"'), model.draw('"A1"'))
-    # Tied weights stay one.
-    assert again.language.get_output_embeddings().weight is again.language.get_input_embeddings().weight
+def open_gates(model: TextHarmony) -> None:
+    assert model.multi_scale is not None
+    with torch.no_grad():
+        for name, parameter in model.multi_scale.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(2.0)
 
 
-def test_a_saved_model_is_a_few_plain_files(saved: Path) -> None:
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in saved.iterdir()}
-    assert [entry.name for entry in saved.parent.iterdir()] == ["model"]
-    assert json.loads((saved / "config.json").read_text())["image_size"] == [32, 128]
+def test_new_features_change_nothing(with_features: TextHarmony, united: TextHarmony, picture: Image.Image) -> None:
+    assert with_features.answer(picture, "what", num_beams=2) == united.answer(picture, "what", num_beams=2)
+    edited = united.edit(picture, HALF, "A")
+    assert np.array_equal(with_features.edit(picture, HALF, "A"), edited)
+    assert with_features.count_parameters()["multi-scale"] > 0
 
 
-def test_half_precision_on_disk(model: TextHarmony, saved: Path, tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path / "half", torch.float16)
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", saved)]
-    assert sizes[0] < 0.6 * sizes[1]
-    for name, tensor in TextHarmony.from_pretrained(tmp_path / "half").state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name].half().float())
+def test_language_model_and_unet_attend_to_features(with_features: TextHarmony, picture: Image.Image) -> None:
+    """Two pictures whose visual tokens are the same differ by their features alone."""
+    model = with_features
+    open_gates(model)
+    with torch.no_grad():
+        model.visual_tokenizer.project.weight.zero_()
+    ids = torch.tensor([[7, model.boi_id, *[model.image_id] * model.config.visual_tokens, 8, 9]] * 2)
+    pixels = torch.stack([fit_image(p, (56, 56)).pixels for p in (picture, Image.new("RGB", (9, 9)))])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        embeds, features, _ = model.embed(ids, pixels)
+        assert torch.equal(embeds[0], embeds[1])
+        with model.read_under(model.compute_gates(embeds, mask.bool(), None), features):
+            hidden = model.hidden_states(embeds, mask)
+        assert relative_error(hidden[1, :2], hidden[0, :2]) < 1e-6
+        assert relative_error(hidden[1, -1], hidden[0, -1]) > 1e-4
+        # The UNet draws other pictures from the same context.
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        with model.draw_under(features, range(2)):
+            drawn = model.image_decoder.generate(hidden[:1].expand(2, -1, -1), mask.sum(1) - 1, generators)
+    assert relative_error(drawn[1], drawn[0]) > 1e-4
 
 
-def test_a_missing_folder_or_file_is_named(copy: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        TextHarmony.from_pretrained(copy / "nowhere")
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (copy / name).rename(copy / "aside")
-        with pytest.raises(FileNotFoundError, match=name):
-            TextHarmony.from_pretrained(str(copy))
-        (copy / "aside").rename(copy / name)
+def test_features_of_a_mixed_batch_go_by_rows(with_features: TextHarmony, picture: Image.Image) -> None:
+    open_gates(with_features)
+    requests = [Request(Task.DRAW, "a"), Request(Task.EDIT, "b", picture, HALF, 3)]
+    together = with_features.perform(requests)
+    for found, request in zip(together, requests, strict=True):
+        assert relative_error(found, with_features.perform([request])[0]) < 0.01
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_file_cut_short_is_named(copy: Path, name: str, share: float) -> None:
-    whole = (copy / name).read_bytes()
-    (copy / name).write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError) as error:
-        TextHarmony.from_pretrained(copy)
-    assert str(copy) in str(error.value)
-
-
-def test_weights_of_another_shape_are_named(copy: Path) -> None:
-    values = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(values | {"context_tokens": 9}))
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        TextHarmony.from_pretrained(copy)
-
-
-@pytest.mark.parametrize("gone", ["begin_image", "language.model.embed_tokens.weight"])
-def test_a_missing_weight_is_named(copy: Path, gone: str) -> None:
-    tensors = load_file(copy / "model.safetensors")
-    del tensors[gone]
-    save_file(tensors, copy / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        TextHarmony.from_pretrained(copy)
-
-
-@pytest.mark.parametrize("change", [{"colour": 1}, {"vision": None}, {"layout": {"slots": 6, "shape": 2}}])
-def test_a_configuration_of_another_form_is_named(copy: Path, change: dict[str, object]) -> None:
-    values = json.loads((copy / "config.json").read_text()) | change
-    (copy / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-    with pytest.raises(ValueError, match=r"colour|vision|shape"):
-        TextHarmony.from_pretrained(copy)
-
-
-def test_an_interrupted_save_keeps_the_one_before(
-    make_model: Make, model: TextHarmony, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(textharmony.model.checkpoint, "save_torch_state_dict", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_model(seed=1).save_pretrained(copy)
-    kept = TextHarmony.from_pretrained(copy)
-    assert torch.equal(kept.begin_image, model.begin_image)
-    assert not [entry for entry in copy.parent.iterdir() if entry.name.startswith(f".{copy.name}-")]
-
-
-def test_a_save_replaces_the_one_before(make_model: Make, model: TextHarmony, copy: Path) -> None:
-    other = make_model(seed=1)
-    other.save_pretrained(copy)
-    found = TextHarmony.from_pretrained(copy).begin_image
-    assert torch.equal(found, other.begin_image) and not torch.equal(found, model.begin_image)
-
-
-def test_config_survives_json(config: ModelConfig) -> None:
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-# The embedded weights
-
-
-@pytest.fixture(scope="module")
-def embedded() -> TextHarmony:
-    return TextHarmony.from_pretrained("tiny")
-
-
-@embedded_only
-def test_the_embedded_model_reads(embedded: TextHarmony) -> None:
-    data = SyntheticWords(99, "held_out", {Task.GENERATION: 1})
-    read = embedded.read([data[i].target for i in range(40)])
-    assert sum(said == data[i].text for i, said in enumerate(read)) >= 36
-
-
-@embedded_only
-def test_the_embedded_model_draws(embedded: TextHarmony) -> None:
-    pytest.importorskip("rapidocr")
-    words = ["HELLO", "2026", "LORA8", "CAFE", "X7", "ZURICH", "404", "QUIZ", "B52", "JUMPY"]
-    drawn = embedded.draw([f'"{word}" in black on white' for word in words])
-    read = [recognise(picture) for picture in drawn]
-    assert sum(map(same_text, read, words)) >= 8, read
-
-
-@embedded_only
-def test_the_embedded_model_is_small(embedded: TextHarmony) -> None:
-    assert (EMBEDDED / "model.safetensors").stat().st_size <= 16 * 2**20
-    assert IMAGE in embedded.tokenizer.get_vocab()
+def test_features_train(with_features: TextHarmony, three: list[Record]) -> None:
+    model = with_features.train()
+    assert model.multi_scale is not None
+    model.multi_scale.requires_grad_(True)
+    batch = collate(model.config, model.tokenizer, three)
+    sum(model(**batch, losses=("text", "image")).values()).backward()
+    gates = {name: p.grad for name, p in model.multi_scale.named_parameters() if name.endswith("gate")}
+    assert len(gates) == 2 + 3 and all(grad is not None and grad.abs().sum() > 0 for grad in gates.values())

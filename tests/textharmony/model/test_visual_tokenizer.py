@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from closeness import relative_error
 
 from textharmony.config import ModelConfig
 from textharmony.model.visual_tokenizer import ConvStem, VisualTokenizer
@@ -13,43 +14,56 @@ def pixels() -> torch.Tensor:
 
 
 def test_shapes(config: ModelConfig, pixels: torch.Tensor) -> None:
-    tokens, looks, patches = VisualTokenizer(config, 24)(pixels)
+    tokens, patches, logits = VisualTokenizer(config, 24)(pixels)
     assert tokens.shape == (3, config.visual_tokens, 24) and patches.shape == (3, 4 * 16, 32)
-    assert looks is not None and looks.columns.shape == (3, 2, 32, 37) and looks.places.shape == (3, 32, 7)
-    assert looks.colors.shape == (3, 32, 2, 8) and looks.box.shape == (3, 32, 4, 32)
+    assert logits is not None and logits.characters.shape == (3, 2, 32, 37) and logits.positions.shape == (3, 32, 7)
+    assert logits.colors.shape == (3, 32, 2, 8) and logits.box.shape == (3, 32, 4, 32)
 
 
-def test_no_head_without_a_layout(config: ModelConfig, pixels: torch.Tensor) -> None:
+def test_no_heads_without_a_layout(config: ModelConfig, pixels: torch.Tensor) -> None:
     tokenizer = VisualTokenizer(replace(config, layout=None), 24)
-    assert tokenizer(pixels)[1] is None
+    assert tokenizer(pixels)[2] is None
 
 
 @pytest.mark.parametrize("stem", [(), (8,), (8, 16)])
 def test_pictures_do_not_see_each_other(config: ModelConfig, pixels: torch.Tensor, stem: tuple[int, ...]) -> None:
     tokenizer = VisualTokenizer(replace(config, stem=stem), 24).eval()
     with torch.no_grad():
-        tokens, looks, _ = tokenizer(pixels)
+        tokens, patches, logits = tokenizer(pixels)
         for i in range(len(pixels)):
-            alone, alone_looks, _ = tokenizer(pixels[i : i + 1])
-            torch.testing.assert_close(alone[0], tokens[i], atol=1e-5, rtol=1e-4)
-            for said, together in zip(alone_looks, looks, strict=True):
-                torch.testing.assert_close(said[0], together[i], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
+            alone, patches_alone, logits_alone = tokenizer(pixels[i : i + 1])
+            assert relative_error(alone[0], tokens[i]) < 1e-5
+            assert relative_error(patches_alone[0], patches[i]) < 1e-5
+            for of_one, of_all in zip(logits_alone, logits, strict=True):
+                assert relative_error(of_one[0], of_all[i]) < 1e-5
+    assert relative_error(tokens[0], tokens[1]) > 1e-3
 
 
 def test_where_something_stands_is_seen(config: ModelConfig) -> None:
-    """The same mark in two places gives other tokens, in whatever order the patches come."""
+    """The same mark in two positions gives other tokens, in whatever order the patches come."""
     tokenizer = VisualTokenizer(config, 24).eval()
     pictures = torch.zeros(2, 3, 32, 128)
     pictures[0, :, 8:16, 8:16] = 1
     pictures[1, :, 8:16, 96:104] = 1
     with torch.no_grad():
         tokens, *_ = tokenizer(pictures)
-    assert not torch.allclose(tokens[0], tokens[1], atol=1e-3)
+    assert relative_error(tokens[0], tokens[1]) > 1e-4
 
 
-def test_a_column_is_told_from_what_stands_in_it(config: ModelConfig) -> None:
-    """A mark in patch column 12 changes the logits of columns 24 and 25 most, once the blocks between do nothing."""
+def test_pixels_are_normalised_as_the_vit_was_trained(config: ModelConfig, pixels: torch.Tensor) -> None:
+    """(pixel - mean) / std of pixels in 0..1."""
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    tokenizer = VisualTokenizer(replace(config, pixel_mean=mean, pixel_std=std), 24)
+    given = []
+    tokenizer.vit.register_forward_pre_hook(lambda _, __, kwargs: given.append(kwargs), with_kwargs=True)
+    tokenizer(pixels)
+    columns = [torch.tensor(values).double()[:, None, None] for values in (mean, std)]
+    expected = ((pixels.double() + 1) / 2 - columns[0]) / columns[1]
+    assert relative_error(given[0]["pixel_values"], expected) < 1e-6
+
+
+def test_columns_of_characters_come_from_the_patches_there(config: ModelConfig) -> None:
+    """A mark in patch column 12 changes the logits of columns 24 and 25 alone, if the ViT's attention does nothing."""
     tokenizer = VisualTokenizer(replace(config, stem=()), 24).eval()
     with torch.no_grad():
         for layer in tokenizer.vit.encoder.layers:
@@ -57,8 +71,11 @@ def test_a_column_is_told_from_what_stands_in_it(config: ModelConfig) -> None:
         picture = torch.zeros(1, 3, 32, 128)
         marked = picture.clone()
         marked[..., 12 * 8 : 13 * 8] = 1
-        change = (tokenizer(marked)[1].columns - tokenizer(picture)[1].columns).abs().sum(-1)[0, 0]
-    assert set(change.topk(2).indices.tolist()) == {24, 25} and (change > 1e-6).sum() == 2
+        change = (tokenizer(marked)[2].characters - tokenizer(picture)[2].characters)[0, 0].norm(dim=-1)  # (Q,)
+    assert change.topk(2).indices.sort().values.tolist() == [24, 25]
+    others = torch.ones(32, dtype=torch.bool)
+    others[24:26] = False
+    assert change[others].norm() < 1e-5 * change.norm()
 
 
 @pytest.mark.parametrize(("channels", "patch"), [((8, 16), 8), ((8,), 8), ((8, 8, 16), 16), ((), 4)])
@@ -74,12 +91,20 @@ def test_with_a_layout_there_is_a_token_for_each_half_column(config: ModelConfig
     VisualTokenizer(replace(config, visual_tokens=20, layout=None), 24)
 
 
-def test_the_second_head_speaks_for_the_tokens(config: ModelConfig, pixels: torch.Tensor) -> None:
-    """What it says depends on the resampler's queries, what the first says does not."""
+def test_the_second_head_reads_the_tokens(config: ModelConfig, pixels: torch.Tensor) -> None:
+    """Its logits depend on the resampler's queries, those of the first head do not."""
     tokenizer = VisualTokenizer(config, 24).eval()
     with torch.no_grad():
-        before = tokenizer(pixels)[1].columns
+        before = tokenizer(pixels)[2].characters
         tokenizer.resampler.queries[3] += torch.linspace(-1, 1, 24)
-        after = tokenizer(pixels)[1].columns
+        after = tokenizer(pixels)[2].characters
     assert torch.equal(before[:, 0], after[:, 0])
-    assert not torch.allclose(before[:, 1, 3], after[:, 1, 3], atol=1e-4)
+    assert relative_error(after[:, 1, 3], before[:, 1, 3]) > 1e-3
+
+
+def test_a_gate_reads_the_language_models_words(config: ModelConfig) -> None:
+    words = torch.nn.Embedding(3, 24)
+    assert VisualTokenizer(config, 24, words=words).get_input_embeddings() is words
+    assert not any("words" in name for name, _ in VisualTokenizer(config, 24, words=words).named_parameters())
+    with pytest.raises(NotImplementedError):
+        VisualTokenizer(config, 24).get_input_embeddings()

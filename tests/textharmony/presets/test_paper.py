@@ -1,28 +1,42 @@
 """The preset "paper" on the meta device: how large it is, what Slide-LoRA adds, shapes of a step and of generation."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
+from batches import collate
+from closeness import relative_error
 from shapes import Shapes
 from transformers import PreTrainedTokenizerFast
 
 import slidelora
-from textharmony.config import PAPER
-from textharmony.config import experts_on as put_experts
-from textharmony.data.batch import Collator
-from textharmony.data.sample import Sample
-from textharmony.model.core import TextHarmony
-from textharmony.prompts import Task
-from textharmony.pipeline import GenerationSettings, Request
+from textharmony.boxes import from_pixels
+from textharmony.config import GenerationSettings, ModelConfig, put_experts_on
+from textharmony.data.record import Record
+from textharmony.model.generation import draw, prompt
+from textharmony.pipeline import TextHarmony
+from textharmony.presets import PAPER
+from textharmony.prompts import Task, compose
+
+DOCS = Path(__file__).parents[3] / "docs"
 
 
-def build(tokenizer: PreTrainedTokenizerFast, experts_on: str) -> TextHarmony:
+@pytest.fixture(autouse=True)
+def memory_as_it_comes(deterministic_run: None) -> Iterator[None]:
+    """The meta device has no memory to fill, and filling it takes as long as all the rest."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def build(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> TextHarmony:
     with init_empty_weights(include_buffers=True):
-        model = TextHarmony(put_experts(PAPER, experts_on), tokenizer)
+        model = TextHarmony(config, tokenizer)
     return model.to("meta")
 
 
@@ -32,7 +46,15 @@ def count(model: torch.nn.Module, pattern: str = "") -> int:
 
 @pytest.fixture(scope="module")
 def paper(tokenizer: PreTrainedTokenizerFast) -> TextHarmony:
-    return build(tokenizer, "both")
+    return build(tokenizer, put_experts_on(PAPER, "both"))
+
+
+@pytest.fixture(scope="module")
+def shallow(tokenizer: PreTrainedTokenizerFast) -> TextHarmony:
+    """The same widths, with two layers each in the ViT and the language model: the others have the same shapes."""
+    two = {"num_hidden_layers": 2}
+    config = replace(PAPER, vision={**PAPER.vision, **two}, language={**PAPER.language, **two})
+    return build(tokenizer, put_experts_on(config, "both"))
 
 
 def test_parameters(paper: TextHarmony) -> None:
@@ -59,70 +81,79 @@ def test_counts_by_part(paper: TextHarmony) -> None:
     assert counts["language"] == 13_015_864_320 + 2 * 2 * 5120
 
 
-@pytest.mark.parametrize("experts_on", ["language", "vision", "both", "none"])
-def test_experts_on_language_model_or_vit_or_both(tokenizer: PreTrainedTokenizerFast, experts_on: str) -> None:
-    model = build(tokenizer, experts_on)
-    slid = {name for name in ("language", "visual_tokenizer") if count(model, rf"^{name}\..*lora_A")}
-    expected = {"language": {"language"}, "vision": {"visual_tokenizer"}, "none": set()}
-    assert slid == expected.get(experts_on, {"language", "visual_tokenizer"})
-    counts = model.count_parameters()
-    share = f"{counts['Slide-LoRA'] / sum(counts.values()):.2%}"
-    row = " | ".join([experts_on, *(f"{number:,}" for number in counts.values()), share])
-    page = (Path(__file__).parents[3] / "docs" / "backbones.md").read_text()
-    assert experts_on == "none" or f"| {row} |" in page
+def test_experts_on_language_model_or_vit_or_both(paper: TextHarmony, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The table of docs/backbones.md."""
+    page = (DOCS / "backbones.md").read_text()
+    for experts_on, expected in (
+        ("language", {"language"}),
+        ("vision", {"visual_tokenizer"}),
+        ("both", {"language", "visual_tokenizer"}),
+        ("none", set()),
+    ):
+        model = paper if experts_on == "both" else build(tokenizer, put_experts_on(PAPER, experts_on))
+        assert {part for part in ("language", "visual_tokenizer") if count(model, rf"^{part}\..*lora_A")} == expected
+        counts = model.count_parameters()
+        if experts_on != "none":
+            share = f"{counts['Slide-LoRA'] / sum(counts.values()):.2%}"
+            columns = ("vision", "resampler to language", "language", "resampler to image", "UNet", "VAE", "Slide-LoRA")
+            row = " | ".join([experts_on, *(f"{counts[name]:,}" for name in columns), share])
+            assert f"| {row} |" in page
 
 
-def test_an_unknown_place_for_experts_is_named() -> None:
-    with pytest.raises(ValueError, match="experts on 'head'"):
-        put_experts(PAPER, "head")
-
-
-def test_a_training_step(paper: TextHarmony) -> None:
-    seen, drawn = np.zeros((896, 896, 3), np.uint8), np.zeros((512, 512, 3), np.uint8)
-    samples = [
-        Sample(Task.PERCEPTION, "read all the text", "A", "test", seen, "A"),
-        Sample(Task.GENERATION, "a sign", "A", "test", target=drawn),
-        Sample(Task.EDITING, "fill", "A", "test", seen, target=drawn, region=(7, 7, 700, 140)),
+def test_a_training_step(shallow: TextHarmony) -> None:
+    read, drawn = np.zeros((896, 896, 3), np.uint8), np.zeros((512, 512, 3), np.uint8)
+    box = from_pixels((7, 7, 700, 140), (896, 896))
+    records = [
+        Record("1", Task.READ, "test", "read all the text", (read,), ("A",)),
+        Record("2", Task.DRAW, "test", "a sign", texts=("A",), target=drawn),
+        Record("3", Task.EDIT, "test", "fill", (read,), ("A",), target=drawn, boxes=(box,)),
     ]
-    batch = Collator(paper.config, paper.tokenizer)(samples)
-    assert batch["pixel_values"].shape == (4, 3, 896, 896)  # two of them are read again once they are drawn
-    assert batch["target_pixel_values"].shape == batch["source_pixel_values"].shape == (2, 3, 512, 512)
-    torch.testing.assert_close(batch["region"][1], torch.tensor([4.0, 4, 400, 80]))
-    for name, parameter in paper.named_parameters():
+    batch = collate(shallow.config, shallow.tokenizer, records)
+    assert batch["pixel_values"].shape == (4, 3, 896, 896)  # two of them are read again after they are drawn
+    assert batch["target_pixel_values"].shape == (2, 3, 512, 512)
+    assert relative_error(batch["regions"][1], torch.tensor([4.0, 4, 400, 80])) < 1e-6
+    for name, parameter in shallow.named_parameters():
         parameter.requires_grad_(re.search(r"lora_|slidelora_gate|begin_|resampler|unet", name) is not None)
-    paper.train()
+    shallow.train()
+    modalities = batch.pop("modalities")
     with Shapes():
-        losses = paper(**{name: tensor.to("meta") for name, tensor in batch.items()}, losses=("text", "image", "gate"))
-        losses.total.backward()
-    weights = slidelora.routing(paper.language).weights
-    assert isinstance(weights, torch.Tensor) and weights.shape == (3, 3) and losses.total.shape == ()
-    trained = [p for p in paper.parameters() if p.requires_grad]
+        on_meta = {name: tensor.to("meta") for name, tensor in batch.items()}
+        losses = shallow(**on_meta, modalities=modalities, losses=("text", "image", "gate"))
+        assert losses.keys() == {"text", "image", "gate"} and all(loss.shape == () for loss in losses.values())
+        sum(losses.values()).backward()
+    gates = slidelora.routing(shallow.language).weights
+    assert isinstance(gates, torch.Tensor) and gates.shape == (3, 3)
+    trained = [p for p in shallow.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.shape == p.shape for p in trained)
-    paper.zero_grad()
+    shallow.zero_grad()
 
 
-def test_a_generation(paper: TextHarmony) -> None:
+def test_a_generation(shallow: TextHarmony) -> None:
     """Drawing at 512 pixels under guidance, editing, and two tokens of text from a picture of 512 visual tokens."""
-    rows = [[1, 8, 9, paper.boi_id], [1, 7, paper.boi_id]]
     picture = torch.zeros(1, 3, 896, 896)
+    drawing = [1, 8, 9, shallow.boi_id]
+    edit = [1, shallow.boi_id, *[shallow.image_id] * 512, 9, shallow.boi_id]
+    settings = GenerationSettings(num_inference_steps=1)
     with Shapes(), torch.no_grad():
-        painted = paper.eval()._draw(rows, None, None, None, None, [0, 1], GenerationSettings(num_inference_steps=2))
-        assert painted.shape == (2, 3, 512, 512)
-        region, source = torch.tensor([[10.0, 20, 200, 90]]), torch.zeros(1, 3, 512, 512)
-        row = [1, paper.boi_id, *[paper.image_id] * 512, 9, paper.boi_id]
-        settings = GenerationSettings(num_inference_steps=2)
-        assert paper._draw([row], picture, None, source, region, [0], settings).shape == (1, 3, 512, 512)
-        embeds, mask, weights, shown = paper._prompted([row[:-1]], picture, "left", "text")
-        assert embeds.shape == (1, 515, 5120) and mask.shape == (1, 515)
-        assert weights is not None and weights.shape == (1, 3)
-        with paper._acting(weights, shown):
-            said = paper.language(inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
-            assert said.logits.shape == (1, 1, 32002)
+        # Both in one batch: the drawing has no region.
+        prompted = prompt(shallow.eval(), [drawing, edit], picture, "image")
+        regions, source = torch.tensor([[torch.nan] * 4, [10.0, 20, 200, 90]]), torch.zeros(2, 3, 512, 512)
+        assert draw(shallow, prompted, [0, 1], settings, source, regions).shape == (2, 3, 512, 512)
+        prompted = prompt(shallow, [edit[:-1]], picture, "text")
+        assert prompted.inputs_embeds.shape == (1, 515, 5120) and prompted.attention_mask.shape == (1, 515)
+        assert prompted.gates is not None and prompted.gates.shape == (1, 3)
+        mask = prompted.attention_mask
+        with shallow.read_under(prompted.gates, prompted.features):
+            first = shallow.language(
+                inputs_embeds=prompted.inputs_embeds, attention_mask=mask, use_cache=True, logits_to_keep=1
+            )
+            assert first.logits.shape == (1, 1, 32002)
             token, longer = torch.full((1, 1), 9, device="meta"), torch.cat([mask, mask[:, :1]], 1)
-            again = paper.language(input_ids=token, attention_mask=longer, past_key_values=said.past_key_values)
-        assert again.logits.shape == (1, 1, 32002) and again.past_key_values.get_seq_length() == 516
+            second = shallow.language(input_ids=token, attention_mask=longer, past_key_values=first.past_key_values)
+        assert second.logits.shape == (1, 1, 32002) and second.past_key_values.get_seq_length() == 516
 
 
-def test_what_a_request_of_a_picture_costs(paper: TextHarmony) -> None:
-    ids = paper._composed(Request(Task.PERCEPTION, "read all the text", np.zeros((8, 8, 3), np.uint8)))
+def test_a_picture_in_a_prompt_costs_512_tokens(paper: TextHarmony) -> None:
+    text = compose(Task.READ, "read all the text", paper.config.visual_tokens, "")
+    ids = paper.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids.count(paper.image_id) == 512

@@ -1,3 +1,5 @@
+"""The preset "tiny": its tokenizer takes every text apart and puts it together again."""
+
 import itertools
 import string
 
@@ -7,9 +9,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from textharmony.data.synthetic import CHARACTERS, COLORS
-from textharmony.prompts import BOI, IMAGE, SPECIALS, Task, build_tokenizer, compose
+from textharmony.presets import TINY
+from textharmony.presets.tiny import build_tokenizer
+from textharmony.prompts import BOI, IMAGE
 
 PRINTABLE = "".join(c for c in string.printable if c not in string.whitespace) + " \n"
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", BOI, IMAGE)
 TOKENIZER = build_tokenizer()
 
 
@@ -45,6 +50,7 @@ def test_a_color_is_one_token(name: str) -> None:
 
 
 def test_specials_are_single_and_skipped() -> None:
+    assert set(TOKENIZER.all_special_tokens) == set(SPECIALS)
     for special in SPECIALS:
         assert len(ids_of(special)) == 1
     assert TOKENIZER.decode(ids_of(f"<s>A{BOI}{IMAGE}</s>"), skip_special_tokens=True) == "A"
@@ -55,20 +61,7 @@ def test_two_builds_agree(tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
 
 
-@pytest.mark.parametrize("task", list(Task))
-def test_compose(task: Task) -> None:
-    whole = compose(task, "some prompt", 5, "<s>")
-    assert whole.startswith("<s>") and "some prompt" in whole
-    images = 0 if task is Task.GENERATION else 5
-    assert whole.count(IMAGE) == images and (BOI + IMAGE * 5 in whole) == bool(images)
-    assert not whole.endswith(BOI)
-    assert whole.endswith("The answer is: ") == (task.modality == "text")
-
-
-def test_modalities() -> None:
-    assert {task.value: task.modality for task in Task} == {
-        "generation": "image",
-        "editing": "image",
-        "comprehension": "text",
-        "perception": "text",
-    }
+def test_the_layout_knows_what_is_rendered() -> None:
+    """The renderer's characters and colours, in the numbers that the weights were trained with."""
+    assert TINY.layout is not None
+    assert TINY.layout.characters == CHARACTERS and TINY.layout.colors == tuple(COLORS)
