@@ -142,18 +142,7 @@ _VISION_TARGETS = r"vit\..*\.self_attn\.(q|k|v|out)_proj"
 
 
 def put_experts_on(config: ModelConfig, where: str) -> ModelConfig:
-    """Put the language model's experts there, on the ViT's attention, on both, or on neither.
-
-    Args:
-        config: A configuration whose `slide` holds slidelora's fields.
-        where: One of EXPERTS_ON.
-
-    Returns:
-        A new configuration.
-
-    Raises:
-        ValueError: `where` is something else, or `slide` is missing.
-    """
+    """Put the language model's experts where one of EXPERTS_ON says; raise ValueError if `slide` has no experts."""
     if where not in EXPERTS_ON:
         raise ValueError(f"experts_on is {where!r}, expected one of {EXPERTS_ON}")
     if not isinstance(config.slide, Mapping):

@@ -18,14 +18,7 @@ _COLORS = (("red", "white"), ("white", "blue"), ("black", "yellow"), ("yellow", 
 
 
 def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callable[[str], None]) -> None:
-    """Read the pictures in the package, draw words, locate and edit a word, and write a sheet of all.
-
-    Args:
-        model: Does it.
-        words: To draw.
-        out: The sheet.
-        say: Is told what happens, line by line.
-    """
+    """Read the pictures in the package, draw words, locate and edit a word, say so, and write a sheet of all."""
     cells: list[tuple[Image.Image, str]] = []
     files = sorted(PICTURES.glob("*.png"))
     pictures = [open_image(file) for file in files]

@@ -38,23 +38,13 @@ class Collator:
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
         """Prepare for a model.
 
-        Args:
-            config: The model's.
-            tokenizer: The model's.
-            max_length: Tokens of a row. A longer row loses the end of its answer, or of its prompt if a picture is the
-                answer. None: no limit.
+        A row of more than `max_length` tokens loses the end of its answer, or of its prompt if a picture is the answer.
         """
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
 
     def encode(self, record: Record) -> Encoded:
-        """Decode a record's pictures and encode its texts.
-
-        Raises:
-            ValueError: There is more than one input picture, no answer, or an empty mask; a text holds special tokens;
-                or a picture cannot be decoded.
-            FileNotFoundError: A picture does not exist.
-        """
+        """Decode the pictures and encode the texts; raise ValueError or FileNotFoundError for a corrupt record."""
         if len(record.images) > 1:
             raise ValueError(f"{len(record.images)} images, expected one at most")
         image = fit_image(record.images[0], self.config.image_size) if record.images else None

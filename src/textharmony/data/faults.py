@@ -41,12 +41,7 @@ class Faults:
     """Counts records and lists the corrupt ones, which are skipped."""
 
     def __init__(self, max_share: float = 0.01, grace: int = 20) -> None:
-        """Start to count.
-
-        Args:
-            max_share: The share of the records seen so far that may be corrupt, 0..1.
-            grace: Faults tolerated before max_share applies.
-        """
+        """Allow a share, 0..1, of the records seen so far to be corrupt, once there are more than `grace` faults."""
         if not 0 <= max_share <= 1 or grace < 0:
             raise ValueError(f"max_share is {max_share!r} and grace {grace!r}, expected 0..1 and at least 0")
         self.max_share, self.grace = max_share, grace

@@ -36,15 +36,10 @@ class Source:
 
 
 def load_sources(path: Path) -> dict[str, tuple[Source, ...]]:
-    """Load the sources of each stage from a JSON file.
+    """Load the sources of each stage from a JSON file; raise ValueError if it has another form.
 
-    Args:
-        path: A file such as {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], ...} with the fields
-            of Source. A relative folder is relative to the file.
-
-    Raises:
-        ValueError: The file has another form.
-        FileNotFoundError: There is no file.
+    It looks like {"align": [{"name": "mario-laion", "folder": "laion", "weight": 2}], ...}, with the fields of Source.
+    A relative folder is relative to the file.
     """
     try:
         stages = json.loads(path.read_text(encoding="utf-8"))
@@ -93,19 +88,14 @@ class RecordStream(Protocol):
 class SourceStream:
     """The records of several sources, mixed by weight and shuffled, without the corrupt ones."""
 
-    def __init__(self, sources: Sequence[Source], seed: int, max_faults: float = 0.01, buffer: int = 1000) -> None:
-        """Open the sources.
-
-        Args:
-            sources: At least one, each once.
-            seed: Of the mixture and of shuffling.
-            max_faults: The share of each source's records that may be corrupt.
-            buffer: How many records are held in memory to shuffle a source that is streamed.
-
-        Raises:
-            ValueError: A source is unknown or given twice.
-            FileNotFoundError: A source's folder is missing.
-        """
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        max_faults: float = 0.01,  # share of each source's records that may be corrupt
+        buffer: int = 1000,  # records that are held in memory to shuffle a streamed source
+    ) -> None:
+        """Open the sources; raise ValueError or FileNotFoundError if one is unknown, given twice or missing."""
         names = {str(source): source for source in sources}
         if len(names) < len(sources):
             raise ValueError(f"sources are {list(map(str, sources))}, expected each one once, with a weight")
@@ -157,28 +147,14 @@ class BatchLoader(IterableDataset[_Item]):
         self,
         stream: RecordStream,
         collator: Collator,
-        size: int,
-        workers: int = 1,
-        rank: int = 0,
-        processes: int = 1,
-        max_faults: float = 0.01,
-        state: Mapping[str, Any] | None = None,
+        size: int,  # records in a batch
+        workers: int = 1,  # worker processes; 0: batches are made in this process
+        rank: int = 0,  # of this training process
+        processes: int = 1,  # training processes that share the records
+        max_faults: float = 0.01,  # share of the records that may be corrupt
+        state: Mapping[str, Any] | None = None,  # of a loader with the same arguments, to go on from
     ) -> None:
-        """Prepare to load.
-
-        Args:
-            stream: Where the records come from.
-            collator: Makes batches of them.
-            size: Records in a batch.
-            workers: Worker processes; 0: batches are made in this process.
-            rank: Of this training process.
-            processes: How many training processes share the records.
-            max_faults: The share of the records that may be corrupt.
-            state: Of a loader with the same arguments, to go on from.
-
-        Raises:
-            ValueError: The state is of another number of processes or workers.
-        """
+        """Prepare to load; raise ValueError if the state is of another number of processes or workers."""
         self.stream, self.collator, self.size = stream, collator, size
         self.workers, self.rank, self.processes, self.max_faults = workers, rank, processes, max_faults
         self._taken = [0] * max(1, workers)

@@ -33,17 +33,10 @@ class Mixture:
     """An endless stream of records: a pure function of its sources, weights and seed."""
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], seed: int, buffer: int = 1) -> None:
-        """Mix sources.
+        """Mix sources; raise ValueError for weights or a buffer out of range.
 
-        Args:
-            sources: By name.
-            weights: By name: a source's share of the records, whatever its size.
-            seed: Of the mixture and of shuffling.
-            buffer: How many records of a function are held to shuffle them; 1: they come in their own order. Records of
-                shards hold the bytes of their pictures.
-
-        Raises:
-            ValueError: Weights or buffer are out of range.
+        A weight is a source's share of the records, whatever its size. `buffer` records of a function are held
+        in memory to shuffle them; 1 keeps their order.
         """
         if buffer < 1:
             raise ValueError(f"buffer is {buffer}, expected at least 1")

@@ -154,14 +154,7 @@ def render(
 ) -> tuple[list[Image.Image], list[TextLayout]]:
     """Draw each word on a picture of its own, at the same position in the same font and size on the same ground.
 
-    Args:
-        rng: Draws font, size, position, ground and noise.
-        words: Of CHARACTERS.
-        ink: A name in COLORS.
-        ground: The same.
-
-    Returns:
-        A picture and a layout for each word.
+    `rng` draws font, size, position, ground and noise; `ink` and `ground` are names in COLORS. Each word gets a layout.
     """
     font = int(rng.integers(len(FONTS)))
     cap_height = int(rng.integers(CAP_HEIGHTS.start, CAP_HEIGHTS.stop))
@@ -218,16 +211,7 @@ class SyntheticWords:
     """An endless sequence of records, each a pure function of (seed, index)."""
 
     def __init__(self, seed: int, split: str, tasks: Mapping[Task, float]) -> None:
-        """Choose what to render.
-
-        Args:
-            seed: Of all records.
-            split: "train" or "held_out": which words are drawn.
-            tasks: The weight of each task.
-
-        Raises:
-            ValueError: No task has a weight, or one is negative.
-        """
+        """Choose the words of a split, "train" or "held_out", and the weight of each task; ValueError for none."""
         if not tasks or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
             raise ValueError(f"tasks is {tasks!r}, expected weights of at least 0, and one above")
         self.seed, self.split = seed, split

@@ -24,18 +24,13 @@ def move_layout(layout: TextLayout, fitted: FittedImage) -> TextLayout:
 
 
 def label_words(
-    config: ModelConfig, read: Sequence[tuple[TextLayout | None, bool]], drawn: Sequence[TextLayout | None]
+    config: ModelConfig,  # of a model that plans layouts
+    read: Sequence[
+        tuple[TextLayout | None, bool]
+    ],  # of each picture that is read: layout, and whether it hides a region
+    drawn: Sequence[TextLayout | None],  # the layout of each drawing
 ) -> WordLabels | None:
-    """Label the words of a batch.
-
-    Args:
-        config: Of a model that plans layouts.
-        read: For each picture that is read its layout, and whether a region of it is hidden.
-        drawn: For each drawing its layout.
-
-    Returns:
-        The labels; None where a picture has no layout.
-    """
+    """Label the words of a batch; None if one of its pictures has no layout."""
     layouts = [layout for layout in drawn if layout is not None]
     seen = [(layout, hidden) for layout, hidden in read if layout is not None]
     if len(layouts) < len(drawn) or len(seen) < len(read):

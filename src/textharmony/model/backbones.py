@@ -86,11 +86,7 @@ def load_backbones(
     device_map: Any = None,
     quantization_config: Any = None,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, Backbones]:
-    """Load three models for TextHarmony.from_backbones, whose arguments these are.
-
-    Returns:
-        `config` with the configurations of the three models, the tokenizer, and the models.
-    """
+    """Load the models of TextHarmony.from_backbones: `config` with their configurations, the tokenizer, the models."""
     tokenizer = _load_tokenizer(language)
     llm = load_language(language, tokenizer, dtype_of(dtype, "language"), device_map, quantization_config)
     vision_config = _vision_part(AutoConfig.from_pretrained(vision))

@@ -26,20 +26,11 @@ def save_folder(
     path: Path,
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype | None,
-    max_shard_size: str,
+    tensors: dict[str, Tensor],  # a parameter with two names is written under the first one alone
+    dtype: torch.dtype | None,  # of the floating-point tensors on disk; None: their own
+    max_shard_size: str,  # of a file, such as "5GB"
 ) -> None:
-    """Write a model's folder, and replace an earlier model there as a whole.
-
-    Args:
-        path: The folder.
-        config: Of the model.
-        tokenizer: Of the language model.
-        tensors: By name; a parameter with two names is written under the first one alone.
-        dtype: Of the floating-point tensors on disk; None: their own.
-        max_shard_size: Of a file, such as "5GB".
-    """
+    """Write a model's folder, and replace an earlier model there as a whole."""
     written = {}
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in reversed(tensors.items())}.values():
         wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
@@ -83,14 +74,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_weights(model: nn.Module, files: Iterable[Path], names: Collection[str], assign: bool = False) -> None:
-    """Put the tensors of safetensors files into a model, each in the model's own dtype, one file at a time.
+    """Load the tensors with these names from safetensors files into a model, in its own dtypes, one file at a time.
 
-    Args:
-        model: Changed in place.
-        files: Together they hold all tensors.
-        names: Of the model's tensors that the files hold. A tensor with two names, as tied embeddings have, may be in
-            the files once, under either name.
-        assign: Put new tensors in the place of the model's own, which may be on the meta device.
+    A tensor with two names, as tied embeddings have, may be in the files once, under either name. With `assign` the
+    model gets new tensors; its own may then be on the meta device.
 
     Raises:
         ValueError: A file is damaged, has a tensor that the model lacks, or the other way round, or a shape differs.

@@ -56,21 +56,11 @@ class TextHarmonyModel(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        backbones: Backbones | None = None,
-        dtype: DTypes = None,
+        tokenizer: PreTrainedTokenizerBase,  # the language model's, with the special tokens of pictures
+        backbones: Backbones | None = None,  # parts that have their weights already; the others get random weights
+        dtype: DTypes = None,  # of the weights: one, or one each for "vision", "language" and "image"; None: fp32
     ) -> None:
-        """Build the model with random weights, except for the parts that are given.
-
-        Args:
-            config: Sizes and settings.
-            tokenizer: The language model's, with the special tokens of pictures.
-            backbones: Parts that have their weights already.
-            dtype: Of the weights: one for all, or one each for "vision", "language" and "image"; None: fp32.
-
-        Raises:
-            ValueError: The parts do not fit each other.
-        """
+        """Build the model; raise ValueError if its parts do not fit each other."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         given = backbones or Backbones()
@@ -124,24 +114,14 @@ class TextHarmonyModel(nn.Module):
 
     def embed(
         self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        prompt_mask: Tensor | None = None,
-        modalities: Sequence[str] | None = None,
-        adapters: bool = True,
+        input_ids: Tensor,  # (B, T)
+        pixel_values: Tensor | None,  # (N, 3, H, W) in -1..1: all pictures, row by row
+        prompt_mask: Tensor
+        | None = None,  # (B, T) bool: the tokens that the gate of the ViT's experts reads; None: all
+        modalities: Sequence[str] | None = None,  # as in `compute_gates`
+        adapters: bool = True,  # whether the ViT's experts act
     ) -> Embedded:
-        """Embed token ids, with the visual tokens of pictures in the places of their image tokens.
-
-        Args:
-            input_ids: (B, T).
-            pixel_values: (N, 3, H, W) in -1..1: all pictures, row by row.
-            prompt_mask: (B, T) bool: the tokens by which the ViT's gate chooses its experts; None: all.
-            modalities: As in `compute_gates`.
-            adapters: Whether the ViT's experts act.
-
-        Raises:
-            ValueError: The numbers of pictures and of image tokens differ.
-        """
+        """Embed token ids, and put the visual tokens of pictures in the positions of their image tokens."""
         words: Any = self.language.get_input_embeddings()
         embeds = words(input_ids)
         embeds = embeds + ((input_ids == self.boi_id)[..., None] * self.begin_image).to(embeds.dtype)
@@ -175,10 +155,8 @@ class TextHarmonyModel(nn.Module):
     ) -> Tensor | None:
         """Compute the language model's gates (B, E); None for a language model without experts.
 
-        Args:
-            inputs_embeds: (B, T, D).
-            prompt_mask: (B, T) bool: the tokens that a learned gate reads.
-            modalities: "text" or "image" for each row: the row of the released table, if the gates come from it.
+        A learned gate reads inputs_embeds (B, T, D) where prompt_mask (B, T) is true. A table of gates has a row for
+        each modality, "text" and "image".
         """
         if self.config.slide is None:
             return None
@@ -196,12 +174,9 @@ class TextHarmonyModel(nn.Module):
 
     @contextmanager
     def read_under(self, gates: Tensor | None, features: ImageFeatures | None, repeats: int = 1) -> Iterator[None]:
-        """Within it the language model reads under these gates, and attends to these features.
+        """A context in which the language model reads under gates (B, E) and attends to features.
 
-        Args:
-            gates: (B, E); None: its experts do not act.
-            features: Multi-scale features, if there are any.
-            repeats: How often `generate` repeats each row, for beams.
+        Without gates its experts do not act; `repeats` is how often `generate` repeats each row, for beams.
         """
         with ExitStack() as stack:
             if self.config.slide is not None:
@@ -214,12 +189,9 @@ class TextHarmonyModel(nn.Module):
     def draw_under(
         self, features: ImageFeatures | None, drawn: Sequence[int] | Tensor, begins: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Within it the UNet attends to these features.
+        """A context in which the UNet attends to features, for the rows of a batch that are drawn.
 
-        Args:
-            features: Multi-scale features, if there are any.
-            drawn: The rows of the batch that are drawn, in their order.
-            begins: (B,) the column of each row at which its drawing begins: later pictures are not visible.
+        Pictures from the column `begins` (B,) of their row on are not visible: the drawing begins there.
         """
         if self.multi_scale is None or features is None:
             return nullcontext()
@@ -237,36 +209,19 @@ class TextHarmonyModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        modalities: Sequence[str],
-        pixel_values: Tensor | None = None,
-        image_rows: Tensor | None = None,
-        target_pixel_values: Tensor | None = None,
-        regions: Tensor | None = None,
-        words: WordLabels | None = None,
-        adapters: bool = True,
+        input_ids: Tensor,  # (B, T), padded on the right
+        attention_mask: Tensor,  # (B, T)
+        labels: Tensor,  # (B, T), -100 everywhere but on answers; a drawing's begin-of-image token is its answer
+        modalities: Sequence[str],  # what is asked for in each row: "text" or "image"
+        pixel_values: Tensor | None = None,  # (N, 3, H, W) in -1..1: the pictures that are read, row by row
+        image_rows: Tensor | None = None,  # (M,) the rows that the drawings belong to
+        target_pixel_values: Tensor | None = None,  # (M, 3, H, W) in -1..1: the drawings
+        regions: Tensor | None = None,  # (M, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for a whole drawing
+        words: WordLabels | None = None,  # for the layout planner and the word heads of a model that has them
+        adapters: bool = True,  # whether Slide-LoRA acts
         losses: Collection[str] = LOSSES,
     ) -> dict[str, Tensor]:
-        """Compute the losses of a batch, as textharmony.data.batch makes it.
-
-        Args:
-            input_ids: (B, T), padded on the right.
-            attention_mask: (B, T).
-            labels: (B, T), -100 everywhere but on answers; a drawing's begin-of-image token is its answer.
-            modalities: What is asked for in each row: "text" or "image".
-            pixel_values: (N, 3, H, W) in -1..1: the pictures that are read, row by row.
-            image_rows: (M,) the rows that the drawings belong to.
-            target_pixel_values: (M, 3, H, W) in -1..1: the drawings.
-            regions: (M, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for whole drawings.
-            words: Labels for the layout planner and the word heads, of a model that has them.
-            adapters: Whether Slide-LoRA acts.
-            losses: Some of LOSSES.
-
-        Returns:
-            Those of the losses that the batch has something for, each a mean.
-        """
+        """Compute the losses of a batch that textharmony.data.batch made: those that it has something for, as means."""
         # Answers begin at their first label.
         begins = torch.where((labels != -100).any(1), (labels != -100).int().argmax(1), labels.shape[1])  # (B,)
         prompt_mask = attention_mask.bool() & (torch.arange(labels.shape[1], device=labels.device) < begins[:, None])

@@ -24,19 +24,11 @@ class Prompted(NamedTuple):
 def prompt(
     model: TextHarmonyModel,
     rows: Sequence[Sequence[int]],
-    pixel_values: Tensor | None,
-    modality: str,
-    prompt_length: int | None = None,
+    pixel_values: Tensor | None,  # (N, 3, H, W) in -1..1: the pictures in the rows, row by row
+    modality: str,  # what is asked for: "text" or "image"
+    prompt_length: int | None = None,  # how many tokens of each row the gate reads; None: all but a BOI at the end
 ) -> Prompted:
-    """Embed rows of token ids, padded on the left for text and on the right for images, and compute their gates.
-
-    Args:
-        model: Embeds them.
-        rows: Token ids.
-        pixel_values: (N, 3, H, W) in -1..1: the pictures in the rows, row by row.
-        modality: What is asked for: "text" or "image".
-        prompt_length: How many tokens of each row the gate reads; None: all of them but a BOI at the end.
-    """
+    """Embed rows of token ids, padded on the left for text and on the right for images, and compute their gates."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), model.tokenizer.pad_token_id)
     mask, prompt_mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -73,19 +65,10 @@ def draw(
     prompted: Prompted,
     seeds: Sequence[int],
     settings: GenerationSettings,
-    source: Tensor | None = None,
-    regions: Tensor | None = None,
+    source: Tensor | None = None,  # (B, 3, H, W) in -1..1: the pictures that are edited
+    regions: Tensor | None = None,  # (B, 4) in pixels: what an edit fills; NaN for a whole drawing
 ) -> Tensor:
-    """Draw pictures (B, 3, H, W) in -1..1 for rows that end in BOI.
-
-    Args:
-        model: Draws.
-        prompted: The rows.
-        seeds: Of each picture.
-        settings: Steps and guidance.
-        source: (B, 3, H, W) the pictures that are edited.
-        regions: (B, 4) in pixels: what an edit fills; NaN for a whole drawing.
-    """
+    """Draw pictures (B, 3, H, W) in -1..1 for rows that end in BOI."""
     with model.read_under(prompted.gates, prompted.features):
         hidden = model.hidden_states(prompted.inputs_embeds, prompted.attention_mask)
     device = model.image_decoder.unconditional.device

@@ -25,23 +25,12 @@ class ImageDecoder(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        width: int,
-        unet: Any = None,
-        vae: Any = None,
+        width: int,  # of the language model's hidden states
+        unet: Any = None,  # of diffusers; None: built from the configuration with random weights
+        vae: Any = None,  # the same
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Build the image decoder.
-
-        Args:
-            config: Sizes and settings.
-            width: Of the language model's hidden states.
-            unet: Of diffusers; None: built from the configuration with random weights.
-            vae: The same.
-            dtype: Of all weights.
-
-        Raises:
-            ValueError: UNet, VAE and the size of the pictures do not fit each other.
-        """
+        """Build the image decoder; raise ValueError if UNet, VAE and the size of pictures do not fit each other."""
         super().__init__()
         self.config = config
         self.unet = build_unet(config) if unet is None else unet
@@ -93,12 +82,9 @@ class ImageDecoder(nn.Module):
         return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     def autoencoder_loss(self, pixel_values: Tensor, weight: Tensor, kl_weight: float = 1e-6) -> Tensor:
-        """Sum the VAE's errors in pixels (absolute and squared) and in their differences, and a small KL term.
+        """Sum the VAE's errors in pixels (N, 3, H, W) and in their differences, and a small KL term.
 
-        Args:
-            pixel_values: (N, 3, H, W) in -1..1.
-            weight: (N, 1, H, W) of each pixel.
-            kl_weight: Of the KL term.
+        The errors in pixels are absolute and squared; weight (N, 1, H, W) is of each pixel.
         """
         posterior = self.vae.encode(pixel_values).latent_dist
         error = self.vae.decode(posterior.sample()).sample - pixel_values
@@ -136,29 +122,14 @@ class ImageDecoder(nn.Module):
 
     def loss(
         self,
-        hidden_states: Tensor,
-        last: Tensor,
-        target_pixel_values: Tensor,
-        regions: Tensor | None = None,
-        layouts: Layouts | None = None,
-        diffuse: bool = True,
+        hidden_states: Tensor,  # (B, T, D) of the language model
+        last: Tensor,  # (B,) the column of each row's begin-of-image token
+        target_pixel_values: Tensor,  # (B, 3, H, W) in -1..1
+        regions: Tensor | None = None,  # (B, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for a whole drawing
+        layouts: Layouts | None = None,  # of the words in the drawings, for a model that plans layouts
+        diffuse: bool = True,  # whether to compute the loss of the diffusion
     ) -> dict[str, Tensor]:
-        """Compute the losses of drawings.
-
-        Args:
-            hidden_states: (B, T, D) of the language model.
-            last: (B,) the column of each row's begin-of-image token.
-            target_pixel_values: (B, 3, H, W) in -1..1.
-            regions: (B, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for a whole drawing.
-            layouts: Of the words in the pictures, for a model that plans layouts.
-            diffuse: Whether to compute the diffusion loss.
-
-        Returns:
-            The losses "image" (of the diffusion) and "layout" (of a model that plans layouts).
-
-        Raises:
-            ValueError: The model plans layouts and there are none.
-        """
+        """Compute the losses of drawings: "image" (the diffusion), and "layout" for a model that plans layouts."""
         batch = hidden_states.shape[0]
         context = self.read_context(hidden_states, last)
         losses: dict[str, Tensor] = {}
@@ -189,25 +160,15 @@ class ImageDecoder(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        hidden_states: Tensor,
-        last: Tensor,
-        generators: Sequence[torch.Generator],
-        source_pixel_values: Tensor | None = None,
-        regions: Tensor | None = None,
-        num_inference_steps: int | None = None,
+        hidden_states: Tensor,  # (B, T, D) of the language model
+        last: Tensor,  # (B,) the column of each row's begin-of-image token
+        generators: Sequence[torch.Generator],  # of each picture's noise
+        source_pixel_values: Tensor | None = None,  # (B, 3, H, W) in -1..1: the pictures that are edited
+        regions: Tensor | None = None,  # (B, 4) as in `loss`
+        num_inference_steps: int | None = None,  # None: the model's own, like the next one
         guidance_scale: float | None = None,
     ) -> Tensor:
-        """Draw pictures (B, 3, H, W) in -1..1.
-
-        Args:
-            hidden_states: (B, T, D) of the language model.
-            last: (B,) the column of each row's begin-of-image token.
-            generators: Of each picture's noise.
-            source_pixel_values: (B, 3, H, W) in -1..1: the pictures that are edited.
-            regions: (B, 4) x1, y1, x2, y2 in pixels that an edit fills; NaN for a whole drawing.
-            num_inference_steps: None: the model's own.
-            guidance_scale: None: the model's own.
-        """
+        """Draw pictures (B, 3, H, W) in -1..1."""
         batch = hidden_states.shape[0]
         steps = self.config.inference_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale

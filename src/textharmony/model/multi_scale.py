@@ -31,17 +31,12 @@ from textharmony.config import MultiScaleConfig
 _NEVER = torch.iinfo(torch.int64).max  # a column that no token reaches
 
 
-def deformable_attention(values: Sequence[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
-    """Sum bilinear samples with weights (Zhu et al. 2021, equation 3); outside of the maps there are zeros.
-
-    Args:
-        values: (N, H, D, h, w) for each of L levels.
-        locations: (N, Q, H, L, P, 2), x and y in 0..1 from edge to edge: a map's first cell has its middle at 0.5 / w.
-        weights: (N, Q, H, L, P).
-
-    Returns:
-        (N, Q, H * D).
-    """
+def deformable_attention(
+    values: Sequence[Tensor],  # (N, H, D, h, w) for each of L levels
+    locations: Tensor,  # (N, Q, H, L, P, 2), x and y in 0..1 from edge to edge: the middle of the first cell is 0.5 / w
+    weights: Tensor,  # (N, Q, H, L, P)
+) -> Tensor:
+    """Sum bilinear samples with weights (Zhu et al. 2021, equation 3), zero outside of the maps: (N, Q, H * D)."""
     batch, queries = locations.shape[:2]
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, N * H, Q, P, 2)
     by_level = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, N * H, 1, Q, P)
@@ -74,10 +69,9 @@ class PictureAttention(nn.Module):
         super().__init__()
         self.shape = (config.heads, len(config.levels), config.points)
         self.norm = nn.LayerNorm(width)
-        self.to_points = nn.Linear(width, 3 * math.prod(self.shape))  # x, y and a logit for each point
-        self.order = nn.Embedding(
-            config.pictures, 3 * math.prod(self.shape)
-        )  # the same for the nearest picture, the next, ...
+        values = 3 * math.prod(self.shape)  # x, y and a logit for each point
+        self.to_points = nn.Linear(width, values)
+        self.order = nn.Embedding(config.pictures, values)  # for the nearest picture, the next, ...
         self.norm_features = nn.LayerNorm(config.width)
         self.to_values = nn.Linear(config.width, config.width)
         self.to_out = nn.Linear(config.width, width, bias=False)  # no bias: without a visible picture x stays the same
@@ -185,25 +179,13 @@ class MultiScaleFeatures(nn.Module):
     def __init__(
         self,
         config: MultiScaleConfig,
-        vision_width: int,
-        grid: tuple[int, int],
-        language_width: int,
-        language_layers: int,
-        unet_channels: Sequence[int] = (),
+        vision_width: int,  # of the ViT's patches
+        grid: tuple[int, int],  # rows and columns of the ViT's patches
+        language_width: int,  # of the language model's hidden states
+        language_layers: int,  # how many decoder layers the language model has
+        unet_channels: Sequence[int] = (),  # of the outputs of the UNet's down blocks; empty for no UNet
     ) -> None:
-        """Build the pyramid and the layers.
-
-        Args:
-            config: Sizes.
-            vision_width: Of the ViT's patches.
-            grid: Rows and columns of the ViT's patches.
-            language_width: Of the language model's hidden states.
-            language_layers: How many decoder layers the language model has.
-            unet_channels: Of the outputs of the UNet's down blocks; empty for no UNet.
-
-        Raises:
-            ValueError: A level has no whole size.
-        """
+        """Build the pyramid and the layers; raise ValueError if a level has no whole size."""
         super().__init__()
         self.config, self.grid = config, grid
         sizes = [(grid[0] * level, grid[1] * level) for level in config.levels]
@@ -250,32 +232,23 @@ class MultiScaleFeatures(nn.Module):
 
     def visible_to_language(
         self,
-        pyramid: Sequence[Tensor],
-        rows: Tensor | Sequence[int],
-        columns: Tensor | Sequence[int],
-        batch: int,
-        repeats: int = 1,
+        pyramid: Sequence[Tensor],  # features (P, width, h, w) for each level of P pictures
+        rows: Tensor | Sequence[int],  # (P,) the row of each picture in the batch; -1 for a picture that no row sees
+        columns: Tensor | Sequence[int],  # (P,) the column of each picture's first token, counting padding
+        batch: int,  # how many rows there are
+        repeats: int = 1,  # how often each row is repeated in place, as `generate` does for num_beams
     ) -> AbstractContextManager[None]:
-        """Within it, tokens attend to the nearest pictures of their row that begin before them or where they stand.
+        """A context in which tokens attend to the nearest pictures of their row that begin no later than they do.
 
         It is in force in this thread (or asyncio task) during a forward pass; the backward pass may come after it.
-
-        Args:
-            pyramid: Features (P, width, h, w) for each level of P pictures.
-            rows: (P,) the row of each picture in the batch; -1 for a picture that no row sees.
-            columns: (P,) the column of each picture's first token, counting padding.
-            batch: How many rows there are.
-            repeats: How often each row is repeated in place, as `generate` does for num_beams.
-
-        Raises:
-            ValueError: Lengths or rows do not fit.
+        Raises ValueError if lengths or rows do not fit.
         """
         return self._visible_to(self.language, pyramid, rows, columns, batch, repeats)
 
     def visible_to_unet(
         self, pyramid: Sequence[Tensor], rows: Tensor | Sequence[int], batch: int
     ) -> AbstractContextManager[None]:
-        """Within it, a UNet's cells attend to the pictures of their row, of which the last is the nearest."""
+        """A context in which a UNet's cells attend to the pictures of their row, of which the last is the nearest."""
         return self._visible_to(self.unet, pyramid, rows, [0] * len(rows), batch, 1)
 
     @contextmanager

@@ -38,15 +38,13 @@ class ConvStem(nn.Sequential):
 class VisualTokenizer(nn.Module):
     """A transformers vision model and a resampler to `visual_tokens` tokens; with a layout also word heads."""
 
-    def __init__(self, config: ModelConfig, width: int, vit: Any = None, words: nn.Module | None = None) -> None:
-        """Build the visual tokenizer.
-
-        Args:
-            config: Sizes and settings.
-            width: Of the language model.
-            vit: Of transformers; None: built from the configuration with random weights.
-            words: The language model's embeddings, in which the gate of the ViT's experts reads the prompt.
-        """
+    def __init__(
+        self,
+        config: ModelConfig,
+        width: int,  # of the language model
+        vit: Any = None,  # of transformers; None: built from the configuration with random weights
+        words: nn.Module | None = None,  # the language model's embeddings, where the gate of the ViT's experts reads
+    ) -> None:
         super().__init__()
         self.vit: Any = build_vision(config) if vit is None else vit
         vision = self.vit.config

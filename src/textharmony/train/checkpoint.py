@@ -21,17 +21,13 @@ class Checkpoints:
     """The checkpoint in a run's folder."""
 
     def __init__(
-        self, out: Path, accelerator: Accelerator, model: TextHarmonyModel, names: set[str], run: dict[str, Any]
+        self,
+        out: Path,
+        accelerator: Accelerator,
+        model: TextHarmonyModel,
+        names: set[str],  # of the tensors that checkpoints hold; the others are read from where the run started
+        run: dict[str, Any],  # JSON values: all that a checkpoint must have been made with
     ) -> None:
-        """Prepare to save and load.
-
-        Args:
-            out: The run's folder.
-            accelerator: Of the run.
-            model: Of the run.
-            names: The model's tensors that checkpoints hold; the others are read from where the run started.
-            run: JSON values: all that a checkpoint must have been made with.
-        """
         self._folder, self._accelerator, self._run = out / "checkpoint", accelerator, run
         self._model, self._names = model, names
         accelerator.register_save_state_pre_hook(self._select)
@@ -76,10 +72,7 @@ class Checkpoints:
     def save(self, stage: int, step: int, loader: dict[str, Any]) -> None:
         """Replace the checkpoint; a run that is killed here keeps the one before.
 
-        Args:
-            stage: To go on in.
-            step: How many steps are done in it.
-            loader: The state of this process's batch loader.
+        It holds the stage to go on in, the steps that are done in it, and the state of this process's batch loader.
         """
         accelerator, partial, old = self._accelerator, *map(self._folder.with_suffix, (".partial", ".old"))
         if accelerator.is_main_process:
