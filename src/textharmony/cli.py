@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes as Flat  # the fields of a dataclass as options of the command
+from tyro.conf import Positional
 
 from textharmony.captions.build import CaptionSettings
 from textharmony.captions.endpoint import ChatSettings, EndpointSettings
@@ -22,8 +24,6 @@ from textharmony.config import GenerationSettings, PredictionSettings
 if TYPE_CHECKING:
     from textharmony.pipeline import TextHarmony
 
-Flat = tyro.conf.OmitArgPrefixes  # the fields of a dataclass as options of the command
-Positional = tyro.conf.Positional
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 MaybeOut = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -379,10 +379,10 @@ def main() -> None:
     """Run a command; an error in what was given is one line on stderr and exit status 1."""
     app, captions, data = (tyro.extras.SubcommandApp() for _ in range(3))
     for command in (Read, Answer, Locate, Draw, Edit, Chat, Init, Train, Evaluate, Demo):
-        app.command(command, name=command.__name__.lower())
-    captions.command(BuildCaptions, name="build")
+        app.command(name=command.__name__.lower())(command)
+    captions.command(name="build")(BuildCaptions)
     app.command(captions, name="captions", help="Captions for pictures of your own.")
-    data.command(CheckData, name="check")
+    data.command(name="check")(CheckData)
     app.command(data, name="data", help="Data sets on disk.")
     try:
         app.cli(prog="textharmony")()

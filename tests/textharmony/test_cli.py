@@ -244,6 +244,16 @@ def test_bad_input_is_one_line_and_status_one(
     assert not (tmp_path / "out.png").exists()
 
 
+def test_a_setting_out_of_range_is_refused_before_a_model_loads(
+    run: Run, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        run("evaluate", "--benchmark", "folder", "--data", questions, "--model", "nowhere", "--batch-size", 0)
+    assert error.value.code == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "batch_size is 0, expected at least 1" in said
+
+
 def test_an_unknown_command_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         run("sing", "a song")
@@ -317,7 +327,7 @@ def test_evaluate_a_benchmark_and_score_it_again(
     run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--limit", 2, "--score-only")
     assert (out / "report.json").read_bytes() == report
     run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--score-only")
-    assert "1 are not predicted yet." in (out / "report.md").read_text()
+    assert "Not predicted yet: 1." in (out / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -327,9 +337,8 @@ def test_evaluate_a_benchmark_and_score_it_again(
         (["--benchmark", "textvqa"], "--benchmark textvqa needs --data"),
         (["--benchmark", "textvqa", "--data", "nowhere"], "nowhere is not a folder"),
         (["--benchmark", "textvqa", "--data", "DATA", "--split", "dev"], "split of textvqa is 'dev'"),
-        (["--benchmark", "folder", "--data", "DATA", "--score-only"], "predictions.jsonl does not exist"),
+        (["--benchmark", "folder", "--data", "DATA", "--score-only"], "run.json does not exist"),
         (["--benchmark", "folder", "--data", "DATA", "--clip", "nowhere"], "nowhere is not a folder"),
-        (["--benchmark", "folder", "--data", "DATA", "--batch-size", "0"], "batch_size is 0, expected at least 1"),
         (["--data", "DATA"], "expected --benchmark NAME"),
     ],
 )
