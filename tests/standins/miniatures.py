@@ -61,9 +61,9 @@ def write_clip_llama_sd(root: Path) -> Miniature:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     CLIPVisionModel(CLIPVisionConfig(**vision, image_size=28, patch_size=14)).save_pretrained(root / "clip")
     CLIPImageProcessor().save_pretrained(root / "clip")
-    _save_llama_tokenizer(root / "llama")
+    count = _save_llama_tokenizer(root / "llama")  # a row for each token: the model has to grow
     LlamaForCausalLM(
-        LlamaConfig(**_LANGUAGE, vocab_size=320, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+        LlamaConfig(**_LANGUAGE, vocab_size=count, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
     ).save_pretrained(root / "llama")
     _save_stable_diffusion(root / "sd", "PNDMScheduler", "epsilon", skip_prk_steps=True, steps_offset=1)
     return Miniature(root / "clip", root / "llama", root / "sd")
@@ -104,8 +104,8 @@ _LANGUAGE: dict[str, Any] = {
 }
 
 
-def _save_llama_tokenizer(path: Path) -> None:
-    """Save byte-pair encoding as SentencePiece does it, with a blank before each word."""
+def _save_llama_tokenizer(path: Path) -> int:
+    """Save byte-pair encoding as SentencePiece does it, with a blank before each word, and count its tokens."""
     specials = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -123,6 +123,7 @@ def _save_llama_tokenizer(path: Path) -> None:
     LlamaTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(path)
+    return len(vocab)
 
 
 def _save_qwen_tokenizer(path: Path) -> None:

@@ -111,8 +111,17 @@ def test_new_tokens(united: TextHarmony, miniature: Miniature) -> None:
     ids = tokenizer(f"{BOI}{IMAGE}{IMAGE}", add_special_tokens=False)["input_ids"]
     assert ids == [united.boi_id, united.image_id, united.image_id]
     assert tokenizer.pad_token is not None and tokenizer.eos_token == old.eos_token
-    rows = united.language.get_input_embeddings().weight
-    assert rows.shape[0] >= len(tokenizer) and rows[united.boi_id].isfinite().all()
+    original = AutoModelForCausalLM.from_pretrained(miniature.language)
+    for before, after in (
+        (original.get_input_embeddings().weight, united.language.get_input_embeddings().weight),
+        (original.get_output_embeddings().weight, united.language.get_output_embeddings().weight),
+    ):
+        if len(before) >= len(tokenizer):  # rows to spare
+            assert torch.equal(after, before)
+        else:
+            assert len(after) == len(tokenizer) == len(before) + 2
+            assert torch.equal(after[:-2], before)
+            assert relative_error(after[-2:], before.mean(0).expand(2, -1)) < 1e-5
 
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {

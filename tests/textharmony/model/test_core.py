@@ -277,6 +277,10 @@ def test_gates_by_a_table_of_tasks(
             verb()
         assert {id(host) for host, _ in used} == {id(model.language), id(model.visual_tokenizer)}
         assert all(gates.tolist() == [row] for _, gates in used)
+    with monkeypatch.context() as patch, listen(monkeypatch) as used:
+        patch.setattr(model.language, "generate", lambda **_: torch.tensor([[model.boi_id]]))
+        model.chat(["draw"], num_inference_steps=1)  # writes, draws, and writes again
+    assert [gates.tolist() for host, gates in used if host is model.language] == [[text], [image], [text]]
     batch = collate(model.config, model.tokenizer, three)
     with listen(monkeypatch) as used:
         losses = model(**batch, losses=("text", "gate"))

@@ -73,8 +73,9 @@ def test_values_are_of_about_unit_variance(planner: LayoutPlanner, layouts: Layo
 
 
 def predict_perfectly(monkeypatch: pytest.MonkeyPatch, planner: LayoutPlanner, layouts: Layouts) -> None:
-    """The planner predicts the layouts from any input, repeated as often as asked."""
+    """The planner predicts the layouts from any input, repeated as often as asked; in empty slots it is wrong."""
     line, slots = planner.encode(layouts)
+    slots = torch.where(layouts.present[..., None], slots, 9.0)
 
     def denoise(noisy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         times = len(noisy) // len(line)
@@ -127,7 +128,7 @@ def test_a_sample_depends_on_its_own_noise_alone(planner: LayoutPlanner) -> None
         alone = planner.sample(context[i : i + 1], region[:1], noise[i : i + 1])
         assert relative_error(alone.boxes[0], together.boxes[i]) < 1e-5
     other = planner.sample(context, region, noise + 1)
-    assert relative_error(other.boxes, together.boxes) > 1e-2
+    assert relative_error(other.boxes, together.boxes) > 1e-3
     sizes = together.boxes[..., 2] - together.boxes[..., 0]
     assert (sizes >= 0.99).all()
 
