@@ -33,6 +33,10 @@ class Task(str, Enum):
     DRAW = "draw"  # a picture of a caption
     EDIT = "edit"  # a picture whose box is filled with a new text
 
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"task is {value!r}, expected one of {', '.join(cls)}")
+
     @property
     def modality(self) -> str:
         """The modality of the output: "text" or "image"."""
@@ -63,6 +67,9 @@ class Request:
     box: Box | None = None  # of an edit, in thousandths of the picture
     seed: int = 0  # of a drawing or an edit
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", Task(self.task))  # "draw" is Task.DRAW
+
     def completed(self, layout: LayoutConfig | None) -> Request:
         """Check the request and write its prompt out as the whole question, caption or instruction.
 
@@ -77,10 +84,14 @@ class Request:
         if (self.image is None) != (self.task is Task.DRAW):
             wanted = "none" if self.task is Task.DRAW else "a picture"
             raise ValueError(f"a request to {self.task.value} has image {self.image!r}, expected {wanted}")
+        if self.box is not None and self.task is not Task.EDIT:
+            raise ValueError(f"a request to {self.task.value} has box {self.box!r}, expected none")
         check_plain(self.prompt)
         if self.task is Task.READ:
             return replace(self, prompt=self.prompt or READ_QUESTION)
         if self.task is Task.LOCATE:
+            if not self.prompt.strip():
+                raise ValueError(f"cannot locate {self.prompt!r}, expected a word")
             return replace(self, prompt=LOCATE_QUESTION.format(text=self.prompt))
         if self.task is Task.ANSWER:
             return self

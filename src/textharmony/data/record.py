@@ -41,9 +41,7 @@ class Record:
     source: str  # the data set's name
     prompt: str  # the whole question, caption or instruction, without the model's template
     images: tuple[Picture, ...] = ()  # input pictures, in their order
-    texts: tuple[
-        str, ...
-    ] = ()  # accepted answers, the first to train on; for drawings and edits the texts in the target
+    texts: tuple[str, ...] = ()  # accepted answers, the first to train on; of a drawing or an edit: those in the target
     target: Picture | None = None  # the picture to be drawn
     boxes: tuple[Box, ...] = ()  # thousandths of the first image, or of the target where there is no image
     words: tuple[str, ...] = ()  # the text in each box: as many as boxes, or none
