@@ -116,8 +116,7 @@ class TextHarmonyModel(nn.Module):
         self,
         input_ids: Tensor,  # (B, T)
         pixel_values: Tensor | None,  # (N, 3, H, W) in -1..1: all pictures, row by row
-        prompt_mask: Tensor
-        | None = None,  # (B, T) bool: the tokens that the gate of the ViT's experts reads; None: all
+        prompt_mask: Tensor | None = None,  # (B, T) bool: what the gate of the ViT's experts reads; None: all
         modalities: Sequence[str] | None = None,  # as in `compute_gates`
         adapters: bool = True,  # whether the ViT's experts act
     ) -> Embedded:
