@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.config import INITS, SlideLoRAConfig
-from slidelora.gates import SequenceGate, TokenGate
-from slidelora.inject import slide_layers
+from slidelora.gating import SequenceGate, TokenGate
+from slidelora.injection import slide_layers
 from slidelora.layers import SlideLoRALinear, set_leaf
-from slidelora.routing import injected, routing
+from slidelora.routing_state import injected, routing
 
 
 def add_expert(

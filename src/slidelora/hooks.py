@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slidelora.auxiliary import Routed
-from slidelora.gates import SequenceGate
-from slidelora.routing import GATE, InForce, Routing, injected, routing
+from slidelora.gating import SequenceGate
+from slidelora.losses import Routed
+from slidelora.routing_state import GATE, InForce, Routing, injected, routing
 
 _KEPT = "slidelora_weights"  # where a KV cache, or what an encoder put out, keeps the weights of its prompt
 

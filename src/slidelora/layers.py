@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import TokenGate
+from slidelora.gating import TokenGate
 from slidelora.ops import gated_linear, gated_lora, resolve
-from slidelora.routing import Routing
+from slidelora.routing_state import Routing
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:

@@ -17,11 +17,11 @@ import peft
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import GateValue, SequenceGate
-from slidelora.inject import inject, remove, slide_layers
+from slidelora.gating import GateValue, SequenceGate
+from slidelora.injection import inject, remove, slide_layers
 from slidelora.layers import SlideLoRALinear
-from slidelora.merge import merge_and_unload
-from slidelora.routing import GATE, Routing, injected, routing
+from slidelora.merging import merge_and_unload
+from slidelora.routing_state import GATE, Routing, injected, routing
 
 try:  # what a method needs is no public interface of PEFT
     from peft import PeftConfig

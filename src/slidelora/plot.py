@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slidelora.routing import Routing, routing
+from slidelora.routing_state import Routing, routing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 Make = Callable[..., LlamaForCausalLM]
 

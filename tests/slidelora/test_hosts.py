@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 Host = tuple[nn.Module, dict[str, Any]]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 3]])

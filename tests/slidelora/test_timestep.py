@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 
 class TimestepGate(nn.Module):

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import SequenceGate
+from slidelora.gating import SequenceGate
 from slidelora.hooks import EncoderHook, GateHook
 from slidelora.layers import SlideLoRALinear, linear_features, placement
-from slidelora.routing import GATE, MERGED, STATE, Routing, injected
+from slidelora.routing_state import GATE, MERGED, STATE, Routing, injected
 
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 EXPERTS = ["text", "image", "shared"]
 FILES = ("adapter_config.json", "adapter_model.safetensors")

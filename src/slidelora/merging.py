@@ -5,10 +5,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from slidelora.gates import GateValue, given_gates
-from slidelora.inject import Injection, attach, detach, slide_layers, thaw
+from slidelora.gating import GateValue, given_gates
+from slidelora.injection import Injection, attach, detach, slide_layers, thaw
 from slidelora.layers import SlideLoRALinear
-from slidelora.routing import MERGED, injected, routing
+from slidelora.routing_state import MERGED, injected, routing
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

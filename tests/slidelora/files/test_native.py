@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import slidelora
-from slidelora import state
-from slidelora.inject import slide_layers
+from slidelora.files import native
+from slidelora.injection import slide_layers
 
 Make = Callable[..., LlamaForCausalLM]
 
@@ -149,11 +149,11 @@ def test_an_interrupted_save_leaves_a_whole_adapter(
         return call
 
     if stop == "weights":
-        monkeypatch.setattr(state, "save_file", stopping("save", save_file, 1))
+        monkeypatch.setattr(native, "save_file", stopping("save", save_file, 1))
     elif stop == "second write":
-        monkeypatch.setattr(state.os, "fsync", stopping("fsync", os.fsync, 2))
+        monkeypatch.setattr(native.os, "fsync", stopping("fsync", os.fsync, 2))
     else:
-        monkeypatch.setattr(state.os, "replace", stopping("replace", os.replace, 1 if stop == "first replace" else 2))
+        monkeypatch.setattr(native.os, "replace", stopping("replace", os.replace, 1 if stop == "first replace" else 2))
     with pytest.raises(KeyboardInterrupt):
         slidelora.save_pretrained(other, saved)
     monkeypatch.undo()

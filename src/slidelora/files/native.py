@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import SequenceGate
-from slidelora.inject import find_targets, inject, input_embeddings, require_plain, slide_layers
+from slidelora.gating import SequenceGate
+from slidelora.injection import find_targets, inject, input_embeddings, require_plain, slide_layers
 from slidelora.layers import linear_features
-from slidelora.routing import GATE, injected, routing
+from slidelora.routing_state import GATE, injected, routing
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import slidelora
-from slidelora.auxiliary import Routed, entropy, load, load_balancing_loss, z_loss
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
+from slidelora.losses import Routed, entropy, load, load_balancing_loss, z_loss
 
 Make = Callable[..., LlamaForCausalLM]
 

@@ -11,7 +11,7 @@ from torch.ao.quantization import quantize_dynamic
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 from slidelora.layers import SlideLoRALinear
 
 Make = Callable[..., LlamaForCausalLM]

@@ -13,12 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import GateValue
-from slidelora.inject import find_targets, inject, require_plain, slide_layers
-from slidelora.layers import Expert, linear_features
-from slidelora.merge import constant_gates, fold
-from slidelora.routing import injected, routing
-from slidelora.state import (
+from slidelora.files.native import (
     CONFIG,
     PREFIX,
     WEIGHTS,
@@ -28,6 +23,11 @@ from slidelora.state import (
     replace_file,
     require_files,
 )
+from slidelora.gating import GateValue
+from slidelora.injection import find_targets, inject, require_plain, slide_layers
+from slidelora.layers import Expert, linear_features
+from slidelora.merging import constant_gates, fold
+from slidelora.routing_state import injected, routing
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import slidelora
-from slidelora.routing import injected
+from slidelora.routing_state import injected
 
 Make = Callable[..., LlamaForCausalLM]
 

@@ -210,7 +210,7 @@ def test_without_a_gpu_fused_is_refused() -> None:
 @pytest.mark.slow
 def test_every_configuration_compiles_ahead_of_time() -> None:
     """For each target, without a GPU: no spills, shared memory within the limit, the matrix instruction there."""
-    script = Path(__file__).parents[3] / "benchmarks" / "compile_kernels.py"
+    script = Path(__file__).parents[4] / "benchmarks" / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 Make = Callable[..., LlamaForCausalLM]
 KEY = "mm_decoder.layers.0.self_attn.q_proj.lora_moe_A.default"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slidelora import auxiliary
-from slidelora.auxiliary import Routed, auxiliary_loss
+from slidelora import losses
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import GateValue, TokenGate, dense_weights, given_gates
+from slidelora.gating import GateValue, TokenGate, dense_weights, given_gates
+from slidelora.losses import Routed, auxiliary_loss
 
 STATE = "slidelora_state"  # where an injected model keeps its Routing
 GATE = "slidelora_gate"  # and its learned gate, as a submodule
@@ -110,13 +110,13 @@ class Routing:
     def load(self) -> Tensor | dict[str, Tensor] | None:
         """(M,): the share of valid tokens, or of samples, that chose each modality-specific expert: that have it among
         the top_k kept, or, with no top_k, as the largest; of gate="token" by layer. None where no learned gate ran."""
-        return self._by_layer(auxiliary.load)
+        return self._by_layer(losses.load)
 
     @property
     def entropy(self) -> Tensor | dict[str, Tensor] | None:
         """(): the mean over valid tokens, or samples, of the entropy in nats of the softmax over the modality-specific
         experts; of gate="token" by layer. None where no learned gate ran."""
-        return self._by_layer(auxiliary.entropy)
+        return self._by_layer(losses.entropy)
 
     def _by_layer(self, measure: Callable[[list[Routed], SlideLoRAConfig], Tensor]) -> Any:
         with torch.no_grad():

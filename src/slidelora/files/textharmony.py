@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.inject import inject, require_plain, slide_layers
-from slidelora.interop import exact_targets
+from slidelora.files.peft_lora import exact_targets
+from slidelora.injection import inject, require_plain, slide_layers
 from slidelora.layers import linear_features
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import slidelora
 from slidelora import SlideLoRAConfig, released_gates
-from slidelora.gates import SequenceGate, TokenGate, given_gates
+from slidelora.gating import SequenceGate, TokenGate, given_gates
 
 CONFIG = SlideLoRAConfig(experts=["image", "text", "shared"])
 

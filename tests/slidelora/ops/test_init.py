@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slidelora.ops import gated_lora
-from slidelora.routing import _compact
+from slidelora.routing_state import _compact
 
 # The interpreter cuts bfloat16 off where a GPU rounds it.
 _BFLOAT16 = 8e-3 if torch.cuda.is_available() else 1.2e-2
