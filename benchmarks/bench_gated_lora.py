@@ -28,7 +28,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from slidelora.ops import gated_linear, gated_lora
+from slidelora.ops import Mixture, gated_linear, gated_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -94,14 +94,13 @@ class Case:
         for name in ("stacked", "compiled", "fused") if ON_GPU else ("stacked",):
             A, B = self.parameters[name] = [t.clone().requires_grad_() for t in (self.A, self.B)]
 
-            def mixture(A: Tensor = A, B: Tensor = B, name: str = name) -> Tensor:
+            def run(A: Tensor = A, B: Tensor = B, name: str = name) -> Tensor:
+                mixture = Mixture(A, B, compact, RANK, experts=chosen)
                 if name == "fused":
-                    return gated_linear(self.x, self.base.weight, None, A, B, compact, RANK, 1.0, chosen)
-                return gated_lora(
-                    self.base(self.x), self.x, A, B, compact, RANK, 1.0, chosen, "stacked", name == "stacked"
-                )
+                    return gated_linear(self.x, self.base.weight, None, mixture)
+                return gated_lora(self.base(self.x), self.x, mixture, "stacked", overwrite_base=name == "stacked")
 
-            self.run[name] = torch.compile(mixture) if name == "compiled" else mixture
+            self.run[name] = torch.compile(run) if name == "compiled" else run
 
     @staticmethod
     def _draw(*shape: int) -> Tensor:
@@ -135,7 +134,7 @@ class Case:
         """The largest relative Frobenius error of y and dx, in any formulation, against float64."""
         x, A, B, gates = (t.detach().double().requires_grad_() for t in (self.x, self.A, self.B, self.gates))
         base = x @ self.base.weight.double().T
-        y = gated_lora(base, x, A, B, gates, RANK, 1.0, backend="reference")
+        y = gated_lora(base, x, Mixture(A, B, gates, RANK), "reference")
         expected = [y, *torch.autograd.grad(y, [x, A, B, gates], self.dy.double())]
         worst = 0.0
         for name in self.run:

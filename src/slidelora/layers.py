@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gating import TokenGate
-from slidelora.ops import gated_linear, gated_lora, resolve
+from slidelora.ops import Mixture, gated_linear, gated_lora, resolve
 from slidelora.routing_state import Routing
 
 
@@ -152,15 +152,15 @@ class SlideLoRALinear(nn.Module):
         if self.frozen:
             lora_A, lora_B = self._stacked(lora_A, self.frozen_A), self._stacked(lora_B, self.frozen_B)
         dropout = self.dropout if self.training else 0.0
-        mixture = (lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
+        mixture = Mixture(lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
         plain = type(base_layer) is nn.Linear and "forward" not in base_layer.__dict__
         plain = plain and type(base_layer.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
         if plain and resolve(self.backend, x.device) == "fused" and not _hooked(base_layer):
-            return gated_linear(x, self.weight, self.bias, *mixture, dropout)
+            return gated_linear(x, self.weight, self.bias, mixture, dropout)
         base: Tensor = base_layer(x, *args, **kwargs)
         # A plain Linear's output is new and saved by nobody, unless a hook saw it; the compiler plans memory itself.
         alone = plain and not base_layer._forward_hooks and not torch.compiler.is_compiling()
-        return gated_lora(base, x, *mixture, self.backend, alone, dropout)
+        return gated_lora(base, x, mixture, self.backend, alone, dropout)
 
     def extra_repr(self) -> str:
         """Sizes, for print."""

@@ -50,7 +50,7 @@ class InForce:
         return self.compact
 
 
-def _compact(weights: Tensor) -> tuple[Tensor, Tensor] | None:
+def compact_form(weights: Tensor) -> tuple[Tensor, Tensor] | None:
     if weights.requires_grad or weights.device.type == "meta" or not weights.numel():
         return None
     active = weights != 0
@@ -244,7 +244,7 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
     if repeats > 1 and (weights.shape[0] > 1 or weights.ndim == 3):  # one row (1, E) serves any batch
         weights = weights.repeat_interleave(repeats, 0)
     state.recorded, state.batch = weights, None
-    return state.put(InForce(weights, _compact(weights)), state.disabled)
+    return state.put(InForce(weights, compact_form(weights)), state.disabled)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
