@@ -1,17 +1,15 @@
 """The experts of an injected model: added, frozen, or trained at rates of their own."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slidelora.config import INITS, SlideLoRAConfig
-from slidelora.gating import SequenceGate, TokenGate
+from slidelora.gating import Gate
 from slidelora.injection import slide_layers
-from slidelora.layers import SlideLoRALinear, set_leaf
+from slidelora.layers import SlideLoRALinear
 from slidelora.routing_state import injected, routing
 
 
@@ -51,10 +49,7 @@ def add_expert(
     state.recorded = state.batch = None
     state.records = {}
     for gate in _learned_gates(host):
-        out = gate.out if isinstance(gate, SequenceGate) else gate
-        _add_column(out.weight, out.bias, config, name, share)
-        if isinstance(gate, SequenceGate):
-            gate.out.out_features = len(config.experts)
+        gate.add_expert(name, share)
 
 
 def _with_expert(
@@ -82,22 +77,8 @@ def _with_size(config: SlideLoRAConfig, sizes: Any, name: str, size: float | Non
     return {**(sizes if isinstance(sizes, Mapping) else dict.fromkeys(config.experts, sizes)), name: size}
 
 
-@torch.no_grad()
-def _add_column(weight: Tensor, bias: Tensor, config: SlideLoRAConfig, name: str, share: float) -> None:
-    """A new expert's row of a gate's last layer, whose rows are the specific experts and then the shared ones."""
-    odds = math.log(share / (1 - share))
-    if name in config.specific:
-        count = len(config.specific) - 1
-        offset = bias[:count].mean() + config.gate_temperature * (math.log(count) + odds)
-        at, row = count, weight[:count].mean(0)
-    else:
-        at, row, offset = len(bias), torch.zeros_like(weight[0]), torch.full_like(bias[0], odds)
-    set_leaf(weight, torch.cat([weight[:at], row[None], weight[at:]]))
-    set_leaf(bias, torch.cat([bias[:at], offset[None], bias[at:]]))
-
-
-def _learned_gates(host: nn.Module) -> list[SequenceGate | TokenGate]:
-    return [module for module in host.modules() if isinstance(module, (SequenceGate, TokenGate))]
+def _learned_gates(host: nn.Module) -> list[Gate]:
+    return [module for module in host.modules() if isinstance(module, Gate)]
 
 
 def freeze(model: nn.Module, experts: Sequence[str]) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slidelora.gating import SequenceGate
-from slidelora.losses import Routed
+from slidelora.losses import GateRun
 from slidelora.routing_state import GATE, InForce, Routing, injected, routing
 
 _KEPT = "slidelora_weights"  # where a KV cache, or what an encoder put out, keeps the weights of its prompt
@@ -39,16 +38,18 @@ class GateHook:
             if not routing.replaying:
                 routing.recorded, routing.batch = given, batch
             routing.current = InForce(given, current.compact, current.moved, _tokens(inputs))
-        elif routing.config.gate == "token":
+        elif routing.kind.in_layers:
             if not routing.replaying:
                 routing.recorded, routing.records = None, {}
             self.own = routing.current = InForce(None, tokens=_tokens(inputs), masks=_token_masks(model, inputs))
-        elif routing.config.gate == "sequence":
+        elif routing.kind.in_model:
             weights = self._weights(model, inputs)
             self.own = routing.current = InForce(weights, tokens=_tokens(inputs))
 
     def _weights(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """(B, E), the model's own gate's on the prompt: now, or when the cache was filled."""
+        if not self.routing.kind.reads_prompt:
+            return _own_gates(model, self.routing)
         cache = inputs.get("past_key_values")
         if _cached(cache):
             weights = getattr(cache, _KEPT, None)
@@ -90,14 +91,15 @@ class EncoderHook:
     def before(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
         routing = self.routing
-        if routing.disabled or routing.current is not None or routing.config.gate == "given":
+        if routing.disabled or routing.current is not None or not routing.kind.learned:
             return
         inputs = _bind(encoder, args, kwargs)
-        if routing.config.gate == "token":
+        if routing.kind.in_layers:
             routing.recorded, routing.records = None, {}
             own = InForce(None, tokens=_tokens(inputs), masks=(_token_masks(encoder, inputs)[0], None))
         else:
-            own = InForce(_own_gates(self.model, routing, *_prompt(self.model, inputs)), tokens=_tokens(inputs))
+            prompt = _prompt(self.model, inputs) if routing.kind.reads_prompt else ()
+            own = InForce(_own_gates(self.model, routing, *prompt), tokens=_tokens(inputs))
         self.own = routing.current = own
 
     def after(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -185,14 +187,11 @@ def _last(mask: Any, tokens: Sequence[Any]) -> Tensor | None:
     return mask[:, -time:].bool()
 
 
-def _own_gates(model: nn.Module, routing: Routing, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
-    gate = getattr(model, GATE, None)
-    if not isinstance(gate, SequenceGate):
-        raise ValueError(f"gate is {routing.config.gate!r}, expected 'sequence' for the model's own gate")
-    weights, logits = gate(inputs_embeds, mask)
+def _own_gates(model: nn.Module, routing: Routing, *prompt: Tensor) -> Tensor:
+    output = getattr(model, GATE)(*prompt)
     if not routing.replaying:
-        routing.recorded, routing.batch, routing.records = weights, None, {GATE: [Routed(logits)]}
-    return weights  # type: ignore[no-any-return]
+        routing.recorded, routing.batch, routing.records = output.weights, None, {GATE: [GateRun(output.logits)]}
+    return output.weights  # type: ignore[no-any-return]
 
 
 def compute_gates(model: nn.Module, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
@@ -202,4 +201,7 @@ def compute_gates(model: nn.Module, inputs_embeds: Tensor, mask: Tensor) -> Tens
     Raises ValueError for a model whose gate is "given", or a shape that does not fit.
     """
     host = injected(model)
-    return _own_gates(host, routing(host), inputs_embeds, mask)
+    state = routing(host)
+    if not (state.kind.in_model and state.kind.reads_prompt):
+        raise ValueError(f"gate is {state.config.gate!r}, expected a gate that reads the prompt, such as 'sequence'")
+    return _own_gates(host, state, inputs_embeds, mask)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gating import SequenceGate
+from slidelora.gating import Gate, kind_of
 from slidelora.hooks import EncoderHook, GateHook
 from slidelora.layers import SlideLoRALinear, linear_features, placement
 from slidelora.routing_state import GATE, MERGED, STATE, Routing, injected
@@ -20,7 +20,7 @@ class Injection(NamedTuple):
     """What an injected model holds beyond its base, and the parameters of the base that were trainable before."""
 
     state: Routing
-    gate: SequenceGate | None
+    gate: Gate | None
     layers: dict[str, SlideLoRALinear]  # one held under two names under both
     trainable: list[str]
 
@@ -40,7 +40,7 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     require_plain(model)
     targets = find_targets(model, config)
     state = Routing(config)
-    gate = sequence_gate(model, config).train(model.training) if config.gate == "sequence" else None
+    gate = model_gate(model, config).train(model.training) if kind_of(config).in_model else None
     wrappers: dict[int, SlideLoRALinear] = {}
     for name, module in targets.items():
         if id(module) not in wrappers:
@@ -194,21 +194,23 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
 
 
-def sequence_gate(model: nn.Module, config: SlideLoRAConfig) -> SequenceGate:
-    """A new gate on a model's input embeddings; raises ValueError if it has none."""
-    embeddings, features = input_embeddings(model)
-    return SequenceGate(features, config).to(*placement(embeddings, config))
+def model_gate(model: nn.Module, config: SlideLoRAConfig) -> Gate:
+    """Make the gate of a whole model; raises ValueError if it needs input embeddings and the model has none."""
+    module, features = gate_input(model, config)
+    return kind_of(config)(features, config).to(*placement(module, config))
 
 
-def input_embeddings(model: nn.Module) -> tuple[nn.Module, int]:
-    """A model's input embeddings, which a learned gate reads, and their width; raises ValueError if it has none."""
+def gate_input(model: nn.Module, config: SlideLoRAConfig) -> tuple[nn.Module, int]:
+    """Return the input embeddings that feed a model's gate and their width, or (model, 0) if it reads no prompt."""
+    if not kind_of(config).reads_prompt:
+        return model, 0
     try:
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         return embeddings, embeddings.weight.shape[-1]
     except (AttributeError, NotImplementedError):
         raise ValueError(
             f"{type(model).__name__} has no input embeddings, expected a model with get_input_embeddings() for "
-            "gate='sequence'; use gate='given' and slidelora.gates"
+            f"gate={config.gate!r}; use gate='given' and slidelora.gates"
         ) from None
 
 

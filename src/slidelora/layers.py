@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gating import TokenGate
+from slidelora.gating import kind_of, replace_data
 from slidelora.ops import Mixture, gated_linear, gated_lora, resolve
 from slidelora.routing_state import Routing
 
@@ -62,7 +62,8 @@ class SlideLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(0, self.out_features, dtype=dtype, device=device))
         self.register_buffer("scales", None, persistent=False)
         self.arrange(config, config.init)
-        self.gate = TokenGate(self.in_features, config).to(device, dtype) if config.gate == "token" else None
+        kind = kind_of(config)
+        self.gate = kind(self.in_features, config).to(device, dtype) if kind.in_layers else None
 
     @torch.no_grad()
     def arrange(self, config: SlideLoRAConfig, init: str) -> None:
@@ -89,7 +90,7 @@ class SlideLoRALinear(nn.Module):
             lora = getattr(self, f"lora_{letter}")
             none = lora.new_zeros(0, lora.shape[1])
             trained = (experts[name][index] for name in self.names if name not in self.frozen)
-            set_leaf(lora, torch.cat([none, *trained]))
+            replace_data(lora, torch.cat([none, *trained]))
             lora.requires_grad_(len(lora) > 0)
             rows = torch.cat([none, *(experts[name][index] for name in self.frozen)])
             frozen = nn.Parameter(rows, requires_grad=False) if self.frozen else None
@@ -177,16 +178,6 @@ def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device,
     if config.adapter_dtype is not None:
         dtype = getattr(torch, config.adapter_dtype)
     return tensor.device if device is None else torch.device(device), dtype
-
-
-def set_leaf(leaf: Tensor, data: Tensor) -> None:
-    """Puts data of another shape in a parameter, without a gradient."""
-    leaf.grad = None
-    # Autograd forgets the shape that a graph still alive gave a leaf only when its dtype changes.
-    leaf.data = torch.empty(
-        0, dtype=torch.float16 if leaf.dtype != torch.float16 else torch.float32, device=leaf.device
-    )
-    leaf.data = data
 
 
 def init_expert(A: Tensor, init: str) -> None:

@@ -1,4 +1,4 @@
-"""What the learned gates' logits say: load, entropy, and the terms of the auxiliary loss, over valid tokens."""
+"""The losses of the learned gates, and their load and entropy, all from the gates' logits of valid tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -8,46 +8,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.gating import kind_of
 
 
-class Routed(NamedTuple):
-    """One run of a learned gate: logits (..., E) or of the modality-specific experts alone (..., M), which come first;
-    valid (...), true on the tokens that count, None for all."""
+class GateRun(NamedTuple):
+    """One run of a learned gate."""
 
-    logits: Tensor
-    valid: Tensor | None = None
+    logits: Tensor  # (..., E) or (..., M), the M modality-specific experts first
+    valid: Tensor | None = None  # (...), true on the tokens that count, None for all
 
 
-def load(runs: Sequence[Routed], config: SlideLoRAConfig) -> Tensor:
-    """(M,): the share of a gate's valid tokens, over its runs, that chose each modality-specific expert."""
+def load(runs: Sequence[GateRun], config: SlideLoRAConfig) -> Tensor:
+    """Return for each modality-specific expert the fraction of valid tokens, over all runs, that chose it: (M,)."""
     logits, valid = _joined(runs, config)
     return _mean(_chosen(logits, config.top_k), valid)
 
 
-def entropy(runs: Sequence[Routed], config: SlideLoRAConfig) -> Tensor:
-    """(): the mean over a gate's valid tokens, over its runs, of its softmax's entropy in nats."""
+def entropy(runs: Sequence[GateRun], config: SlideLoRAConfig) -> Tensor:
+    """Return the mean entropy of the gate's softmax over the valid tokens of all runs, in nats: ()."""
     logits, valid = _joined(runs, config)
-    logarithms = (logits / config.gate_temperature).log_softmax(-1)
-    return _mean(-(logarithms.exp() * logarithms).sum(-1, keepdim=True), valid)[0]
+    log_probabilities = (logits / config.gate_temperature).log_softmax(-1)
+    return _mean(-(log_probabilities.exp() * log_probabilities).sum(-1, keepdim=True), valid)[0]
 
 
 def supervised_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the gate's choice among the modality-specific experts, logits (B, M), against targets (B,)."""
+    """Return the cross-entropy of the gate's choice among modality-specific experts (B, M) with targets (B,)."""
     return F.cross_entropy(logits, targets)
 
 
 def load_balancing_loss(logits: Tensor, valid: Tensor | None = None, top_k: int | None = None) -> Tensor:
-    """M * sum_i f_i P_i over logits (..., N, M) -> (...): P_i is the mean probability of expert i, f_i the share of
-    the top_k N choices (None: of the N largest) that fell on it; of the tokens that are valid (..., N).
+    """Return M * sum_i f_i P_i over the valid tokens of logits (..., N, M): (...).
 
-    Source: Switch Transformers (Fedus et al., 2021), equations 4 to 6, which have top_k = 1; f sums to 1 for any top_k.
+    P_i is the mean probability of expert i, and f_i the fraction of choices that fell on it. Each token chooses its
+    top_k largest, or its largest if top_k is None, so f sums to 1 for any top_k.
+
+    Source: Switch Transformers (Fedus et al., 2021), equations 4 to 6, where top_k is 1.
     """
-    share = _mean(_chosen(logits, top_k), valid) / (top_k or 1)
-    return logits.shape[-1] * (share * _mean(logits.softmax(-1), valid)).sum(-1)
+    fractions = _mean(_chosen(logits, top_k), valid) / (top_k or 1)
+    return logits.shape[-1] * (fractions * _mean(logits.softmax(-1), valid)).sum(-1)
 
 
 def z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The mean over valid tokens (..., N) of logsumexp(logits)^2, logits (..., N, M) -> (...).
+    """Return the mean of logsumexp(logits)^2 over the valid tokens of logits (..., N, M): (...).
 
     Source: ST-MoE (Zoph et al., 2022), equation 5.
     """
@@ -55,36 +57,36 @@ def z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def auxiliary_loss(
-    records: Iterable[Sequence[Routed]], config: SlideLoRAConfig, targets: Sequence[str] | Tensor | None
+    records: Iterable[Sequence[GateRun]], config: SlideLoRAConfig, targets: Sequence[str] | Tensor | None
 ) -> Tensor | None:
-    """See `slidelora.aux_loss`; None where no gate ran."""
-    runs = [run for one in records for run in one]
+    """Compute `slidelora.aux_loss` from the runs of each gate; None if no gate ran."""
+    runs = [run for gate_runs in records for run in gate_runs]
     if not runs:
         return None
     loss = runs[0].logits.new_zeros(())
     if targets is not None:
-        if config.gate == "token":
-            raise ValueError(f"targets are {targets!r}, expected None: gate='token' gates tokens, not samples")
+        if not kind_of(config).takes_targets:
+            raise ValueError(f"targets are {targets!r}, expected None: gate={config.gate!r} has no choice per sample")
         logits = runs[0].logits
         indices = _target_indices(targets, config, logits)
         loss = loss + config.supervised_coef * supervised_loss(logits / config.gate_temperature, indices)
     if not config.balance_coef and not config.z_coef:
         return loss
-    alike: dict[tuple[torch.Size, torch.device], list[tuple[Tensor, Tensor]]] = {}
+    same_shape: dict[tuple[torch.Size, torch.device], list[tuple[Tensor, Tensor]]] = {}
     for run in runs:  # layers of one shape are computed together
-        alike.setdefault((run.logits.shape, run.logits.device), []).append(_joined([run], config))
+        same_shape.setdefault((run.logits.shape, run.logits.device), []).append(_joined([run], config))
     total, count = loss.new_zeros(()), loss.new_zeros(())
-    for group in alike.values():
-        logits, valid = (torch.stack(tensors) for tensors in zip(*group))  # (L, N, M), (L, N)
+    for layers in same_shape.values():
+        logits, valid = (torch.stack(tensors) for tensors in zip(*layers))  # (L, N, M), (L, N)
         terms = config.z_coef * z_loss(logits, valid)
         terms = terms + config.balance_coef * load_balancing_loss(logits / config.gate_temperature, valid, config.top_k)
         total = total + terms.sum().to(loss.device)
-        count = count + valid.any(-1).sum().to(loss.device)  # a run with no valid token has terms of 0
+        count = count + valid.any(-1).sum().to(loss.device)  # a run without a valid token has terms of 0
     return loss + total / count.clamp(min=1)
 
 
-def _joined(runs: Sequence[Routed], config: SlideLoRAConfig) -> tuple[Tensor, Tensor]:
-    """Logits (N, M) of the modality-specific experts and valid (N,), of all runs."""
+def _joined(runs: Sequence[GateRun], config: SlideLoRAConfig) -> tuple[Tensor, Tensor]:
+    """Join all runs to logits (N, M) of the modality-specific experts and a mask of valid tokens (N,)."""
     count = len(config.specific)
     logits = torch.cat([run.logits[..., :count].reshape(-1, count) for run in runs])
     valid = [torch.ones_like(run.logits[..., 0], dtype=torch.bool) if run.valid is None else run.valid for run in runs]
@@ -92,12 +94,12 @@ def _joined(runs: Sequence[Routed], config: SlideLoRAConfig) -> tuple[Tensor, Te
 
 
 def _chosen(logits: Tensor, top_k: int | None) -> Tensor:
-    """1 for the top_k largest of (..., M), or the one largest, 0 for the others."""
+    """Return 1 for the top_k largest of (..., M), or for the largest if top_k is None, and 0 for the others."""
     return torch.zeros_like(logits).scatter(-1, logits.detach().topk(top_k or 1).indices, 1.0)
 
 
 def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
-    """(..., N, X) -> (..., X), over the N where valid (..., N); 0 where none is."""
+    """Average (..., N, X) over the valid (..., N): (..., X), 0 where nothing is valid."""
     if valid is None:
         return values.mean(-2)
     return torch.where(valid[..., None], values, 0.0).sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
@@ -110,7 +112,7 @@ def _target_indices(targets: Sequence[str] | Tensor, config: SlideLoRAConfig, lo
             raise ValueError(f"targets name {unknown}, expected some of {names}")
         targets = torch.tensor([names.index(name) for name in targets], dtype=torch.long)
     if targets.shape != (batch,):
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, expected ({batch},), the gate's batch")
+        raise ValueError(f"targets have shape {tuple(targets.shape)}, expected ({batch},), one for each sample")
     if targets.dtype != torch.long:
         raise ValueError(f"targets have dtype {targets.dtype}, expected torch.int64")
     return targets.to(logits.device)

@@ -11,13 +11,14 @@ import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, make_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar
 
 import peft
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gating import GateValue, SequenceGate
+from slidelora.gating import Gate, GateValue
 from slidelora.injection import inject, remove, slide_layers
 from slidelora.layers import SlideLoRALinear
 from slidelora.merging import merge_and_unload
@@ -139,10 +140,33 @@ class PeftSlideLoRALinear(SlideLoRALinear, _Adapted):
             param.requires_grad_(False)
 
 
-class PeftSequenceGate(SequenceGate, _Adapted):
+class _AdaptedGate(_Adapted):
     """The model's learned gate, which PEFT knows as one more layer."""
 
-    weight = bias = None
+    kind: type[Gate]
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The gate's own, if it has one; BaseTunerLayer would ask a base layer."""
+        return self._parameters.get("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The gate's own, if it has one."""
+        return self._parameters.get("bias")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_gate, (self.kind,), self.__dict__  # pickle cannot find a class that was made at run time
+
+
+@cache
+def _adapted(kind: type[Gate]) -> type[_AdaptedGate]:
+    return type(f"Peft{kind.__name__}", (kind, _AdaptedGate), {"kind": kind})
+
+
+def _new_gate(kind: type[Gate]) -> _AdaptedGate:
+    adapted = _adapted(kind)
+    return adapted.__new__(adapted)
 
 
 class SlideLoRATuner(BaseTuner):
@@ -180,9 +204,9 @@ class SlideLoRATuner(BaseTuner):
         layers = slide_layers(model)
         for layer in layers.values():
             layer.__class__ = PeftSlideLoRALinear
-        gate = getattr(model, GATE, None)
+        gate: Gate | None = getattr(model, GATE, None)
         if gate is not None:
-            gate.__class__ = PeftSequenceGate
+            gate.__class__ = _adapted(type(gate))
         for module in model.modules():
             if isinstance(module, _Adapted):
                 module.routing, module._active_adapter = config.routing, [adapter_name]

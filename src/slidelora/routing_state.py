@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from slidelora import losses
 from slidelora.config import SlideLoRAConfig
-from slidelora.gating import GateValue, TokenGate, dense_weights, given_gates
-from slidelora.losses import Routed, auxiliary_loss
+from slidelora.gating import Gate, GateValue, dense_weights, given_gates, kind_of
+from slidelora.losses import GateRun, auxiliary_loss
 
 STATE = "slidelora_state"  # where an injected model keeps its Routing
 GATE = "slidelora_gate"  # and its learned gate, as a submodule
@@ -84,11 +84,11 @@ class Routing:
     """
 
     def __init__(self, config: SlideLoRAConfig) -> None:
-        self.config = config
+        self.config, self.kind = config, kind_of(config)
         self.names: tuple[str, ...] = tuple(config.experts)
         self.recorded: Tensor | None = None  # (1 or B, E)
         self.batch: int | None = None
-        self.records: dict[str, list[Routed]] = {}  # of the learned gates' last runs, by layer or under GATE
+        self.records: dict[str, list[GateRun]] = {}  # of the learned gates' last runs, by layer or under GATE
         self.current: InForce | None = None
         self.disabled = False
         self.replaying = False
@@ -118,7 +118,7 @@ class Routing:
         experts; of gate="token" by layer. None where no learned gate ran."""
         return self._by_layer(losses.entropy)
 
-    def _by_layer(self, measure: Callable[[list[Routed], SlideLoRAConfig], Tensor]) -> Any:
+    def _by_layer(self, measure: Callable[[list[GateRun], SlideLoRAConfig], Tensor]) -> Any:
         with torch.no_grad():
             found = {path: measure(runs, self.config) for path, runs in self.records.items()}
         return found[GATE] if GATE in found else found or None
@@ -147,7 +147,7 @@ class Routing:
             )
         if self.disabled:
             return None
-        if self.current is None and self.config.gate == "token":
+        if self.current is None and self.kind.in_layers:
             return InForce(None)  # a part of the model is called by itself
         if self.current is None:
             raise RuntimeError(
@@ -157,7 +157,7 @@ class Routing:
         return self.current
 
     def gates_for(
-        self, in_force: InForce, path: str, gate: TokenGate | None, x: Tensor
+        self, in_force: InForce, path: str, gate: Gate | None, x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """(gates, experts) for gated_lora of the layer at `path` with its own gate, None for none, and its input x.
 
@@ -177,7 +177,7 @@ class Routing:
         if not self.replaying:
             # A forward of the injected model itself gathers the several runs of a layer.
             runs = [] if self.current is None else self.records.get(path, [])
-            self.records[path] = [*runs, Routed(logits, _valid(in_force, path, x))]
+            self.records[path] = [*runs, GateRun(logits, _valid(in_force, path, x))]
         return weights, experts
 
     @contextmanager
@@ -239,7 +239,7 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
         raise ValueError(
             f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))}, the model's"
         )
-    if state.config.gate == "token" or (value is not state.recorded and not weights.requires_grad):
+    if state.kind.in_layers or (value is not state.recorded and not weights.requires_grad):
         state.records = {}  # these are not the learned gate's: no auxiliary loss is due
     if repeats > 1 and (weights.shape[0] > 1 or weights.ndim == 3):  # one row (1, E) serves any batch
         weights = weights.repeat_interleave(repeats, 0)

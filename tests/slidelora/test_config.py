@@ -94,7 +94,7 @@ def test_sizes_of_each_expert() -> None:
         ({"experts": {"a": ["a", "b"]}}, ValueError, "groups has 'a', expected a name that no expert has"),
         ({"experts": {"a.b": 2}}, ValueError, r"a.b0"),
         ({"experts": {"a": 2, "b": ["a0"]}}, ValueError, r"duplicate \['a0'\]"),
-        ({"experts": {"a": 2}, "groups": {"b": ["a0"]}}, ValueError, "expected none beside experts by group"),
+        ({"experts": {"a": 2}, "groups": {"b": ["a0"]}}, ValueError, "expected none, since experts are given by group"),
         ({"groups": {"a": ["text"], "b": ["text"]}}, ValueError, r"duplicate \['text'\], expected each expert in one"),
         ({"groups": {"a": ["audio"]}}, ValueError, r"group 'a' has unknown expert \['audio'\]"),
         ({"groups": ["a"]}, TypeError, r"groups is \['a'\], expected a mapping"),

@@ -76,7 +76,7 @@ def test_given_gates_overrule_the_token_gate(make_model: Make, input_ids: Tensor
     assert slidelora.routing(model).weights.shape == (3, 3) and slidelora.routing(model).load is None
     with slidelora.disabled(model), slidelora.disabled(given):
         assert torch.equal(model(input_ids).logits, given(input_ids).logits)
-    with pytest.raises(ValueError, match="gate is 'token', expected 'sequence'"):
+    with pytest.raises(ValueError, match="gate is 'token', expected a gate that reads the prompt"):
         slidelora.compute_gates(model, torch.ones(3, 9, 32), torch.ones(3, 9))
 
 

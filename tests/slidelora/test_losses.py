@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 import slidelora
 from slidelora.injection import slide_layers
-from slidelora.losses import Routed, entropy, load, load_balancing_loss, z_loss
+from slidelora.losses import GateRun, entropy, load, load_balancing_loss, z_loss
 
 Make = Callable[..., LlamaForCausalLM]
 
@@ -38,15 +38,15 @@ def test_load_and_entropy_of_known_logits() -> None:
     config = slidelora.SlideLoRAConfig(experts=["a", "s", "b", "c"], shared=["s"], gate="token", gate_temperature=2.0)
     logits = torch.tensor([[[0.0, 0, 0, 7], [9, 0, 0, 7]], [[9.0, 3, 0, 7], [0, 9, 5, 7]]])  # rows a, b, c, s
     valid = torch.tensor([[False, True], [True, True]])
-    runs = [Routed(logits, valid), Routed(logits[:1])]
+    runs = [GateRun(logits, valid), GateRun(logits[:1])]
     assert load(runs, config).tolist() == pytest.approx([4 / 5, 1 / 5, 0])
     two = slidelora.SlideLoRAConfig(**{**config.to_dict(), "top_k": 2})
-    assert load([Routed(logits[1])], two).tolist() == [0.5, 1, 0.5]
-    uniform = Routed(torch.zeros(2, 4))
+    assert load([GateRun(logits[1])], two).tolist() == [0.5, 1, 0.5]
+    uniform = GateRun(torch.zeros(2, 4))
     assert float(entropy([uniform], config)) == pytest.approx(math.log(3))
     probabilities = torch.tensor([9.0, 3, 0]).div(2).softmax(0)
     expected = -(probabilities * probabilities.log()).sum()
-    torch.testing.assert_close(entropy([Routed(logits[1, :1]), Routed(logits[1, :1])], config), expected)
+    torch.testing.assert_close(entropy([GateRun(logits[1, :1]), GateRun(logits[1, :1])], config), expected)
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 2])

@@ -175,7 +175,7 @@ def test_the_hosts_own_call_of_the_gate(make_model: Make, input_ids: Tensor) -> 
     (loss + slidelora.aux_loss(model, torch.tensor([0, 1, 0]))).backward()
     assert_same_gradients(gradients(model), expected)
     assert expected["slidelora_gate.hidden.weight"].any()
-    with pytest.raises(ValueError, match="gate is 'given', expected 'sequence'"):
+    with pytest.raises(ValueError, match="gate is 'given', expected a gate that reads the prompt, such as 'sequence'"):
         slidelora.compute_gates(make_model(gate="given"), embeds, labels == -100)
 
 

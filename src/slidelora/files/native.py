@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gating import SequenceGate
-from slidelora.injection import find_targets, inject, input_embeddings, require_plain, slide_layers
+from slidelora.gating import kind_of
+from slidelora.injection import find_targets, gate_input, inject, require_plain, slide_layers
 from slidelora.layers import linear_features
 from slidelora.routing_state import GATE, injected, routing
 
@@ -105,7 +105,7 @@ def _tensors(host: nn.Module) -> dict[str, Tensor]:
 def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int, ...]]:
     """The keys and shapes that a plain model and a configuration call for."""
     shapes: dict[str, tuple[int, ...]] = {}
-    seen = set()
+    kind, seen = kind_of(config), set()
     for name, module in find_targets(model, config).items():
         if id(module) in seen:
             continue
@@ -114,16 +114,17 @@ def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int,
         for expert, rank in zip(config.experts, config.ranks(name)):
             shapes[f"{PREFIX}{name}.lora_A.{expert}.weight"] = (rank, d_in)
             shapes[f"{PREFIX}{name}.lora_B.{expert}.weight"] = (d_out, rank)
-        if config.gate == "token":
-            shapes[f"{PREFIX}{name}.gate.weight"] = (len(config.experts), d_in)
-            shapes[f"{PREFIX}{name}.gate.bias"] = (len(config.experts),)
-    if config.gate == "sequence":
-        _, features = input_embeddings(model)
-        with torch.device("meta"):  # nothing is allocated for a width that the file may only claim
-            gate = SequenceGate(features, config)
-        for name, parameter in gate.named_parameters():
-            shapes[f"{PREFIX}{GATE}.{name}"] = tuple(parameter.shape)
+        if kind.in_layers:
+            shapes |= _gate_shapes(f"{PREFIX}{name}.gate", d_in, config)
+    if kind.in_model:
+        shapes |= _gate_shapes(f"{PREFIX}{GATE}", gate_input(model, config)[1], config)
     return shapes
+
+
+def _gate_shapes(prefix: str, features: int, config: SlideLoRAConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):  # a file may claim any width, so nothing of that size is allocated
+        gate = kind_of(config)(features, config)
+    return {f"{prefix}.{name}": tuple(parameter.shape) for name, parameter in gate.named_parameters()}
 
 
 def require_files(directory: Path) -> None:

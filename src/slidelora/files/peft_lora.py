@@ -23,7 +23,7 @@ from slidelora.files.native import (
     replace_file,
     require_files,
 )
-from slidelora.gating import GateValue
+from slidelora.gating import GateValue, kind_of
 from slidelora.injection import find_targets, inject, require_plain, slide_layers
 from slidelora.layers import Expert, linear_features
 from slidelora.merging import constant_gates, fold
@@ -52,10 +52,11 @@ def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue |
         )
     directory = Path(save_directory)
     if gates is None:
-        gate = routing(host).config.gate
-        if gate != "given":
+        config = routing(host).config
+        if kind_of(config).learned:
             warnings.warn(
-                f"the {gate} gate is not exported: each expert is a LoRA of its own; pass gates= for the mixture",
+                f"the {config.gate} gate is not exported, each expert is a LoRA of its own; pass gates= to export the "
+                "mixture",
                 stacklevel=2,
             )
         for expert in routing(host).names:
