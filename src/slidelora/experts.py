@@ -38,7 +38,7 @@ def add_expert(
     """
     host = injected(model)
     state = routing(host)
-    if state.current is not None:
+    if state.scope.gates is not None:
         raise RuntimeError(f"gates for {list(state.names)} are in force, expected none while {name!r} is added")
     if init not in INITS:
         raise ValueError(f"init is {init!r}, expected one of {list(INITS)}")

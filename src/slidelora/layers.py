@@ -136,17 +136,17 @@ class SlideLoRALinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
-        in_force = self.routing.in_force()
-        if in_force is None:
+        active = self.routing.active_gates()
+        if active is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if x.ndim == 2 and in_force.tokens and len(x) == in_force.tokens[0] * in_force.tokens[1] != in_force.tokens[0]:
+        if x.ndim == 2 and active.tokens and len(x) == active.tokens[0] * active.tokens[1] != active.tokens[0]:
             # A host that flattens its tokens, as OPT and MoE blocks do.
-            return self.forward(x.unflatten(0, in_force.tokens), *args, **kwargs).flatten(0, 1)
+            return self.forward(x.unflatten(0, active.tokens), *args, **kwargs).flatten(0, 1)
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         base_layer = self.base_layer
         x = x.to(lora_A.device)  # where base_layer, too, would have brought it
-        gates, experts = self.routing.gates_for(in_force, self.path, self.gate, x)
+        gates, experts = self.routing.weigh(active, self.path, self.gate, x)
         if self.scaling is None:
             assert self.scales is not None
             gates = gates * (self.scales if experts is None else self.scales[experts])

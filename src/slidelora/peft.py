@@ -98,12 +98,12 @@ class _Adapted(BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Puts the experts in force, or out of it as `slidelora.disabled` does; what learns stays what it is."""
-        self.routing.disabled = not enabled
+        self.routing.set_disabled(not enabled)
 
     @property
     def disable_adapters(self) -> bool:
         """Whether the model is its base model now."""
-        return self.routing.disabled
+        return self.routing.scope.disabled
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Refused but for 1, as in `scale_layer`."""

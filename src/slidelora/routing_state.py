@@ -1,6 +1,7 @@
-"""Which gates are in force, from forward to the end of backward, and what the learned ones did.
+"""The gates that are in force, from the forward to the end of the backward, and what the learned gates did last.
 
-The state is one plain object that all layers of a model share. A ContextVar would break torch.compile into many graphs.
+All layers of a model share one plain object, its `Routing`. A ContextVar instead would break torch.compile into many
+graphs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,41 +17,55 @@ from slidelora.config import SlideLoRAConfig
 from slidelora.gating import Gate, GateValue, dense_weights, given_gates, kind_of
 from slidelora.losses import GateRun, auxiliary_loss
 
-STATE = "slidelora_state"  # where an injected model keeps its Routing
-GATE = "slidelora_gate"  # and its learned gate, as a submodule
-MERGED = "slidelora_merged"
+STATE = "slidelora_state"  # the attribute of an injected model that holds its Routing
+GATE = "slidelora_gate"  # the submodule that is its gate
+MERGED = "slidelora_merged"  # the attribute of a merged model
 
 
 @dataclass
-class InForce:
-    """Gates (1 or B, E) or (B, T, E) fp32 and, where no gradient flows to them and some are 0, their compact form.
+class ActiveGates:
+    """The gates that the layers apply."""
 
-    weights: None where each layer's own gate runs.
-    tokens: (B, T) of the host's input, by which a layer tells the samples of rows (B * T, d).
-    masks: (B, T), true on the tokens that count, of the host's input, and of its decoder's.
-    """
-
-    weights: Tensor | None
-    compact: tuple[Tensor, Tensor] | None = None  # gates (1 or B, K) or (B, T, K), experts the same or (1, K)
-    moved: dict[torch.device, "InForce"] = field(default_factory=dict)
-    tokens: tuple[int, int] | None = None
+    weights: Tensor | None  # (1 or B, E) or (B, T, E), fp32; None where each layer runs its own gate
+    compact: tuple[Tensor, Tensor] | None = None  # the same as `compact_form`
+    copies: dict[torch.device, "ActiveGates"] = field(default_factory=dict)  # on other devices
+    tokens: tuple[int, int] | None = (
+        None  # (B, T) of the model's input: an input (B * T, d) of a layer has these tokens
+    )
+    # True on the tokens that count: (B, T) of the model's input, and of the input of its decoder.
     masks: tuple[Tensor | None, Tensor | None] = (None, None)
+    from_prompt: bool = False  # the model's gate read the prompt, so that a KV cache must keep the weights
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """(gates, experts) for gated_lora, copied to each other device once."""
+        """Return (gates, experts) for a Mixture on a device; each device gets one copy."""
         assert self.weights is not None
         if self.weights.device != device:
-            if device not in self.moved:
+            if device not in self.copies:
                 compact = self.compact and (self.compact[0].to(device), self.compact[1].to(device))
-                self.moved[device] = InForce(self.weights.to(device), compact)
-            return self.moved[device].on(device)
-        # Which experts act differs from gate to gate; a compiled graph must serve them all.
+                self.copies[device] = ActiveGates(self.weights.to(device), compact)
+            return self.copies[device].on(device)
+        # Other gates have other active experts, and one compiled graph must serve all gates.
         if torch.compiler.is_compiling() or self.compact is None:
             return self.weights, None
         return self.compact
 
 
+@dataclass
+class Scope:
+    """What the layers of a model do between `Routing.enter` and `Routing.leave`."""
+
+    gates: ActiveGates | None = None  # None where no gates are in force
+    disabled: bool = False  # the model is its base model
+    replaying: bool = False  # activation checkpointing runs a forward for the second time
+    owner: object = None  # the hook that entered the scope and will leave it
+    outer: "Scope | None" = None  # in force before and after this one
+
+
 def compact_form(weights: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return gates (1 or B, K) or (B, T, K) and experts, of that shape or (1, K), without the experts of weight 0.
+
+    None where no expert can be left out, or where a gradient flows to the weights.
+    """
     if weights.requires_grad or weights.device.type == "meta" or not weights.numel():
         return None
     active = weights != 0
@@ -61,16 +76,16 @@ def compact_form(weights: Tensor) -> tuple[Tensor, Tensor] | None:
     if bool((active == first).all()):
         experts = first.nonzero().T  # (1, K)
         return weights[..., experts[0]], experts
-    # Slots beyond a row's own experts repeat its first one with weight 0.
+    # A row with fewer active experts than others is padded with its first one, at weight 0.
     order = active.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]  # (B, K) or (B, T, K)
     used = active.gather(-1, order)
     experts = torch.where(used, order, order[..., :1])
     return weights.gather(-1, order) * used, experts
 
 
-def _valid(in_force: InForce, path: str, x: Tensor) -> Tensor | None:
-    """The mask, of the two, that fits the input x of the layer at `path`."""
-    own, decoder = in_force.masks
+def _valid_tokens(active: ActiveGates, path: str, x: Tensor) -> Tensor | None:
+    """Return the mask that fits the input x of the layer at `path`, if there is one."""
+    own, decoder = active.masks
     for mask in (decoder, own) if "decoder" in path.split(".") else (own,):
         if mask is not None and mask.shape == x.shape[:-1]:
             return mask.to(x.device)
@@ -78,27 +93,25 @@ def _valid(in_force: InForce, path: str, x: Tensor) -> Tensor | None:
 
 
 class Routing:
-    """What the gates last did, and what is in force now.
+    """The routing state of an injected model: the scope in force, and what the gates did last.
 
-    names: the experts, in the order of the columns of `weights`.
+    `names` are the experts in the order of the columns of `weights`, and `config` is the model's configuration.
     """
 
     def __init__(self, config: SlideLoRAConfig) -> None:
         self.config, self.kind = config, kind_of(config)
         self.names: tuple[str, ...] = tuple(config.experts)
-        self.recorded: Tensor | None = None  # (1 or B, E)
-        self.batch: int | None = None
-        self.records: dict[str, list[GateRun]] = {}  # of the learned gates' last runs, by layer or under GATE
-        self.current: InForce | None = None
-        self.disabled = False
-        self.replaying = False
+        self.scope = Scope()
+        self.recorded: Tensor | None = None  # the last weights, (1 or B, E) or (B, T, E)
+        self.batch: int | None = None  # B of the forward that used them
+        self.records: dict[str, list[GateRun]] = {}  # the learned gates' last runs, by layer, or under GATE
 
     @property
     def weights(self) -> Tensor | dict[str, Tensor] | None:
-        """fp32 gates of the last forward or `compute_gates`; None before the first.
+        """The fp32 weights of the last forward or `compute_gates`, None before the first.
 
-        (B, E), one row where gates were given by name and no forward has told the batch, or (B, T, E) as given; of
-        gate="token" those of each layer by its name, (B, T, E) for an input (B, T, d).
+        (B, E), or (1, E) if the caller named one gate and no forward ran yet, or (B, T, E) if given so. For
+        gate="token", a dictionary from each layer's name to (B, T, E) for an input (B, T, d).
         """
         if self.recorded is None and self.records:
             return {path: dense_weights(runs[-1].logits, self.config) for path, runs in self.records.items()}
@@ -108,14 +121,19 @@ class Routing:
 
     @property
     def load(self) -> Tensor | dict[str, Tensor] | None:
-        """(M,): the share of valid tokens, or of samples, that chose each modality-specific expert: that have it among
-        the top_k kept, or, with no top_k, as the largest; of gate="token" by layer. None where no learned gate ran."""
+        """The fraction of samples, or of valid tokens, that chose each modality-specific expert: (M,).
+
+        A sample chooses its top_k experts, or its largest if top_k is None. For gate="token" a dictionary by layer.
+        None if no learned gate ran.
+        """
         return self._by_layer(losses.load)
 
     @property
     def entropy(self) -> Tensor | dict[str, Tensor] | None:
-        """(): the mean over valid tokens, or samples, of the entropy in nats of the softmax over the modality-specific
-        experts; of gate="token" by layer. None where no learned gate ran."""
+        """The mean entropy of the softmax over modality-specific experts, over samples or valid tokens, in nats: ().
+
+        For gate="token" a dictionary by layer. None if no learned gate ran.
+        """
         return self._by_layer(losses.entropy)
 
     def _by_layer(self, measure: Callable[[list[GateRun], SlideLoRAConfig], Tensor]) -> Any:
@@ -124,7 +142,7 @@ class Routing:
         return found[GATE] if GATE in found else found or None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
-        """A copied model starts with nothing in force: the graph behind the last gates is not copied."""
+        """A copied model starts with no gates in force; the graph behind the last gates is not copied."""
         copied = memo[id(self)] = Routing(self.config)
         return copied
 
@@ -134,36 +152,63 @@ class Routing:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
 
-    def in_force(self) -> InForce | None:
-        """What a layer applies now; None where the adapters are disabled. Raises RuntimeError where no gate is in
-        force."""
-        # A layer that runs within a backward pass is recomputed by activation checkpointing. The gates of its forward
-        # need not be those in force now, and nothing tells whether they are.
-        if not self.replaying and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    def enter(self, gates: ActiveGates | None, disabled: bool, replaying: bool = False, owner: object = None) -> Scope:
+        """Put a scope in force; one within a replay is a replay, too."""
+        self.scope = Scope(gates, disabled, self.scope.replaying or replaying, owner, self.scope)
+        return self.scope
+
+    def leave(self, scope: Scope) -> None:
+        """End a scope: the one before it is in force again."""
+        assert scope.outer is not None
+        self.scope = scope.outer
+
+    @contextmanager
+    def within(self, gates: ActiveGates | None, disabled: bool, replaying: bool = False) -> Iterator[None]:
+        """Enter a scope and leave it."""
+        scope = self.enter(gates, disabled, replaying)
+        try:
+            yield
+        finally:
+            self.leave(scope)
+
+    def set_disabled(self, disabled: bool) -> None:
+        """Change the scope in force, as PEFT does: it disables an adapter in one call and enables it in another."""
+        self.scope.disabled = disabled
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return the contexts of a checkpointed forward and of its recomputation, which gets today's gates."""
+        return nullcontext(), self.within(self.scope.gates, self.scope.disabled, replaying=True)
+
+    def active_gates(self) -> ActiveGates | None:
+        """Return the gates that a layer applies now, None if the adapters are disabled.
+
+        Raises RuntimeError if no gates are in force, or in a recomputation that does not know its gates.
+        """
+        # Activation checkpointing recomputes a layer within the backward. The gates of its forward may differ from
+        # those in force now, and nothing tells whether they do.
+        if not self.scope.replaying and not torch.compiler.is_compiling() and _in_backward():
             raise RuntimeError(
                 "a Slide-LoRA layer is recomputed in backward without the gates of its forward; expected activation "
                 "checkpointing with slidelora.checkpoint_kwargs(model), as in model.gradient_checkpointing_enable("
                 "gradient_checkpointing_kwargs=slidelora.checkpoint_kwargs(model))"
             )
-        if self.disabled:
+        if self.scope.disabled:
             return None
-        if self.current is None and self.kind.in_layers:
-            return InForce(None)  # a part of the model is called by itself
-        if self.current is None:
+        if self.scope.gates is None and self.kind.in_layers:
+            return ActiveGates(None)  # someone calls a part of the model by itself
+        if self.scope.gates is None:
             raise RuntimeError(
                 f"no gate is in force for experts {list(self.names)}; expected `with slidelora.gates(model, ...):` "
                 "around the call, or gate='sequence' and a call of the injected model itself"
             )
-        return self.current
+        return self.scope.gates
 
-    def gates_for(
-        self, in_force: InForce, path: str, gate: Gate | None, x: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """(gates, experts) for gated_lora of the layer at `path` with its own gate, None for none, and its input x.
+    def weigh(self, active: ActiveGates, path: str, gate: Gate | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (gates, experts) for the Mixture of the layer at `path`, with its own gate, if any, and its input x.
 
-        Raises ValueError where gates given by token are for other tokens than x has.
+        Raises ValueError if gates were given for other tokens than those of x.
         """
-        given = in_force.weights
+        given = active.weights
         if given is not None:
             if given.ndim == 3 and given.shape[:-1] != x.shape[:-1]:
                 raise ValueError(
@@ -171,37 +216,26 @@ class Routing:
                     f"of {path}, {tuple(x.shape)}: gates by token fit layers that see those tokens; choose these with "
                     "target_modules"
                 )
-            return in_force.on(x.device)
+            return active.on(x.device)
         assert gate is not None
         weights, experts, logits = gate(x)
-        if not self.replaying:
-            # A forward of the injected model itself gathers the several runs of a layer.
-            runs = [] if self.current is None else self.records.get(path, [])
-            self.records[path] = [*runs, GateRun(logits, _valid(in_force, path, x))]
+        if not self.scope.replaying:
+            # A layer may run several times in one forward of the injected model; outside of one, the last run counts.
+            runs = [] if self.scope.gates is None else self.records.get(path, [])
+            self.records[path] = [*runs, GateRun(logits, _valid_tokens(active, path, x))]
         return weights, experts
 
-    @contextmanager
-    def put(self, current: InForce | None, disabled: bool, replaying: bool = False) -> Iterator[None]:
-        """Puts a state in force and the previous one back."""
-        before = self.current, self.disabled, self.replaying
-        self.current, self.disabled, self.replaying = current, disabled, self.replaying or replaying
-        try:
-            yield
-        finally:
-            self.current, self.disabled, self.replaying = before
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """The context_fn of torch.utils.checkpoint: the forward runs as it is, the recomputation under today's
-        gates."""
-        return nullcontext(), self.put(self.current, self.disabled, replaying=True)
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # noqa: SLF001 (torch has no public name for it)
 
 
 def injected(model: nn.Module) -> nn.Module:
-    """The one injected model that `model` is or holds; raises ValueError if there is none, or more than one."""
+    """Return the injected model that `model` is or holds; raises ValueError unless there is exactly one."""
     if isinstance(model.__dict__.get(STATE), Routing):  # a wrapper may forward attributes
         return model
     if any(MERGED in module.__dict__ for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is merged, expected its experts apart: call slidelora.unmerge first")
+        raise ValueError(f"{type(model).__name__} is merged, expected separate experts: call slidelora.unmerge first")
     found = [module for module in model.modules() if isinstance(module.__dict__.get(STATE), Routing)]
     if len(found) != 1:
         raise ValueError(
@@ -211,21 +245,39 @@ def injected(model: nn.Module) -> nn.Module:
 
 
 def routing(model: nn.Module) -> Routing:
-    """What the gates of an injected model last did: `.weights`, `.load`, `.entropy`, and `.names`; see `Routing`."""
+    """Return what the gates of an injected model did last.
+
+    Args:
+        model: An injected model, or one that holds it.
+
+    Returns:
+        A `Routing` with `weights`, `load`, `entropy` and the experts' `names`.
+
+    Raises:
+        ValueError: If the model is not injected.
+    """
     state: Routing = getattr(injected(model), STATE)
     return state
 
 
 def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractContextManager[None]:
-    """A context in which the gates are those given, and the model's own gate does not run.
+    """Return a context in which the given gates are in force and the model's own gate does not run.
 
-    value: an expert's name (with the shared experts: half the weight to it, half to them), a list of one name a
-    sample, a mapping from names to weights, or a tensor (B, E), or (B, T, E) for layers whose input is (B, T, d),
-    through which gradients flow.
-    repeats: rows repeated so many times in place, as `generate` does for num_beams or num_return_sequences.
-    Raises ValueError for an unknown expert, a wrong width, batch or device. Where no gradient flows to the gates,
-    only the experts that act are touched; the others get gradients of exactly zero, which an optimizer with momentum
-    or weight decay still applies.
+    If no gradient flows to the gates, only the active experts are computed. The others get gradients of exactly zero,
+    which an optimizer with momentum or weight decay still applies.
+
+    Args:
+        model: An injected model, or one that holds it.
+        value: The name of an expert, for all samples: half of the weight goes to it and half to the shared experts, or
+            all of it if no expert is shared. The name of a shared expert gives all the weight to the shared experts. A
+            list has one name for each sample. A mapping has weights by name; experts without one weigh 0. A group's
+            name gives each of its k experts 1 / k of the weight. A tensor is (B, E), or (B, T, E) for layers with an
+            input (B, T, d), and gradients flow to it.
+        repeats: How often each row is repeated, like `generate` repeats the batch for num_beams or
+            num_return_sequences.
+
+    Raises:
+        ValueError: If an expert is unknown, or a shape or device does not fit.
     """
     host = injected(model)
     state = routing(host)
@@ -237,33 +289,41 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
         weights = weights.to(min(devices, key=str))
     elif weights.device not in devices:
         raise ValueError(
-            f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))}, the model's"
+            f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))} like the model"
         )
     if state.kind.in_layers or (value is not state.recorded and not weights.requires_grad):
-        state.records = {}  # these are not the learned gate's: no auxiliary loss is due
+        state.records = {}  # the learned gate did not compute these, so there is no auxiliary loss
     if repeats > 1 and (weights.shape[0] > 1 or weights.ndim == 3):  # one row (1, E) serves any batch
         weights = weights.repeat_interleave(repeats, 0)
     state.recorded, state.batch = weights, None
-    return state.put(InForce(weights, compact_form(weights)), state.disabled)
+    return state.within(ActiveGates(weights, compact_form(weights)), state.scope.disabled)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which an injected model is its base model, bit for bit."""
+    """Return a context in which an injected model is its base model, bit for bit."""
     state = routing(model)
-    return state.put(state.current, True)
+    return state.within(state.scope.gates, True)
 
 
 def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) -> Tensor:
-    """The auxiliary loss of the learned gates' last run, a scalar; zero where none ran.
+    """Return the auxiliary loss of the learned gates' last run.
 
-    targets: the modality-specific expert that each of B samples belongs to, by name or as a tensor (B,) of indices
-    among the modality-specific experts.
-    It is supervised_coef times the cross-entropy of the gate's softmax against the targets (for gate="sequence"; our
-    reading of a gate that tells the modalities apart; without targets it is left out), plus balance_coef times the
-    load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), plus z_coef times the z-loss of
-    ST-MoE (Zoph et al., 2022, equation 5), each a mean over the valid tokens (those that attention_mask keeps; where
-    a layer's input is not of its shape, all) of a layer, and then over layers. Raises ValueError for an unknown
-    expert, a wrong batch, or targets of gate="token".
+    It is the sum of supervised_coef times the cross-entropy of the gate's softmax with the targets, balance_coef times
+    the load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), and z_coef times the z-loss
+    of ST-MoE (Zoph et al., 2022, equation 5). The last two are means over the valid tokens of a layer, which
+    attention_mask keeps (all tokens if a layer's input has another shape), and then over layers. The supervised term is
+    our reading of a gate that tells the modalities apart.
+
+    Args:
+        model: An injected model, or one that holds it.
+        targets: The modality-specific expert of each of B samples, by name, or (B,) indices among the modality-specific
+            experts. None leaves the supervised term out.
+
+    Returns:
+        A scalar; zero if no learned gate ran.
+
+    Raises:
+        ValueError: If an expert is unknown, the batch is another, or the gate makes no choice per sample ("token").
     """
     host = injected(model)
     state = routing(host)
@@ -272,9 +332,9 @@ def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) ->
 
 
 def checkpoint_kwargs(model: nn.Module) -> dict[str, bool | Callable[[], Any]]:
-    """Keyword arguments of torch.utils.checkpoint.checkpoint under which a recomputation sees the gates of its forward.
+    """Return arguments for torch.utils.checkpoint.checkpoint, so that a recomputation sees the gates of its forward.
 
-    For a transformers model:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs(model)).
+    For a model of transformers, call
+    `model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs(model))`.
     """
     return {"use_reentrant": False, "context_fn": routing(model).checkpoint_contexts}

@@ -317,7 +317,7 @@ def test_an_encoder_decoder_generates_under_its_own_gate(gate: str, options: dic
     mask[0, 6:] = 0
     wanted = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
     found = model.generate(input_ids, attention_mask=mask, **wanted)
-    assert slidelora.routing(model).current is None
+    assert slidelora.routing(model).scope.gates is None
     if gate == "sequence":
         weights = slidelora.compute_gates(model, model.get_input_embeddings()(input_ids), mask.bool()).detach()
         with slidelora.gates(model, weights):

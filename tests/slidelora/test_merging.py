@@ -265,7 +265,7 @@ def test_a_merged_model_says_so(make_model: Make, tmp_path: Any, input_ids: torc
         lambda: slidelora.merge(model, "image"),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="LlamaForCausalLM is merged, expected its experts apart"):
+        with pytest.raises(ValueError, match="LlamaForCausalLM is merged, expected separate experts"):
             call()
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(ValueError, match="the model is merged, expected a plain model"):

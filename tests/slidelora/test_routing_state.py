@@ -94,7 +94,7 @@ def test_contexts_nest_and_end(make_model: Make, input_ids: Tensor) -> None:
 @pytest.mark.parametrize("gate", ["sequence", "given"])
 def test_bad_gates_are_named(make_model: Make, input_ids: Tensor, gate: str) -> None:
     model = make_model(gate=gate)
-    with pytest.raises(ValueError, match="gates have batch 2, expected 3, the input's"):
+    with pytest.raises(ValueError, match="gates have batch 2, expected 3 as the input has"):
         logits(model, input_ids, torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"\(3, 2\), expected \(batch, 3\)"):
         logits(model, input_ids, torch.ones(3, 2))
@@ -264,7 +264,7 @@ def test_cache_equals_no_cache_under_the_same_gates(make_model: Make, input_ids:
         model(input_ids.flip(1))  # another prompt in between
         found.append(model(input_ids[:, place : place + 1], past_key_values=prefill.past_key_values).logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="filled with batch 3, expected 1"):
+    with pytest.raises(ValueError, match="filled with batch 3, expected 1 as the input has"):
         model(input_ids[:1, :1], past_key_values=prefill.past_key_values)
     with slidelora.disabled(model):
         plain = model(input_ids, past_key_values=DynamicCache()).past_key_values
@@ -296,7 +296,7 @@ def test_generate_keeps_the_gates_of_the_prompt(make_model: Make, input_ids: Ten
 def test_sampled_sequences_share_their_prompts_gate(make_model: Make, input_ids: Tensor) -> None:
     model = make_model()
     seen = []
-    model.model.register_forward_hook(lambda *_: seen.append(slidelora.routing(model).current.weights))
+    model.model.register_forward_hook(lambda *_: seen.append(slidelora.routing(model).scope.gates.weights))
     model.generate(input_ids, max_new_tokens=3, do_sample=True, num_return_sequences=2)
     model(input_ids)
     expected = seen.pop().repeat_interleave(2, 0)
@@ -377,7 +377,7 @@ def test_checkpointing_around_the_whole_model(make_model: Make, input_ids: Tenso
     expected = gradients(model)
     checkpoint(step, input_ids, **slidelora.checkpoint_kwargs(model)).square().mean().backward()
     assert_same_gradients(gradients(model), expected)
-    assert slidelora.routing(model).current is None
+    assert slidelora.routing(model).scope.gates is None
 
 
 def test_compiles_into_one_graph_for_successive_gates(make_model: Make, input_ids: Tensor) -> None:
@@ -476,7 +476,7 @@ def test_given_gates_by_token_touch_only_what_acts(make_model: Make, input_ids: 
     alike = torch.rand(3, 9, 4) * torch.tensor([0.0, 1, 0, 1])
     for weights, slots in ((sparse, 2), (alike, 2), (torch.zeros(3, 9, 4), 0)):
         with slidelora.gates(model, weights):
-            compact = slidelora.routing(model).current.compact
+            compact = slidelora.routing(model).scope.gates.compact
             assert compact is not None and compact[0].shape == (3, 9, slots)
             found = model(input_ids).logits
         dense = logits(model, input_ids, weights.clone().requires_grad_())
@@ -515,7 +515,7 @@ def test_gates_of_other_tokens_are_named(make_model: Make, input_ids: Tensor) ->
     for weights in (torch.ones(3, 8, 3), torch.ones(1, 9, 3)):
         with pytest.raises(ValueError, match=r"expected \(3, 9, 3\) for the input of model.layers.0.self_attn.q_proj"):
             logits(model, input_ids, weights)
-    assert slidelora.routing(model).current is None
+    assert slidelora.routing(model).scope.gates is None
     with pytest.raises(ValueError, match="gates have batch 2, expected 3"):
         logits(model, input_ids, torch.ones(2, 9, 3))
 
