@@ -1,5 +1,6 @@
 """The losses of the learned gates, and their load and entropy, all from the gates' logits of valid tokens."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -32,8 +33,13 @@ def entropy(runs: Sequence[GateRun], config: SlideLoRAConfig) -> Tensor:
 
 
 def supervised_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of the gate's choice among modality-specific experts (B, M) with targets (B,)."""
-    return F.cross_entropy(logits, targets)
+    """Return minus the mean log of the probability that a softmax over logits (B, M) gives to the targets.
+
+    Targets are (B,) indices of an expert, or (B, M), true on a group of experts, whose probabilities add up.
+    """
+    if targets.ndim == 1:
+        return F.cross_entropy(logits, targets)
+    return -logits.log_softmax(-1).masked_fill(~targets, -math.inf).logsumexp(-1).mean()
 
 
 def load_balancing_loss(logits: Tensor, valid: Tensor | None = None, top_k: int | None = None) -> Tensor:
@@ -68,8 +74,8 @@ def auxiliary_loss(
         if not kind_of(config).takes_targets:
             raise ValueError(f"targets are {targets!r}, expected None: gate={config.gate!r} has no choice per sample")
         logits = runs[0].logits
-        indices = _target_indices(targets, config, logits)
-        loss = loss + config.supervised_coef * supervised_loss(logits / config.gate_temperature, indices)
+        chosen = _checked_targets(targets, config, logits)
+        loss = loss + config.supervised_coef * supervised_loss(logits / config.gate_temperature, chosen)
     if not config.balance_coef and not config.z_coef:
         return loss
     same_shape: dict[tuple[torch.Size, torch.device], list[tuple[Tensor, Tensor]]] = {}
@@ -105,12 +111,16 @@ def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
     return torch.where(valid[..., None], values, 0.0).sum(-2) / valid.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _target_indices(targets: Sequence[str] | Tensor, config: SlideLoRAConfig, logits: Tensor) -> Tensor:
-    batch, names = logits.shape[0], list(config.specific)
+def _checked_targets(targets: Sequence[str] | Tensor, config: SlideLoRAConfig, logits: Tensor) -> Tensor:
+    batch, names = logits.shape[0], config.modalities
     if not isinstance(targets, Tensor):
         if unknown := sorted({str(name) for name in targets if name not in names}):
-            raise ValueError(f"targets name {unknown}, expected some of {names}")
-        targets = torch.tensor([names.index(name) for name in targets], dtype=torch.long)
+            raise ValueError(f"targets name {unknown}, expected some of {list(names)}")
+        experts = [[config.specific.index(member) for member in config.members(name)] for name in targets]
+        targets = torch.tensor([indices[0] for indices in experts], dtype=torch.long)
+        if len(experts) == batch and any(len(indices) > 1 for indices in experts):
+            rows = [[index in indices for index in range(len(config.specific))] for indices in experts]
+            return torch.tensor(rows, device=logits.device)  # (B, M)
     if targets.shape != (batch,):
         raise ValueError(f"targets have shape {tuple(targets.shape)}, expected ({batch},), one for each sample")
     if targets.dtype != torch.long:

@@ -308,16 +308,17 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) -> Tensor:
     """Return the auxiliary loss of the learned gates' last run.
 
-    It is the sum of supervised_coef times the cross-entropy of the gate's softmax with the targets, balance_coef times
-    the load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), and z_coef times the z-loss
-    of ST-MoE (Zoph et al., 2022, equation 5). The last two are means over the valid tokens of a layer, which
-    attention_mask keeps (all tokens if a layer's input has another shape), and then over layers. The supervised term is
-    our reading of a gate that tells the modalities apart.
+    It is the sum of three terms. The supervised term is supervised_coef times the cross-entropy of the gate's softmax
+    with the targets; it is our reading of a gate that tells the modalities apart. The others are balance_coef times the
+    load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), and z_coef times the z-loss of
+    ST-MoE (Zoph et al., 2022, equation 5): means over the valid tokens of a layer, which attention_mask keeps (all
+    tokens if the layer's input has another shape), and then over layers.
 
     Args:
         model: An injected model, or one that holds it.
-        targets: The modality-specific expert of each of B samples, by name, or (B,) indices among the modality-specific
-            experts. None leaves the supervised term out.
+        targets: For each of B samples the name of a modality-specific expert or of a group of them, or (B,) indices
+            among the modality-specific experts. The target of a group is that any of its experts acts: the term is then
+            minus the log of their summed probability. None leaves the supervised term out.
 
     Returns:
         A scalar; zero if no learned gate ran.

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from relative import assert_close
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -122,6 +123,40 @@ def test_the_terms_of_the_sequence_gate(make_model: Make, input_ids: Tensor) -> 
     expected = expected + 0.2 * 3 * (kept.double().mean(0) / 2 * probabilities.mean(0)).sum()
     expected = expected + 0.1 * logits.logsumexp(-1).square().mean()
     torch.testing.assert_close(slidelora.aux_loss(model, targets).double(), expected)
+
+
+@pytest.mark.parametrize("names", [["text", "image", "ink"], ["text1", "image", "text"], ["text"] * 3])
+def test_a_target_may_be_a_group(make_model: Make, input_ids: Tensor, names: list[str]) -> None:
+    experts = {"text": 2, "image": ["layout", "glyph", "ink"], "shared": 1, "sound": ["bird"]}
+    model = make_model(experts=experts, shared=None, supervised_coef=0.3, gate_temperature=0.5)
+    gates = list(model.slidelora_gate.parameters())
+    model(input_ids)
+    config = slidelora.routing(model).config
+    logits = slidelora.routing(model).records["slidelora_gate"][0].logits
+    probabilities = (logits.double() / 0.5).softmax(-1)  # (3, 6)
+    columns = [[config.specific.index(member) for member in config.members(name)] for name in names]
+    sums = torch.stack([row[members].sum() for row, members in zip(probabilities, columns)])
+    expected = 0.3 * -sums.log().mean()
+    found = slidelora.aux_loss(model, names)
+    assert_close(found, expected, 1e-6)
+    gradients = [torch.autograd.grad(loss, gates, retain_graph=True) for loss in (found, expected)]
+    assert_close(*gradients)
+    assert all(gradient.any() for gradient in gradients[0])
+    with pytest.raises(
+        ValueError, match=r"\['shared'\], expected some of \['text0', .*'bird', 'text', 'image', 'sound'\]"
+    ):
+        slidelora.aux_loss(model, ["text", "image", "shared"])
+    with pytest.raises(ValueError, match=r"\(2,\), expected \(3,\)"):
+        slidelora.aux_loss(model, ["text", "image"])
+
+
+def test_single_experts_as_targets_keep_their_loss_bit_for_bit(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model(experts={"text": 1, "sound": ["bird"], "image": 2, "shared": 1}, shared=None)
+    model(input_ids)
+    logits = slidelora.routing(model).records["slidelora_gate"][0].logits
+    expected = 0.1 * torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3]))
+    for targets in (["text", "bird", "image1"], ["text", "sound", "image1"], torch.tensor([0, 1, 3])):
+        assert torch.equal(slidelora.aux_loss(model, targets), expected)
 
 
 def test_balancing_wakes_an_idle_expert() -> None:
