@@ -9,6 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+# Tiny tensors gain nothing from threads, and threads that share a core with another worker wait in every operation.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
@@ -20,7 +23,7 @@ def deterministic_run() -> Iterator[None]:
     Torch does so itself, also for `empty_like`, `new_empty` and `resize_`, while deterministic algorithms are on.
     """
     torch.manual_seed(0)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(THREADS)
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

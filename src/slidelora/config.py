@@ -27,9 +27,7 @@ class SlideLoRAConfig:
     # {"text": 2, "image": ["layout", "glyph"], "shared": 1} means text0, text1, layout, glyph and shared.
     experts: Any = ("text", "image", "shared")  # stored as tuple[str, ...]
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names by group, set by such a mapping
-    shared: Sequence[str] | None = (
-        None  # experts that act for all modalities; None: the one or the group named "shared"
-    )
+    shared: Sequence[str] | None = None  # experts for all modalities; None: the expert or group named "shared"
     frozen: Sequence[str] = ()  # experts that do not train; `slidelora.freeze` sets it
     r: int | Mapping[str, int] = 16  # rank, for all experts or by name
     lora_alpha: float | Mapping[str, float] = 16  # the scaling is lora_alpha / r; for all experts or by name
@@ -99,9 +97,7 @@ class SlideLoRAConfig:
             if self.adapter_dtype not in DTYPES:
                 raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}, expected one of {list(DTYPES)}")
         if GATES[self.gate].learned and not self.specific:
-            raise ValueError(
-                f"shared holds all of {list(experts)}, expected a modality-specific expert for gate={self.gate!r}"
-            )
+            raise ValueError(f"shared has all experts, expected a modality-specific expert for gate={self.gate!r}")
         _check_number("gate_temperature", self.gate_temperature)
         if self.gate_temperature == 0:
             raise ValueError(f"gate_temperature is {self.gate_temperature!r}, expected a number above 0")
@@ -167,9 +163,7 @@ class SlideLoRAConfig:
     def _sizes(self, module: str, size: Any, patterns: Mapping[str, Any]) -> list[Any]:
         """Return for each expert the value of the first matching pattern that sets it, else the default `size`."""
         matches = [patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)]
-        by_name = [
-            value if isinstance(value, Mapping) else dict.fromkeys(self.experts, value) for value in (*matches, size)
-        ]
+        by_name = [v if isinstance(v, Mapping) else dict.fromkeys(self.experts, v) for v in (*matches, size)]
         return [next(value[name] for value in by_name if name in value) for name in self.experts]
 
     def _set_sizes(self) -> None:
@@ -197,9 +191,8 @@ class SlideLoRAConfig:
             raise ValueError(f"{name} has unknown expert {unknown}, expected some of {[*self.experts, *self.groups]}")
         for key, item in value.items():
             check(f"{name}[{key!r}]", item)
-        return {
-            expert: value[key] for key in (*self.groups, *self.experts) if key in value for expert in self.members(key)
-        }
+        keys = [key for key in (*self.groups, *self.experts) if key in value]
+        return {expert: value[key] for key in keys for expert in self.members(key)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

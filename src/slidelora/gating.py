@@ -31,9 +31,8 @@ class GateOutput(NamedTuple):
 class Gate(nn.Module, ABC):
     """A kind of gate; the learned kinds are modules that return a `GateOutput`.
 
-    A gate in layers is called with the input (..., d_in) of its layer, and its weights are `dense_weights` of its
-    logits (..., E). A gate in the model is called with (inputs_embeds, mask) if it reads the prompt, else without
-    arguments.
+    A gate in layers is called with the input (..., d_in) of its layer; its weights are `dense_weights` of its logits
+    (..., E). A gate in the model is called with (inputs_embeds, mask) if it reads the prompt, else with nothing.
     """
 
     learned: ClassVar[bool] = True  # in_model or in_layers
@@ -58,11 +57,11 @@ def kind_of(config: SlideLoRAConfig) -> type[Gate]:
 
 
 def released_gates(config: SlideLoRAConfig, modalities: Sequence[str]) -> Tensor:
-    """Return the constant gates that the released TextHarmony system uses.
+    """Return the constant gates of the released TextHarmony system.
 
-    Half of the weight goes to the experts of the modality and half to the shared experts, in equal parts. With the
-    experts image, text and shared, "image" gives [.5, 0, .5] and "text" gives [0, .5, .5]. The released code finds the
-    row by a substring test on the prompt; here the caller names it.
+    Half of the weight goes to the experts of the modality and half to the shared experts, in equal parts: with the
+    experts image, text and shared, "image" gives [.5, 0, .5]. The released code chooses the row by a substring test on
+    the prompt; here the caller names the modality.
 
     Args:
         config: `slidelora.routing(model).config`.
@@ -88,11 +87,7 @@ def released_gates(config: SlideLoRAConfig, modalities: Sequence[str]) -> Tensor
 
 
 def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
-    """Turn the value that a caller of `slidelora.gates` gives into weights (1 or B, E) or (B, T, E), fp32.
-
-    Raises:
-        ValueError: If a name is unknown, or the value has another type or shape.
-    """
+    """Turn the value that a caller of `slidelora.gates` gives into weights (1 or B, E) or (B, T, E), fp32."""
     if isinstance(value, Tensor):
         count = len(config.experts)
         if value.ndim not in (2, 3) or value.shape[-1] != count:
@@ -116,9 +111,7 @@ def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
         return _named_gates(config, value)
     if isinstance(value, Sequence) and value and all(isinstance(name, str) for name in value):
         return torch.cat([_named_gates(config, name) for name in value])
-    raise ValueError(
-        f"gates are {value!r}, expected a name, a list of names, a mapping from names to weights, or a tensor"
-    )
+    raise ValueError(f"gates are {value!r}, expected a name, a list of names, weights by name, or a tensor")
 
 
 def _require_known(config: SlideLoRAConfig, name: str) -> None:
@@ -241,9 +234,7 @@ class SequenceGate(Gate):
         A sequence without a prompt token gets the weights of the zero vector.
         """
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.features:
-            raise ValueError(
-                f"inputs_embeds have shape {tuple(inputs_embeds.shape)}, expected (batch, time, {self.features})"
-            )
+            raise ValueError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected (batch, time, {self.features})")
         if mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(inputs_embeds.shape[:2])}")
         device = self.hidden.weight.device

@@ -14,17 +14,21 @@ _KEY = "slidelora_weights"  # under which a KV cache, or the output of an encode
 
 
 class GateHook:
-    """The hooks of an injected model, which put gates in force for its forward."""
+    """The hooks that put gates in force for a forward: of an injected model or, with `model`, of its encoder.
 
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+    `generate` calls the encoder without the model. The encoder's output then keeps the weights, and `generate` repeats
+    them for beams together with the output.
+    """
 
-    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the model's gate, unless the caller gave gates; a forward pre-hook."""
+    def __init__(self, routing: Routing, model: nn.Module | None = None) -> None:
+        self.routing, self.model = routing, model
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the model's gate, unless gates are given; a forward pre-hook."""
         routing, scope = self.routing, self.routing.scope
-        if scope.disabled:
+        if scope.disabled or (self.model is not None and scope.gates is not None):
             return
-        inputs = _by_name(model, args, kwargs)
+        inputs = _by_name(module, args, kwargs)
         tokens, given = _token_shape(inputs), scope.gates
         if given is not None and given.weights is not None:
             batch = _batch(inputs)
@@ -39,9 +43,10 @@ class GateHook:
         elif routing.kind.in_layers:
             if not scope.replaying:
                 routing.recorded, routing.records = None, {}
-            gates = ActiveGates(None, tokens=tokens, masks=_token_masks(model, inputs))
+            gates = ActiveGates(None, tokens=tokens, masks=_token_masks(module, inputs))
         elif routing.kind.in_model:
-            gates = ActiveGates(self._weights(model, inputs), tokens=tokens, from_prompt=routing.kind.reads_prompt)
+            weights = self._weights(module if self.model is None else self.model, inputs)
+            gates = ActiveGates(weights, tokens=tokens, from_prompt=routing.kind.reads_prompt)
         else:
             return
         routing.enter(gates, False, owner=self)
@@ -59,16 +64,14 @@ class GateHook:
                     "`with slidelora.gates(model, ...):` around the call"
                 )
             if (batch := _batch(inputs)) is not None and batch != weights.shape[0]:
-                raise ValueError(
-                    f"past_key_values were filled with batch {weights.shape[0]}, expected {batch} as the input has"
-                )
+                raise ValueError(f"past_key_values have batch {weights.shape[0]}, expected {batch} as the input has")
             return weights  # type: ignore[no-any-return]
         encoded = inputs.get("encoder_outputs")
         if isinstance(encoded, Mapping) and _KEY in encoded:
             return encoded[_KEY]  # type: ignore[no-any-return]
         return _run_gate(model, self.routing, *_prompt(model, inputs))
 
-    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the scope that `before` entered; a forward hook, which torch calls after an error, too."""
         scope = self.routing.scope
         if scope.owner is not self:
@@ -76,44 +79,11 @@ class GateHook:
         self.routing.leave(scope)
         if scope.gates is None or not scope.gates.from_prompt:
             return
+        if self.model is not None and isinstance(output, MutableMapping):
+            output[_KEY] = scope.gates.weights
         for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
             if hasattr(cache, "get_seq_length"):
                 setattr(cache, _KEY, scope.gates.weights)
-
-
-class EncoderHook:
-    """The hooks of an injected model's encoder, which `generate` calls without the model.
-
-    The encoder's output keeps the weights, so that `generate` repeats them for beams together with the output.
-    """
-
-    def __init__(self, routing: Routing, model: nn.Module) -> None:
-        self.routing, self.model = routing, model
-
-    def before(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the model's gate, unless gates are in force; a forward pre-hook."""
-        routing, kind = self.routing, self.routing.kind
-        if routing.scope.disabled or routing.scope.gates is not None or not kind.learned:
-            return
-        inputs = _by_name(encoder, args, kwargs)
-        tokens = _token_shape(inputs)
-        if kind.in_layers:
-            routing.recorded, routing.records = None, {}
-            gates = ActiveGates(None, tokens=tokens, masks=(_token_masks(encoder, inputs)[0], None))
-        else:
-            prompt = _prompt(self.model, inputs) if kind.reads_prompt else ()
-            weights = _run_gate(self.model, routing, *prompt)
-            gates = ActiveGates(weights, tokens=tokens, from_prompt=kind.reads_prompt)
-        routing.enter(gates, False, owner=self)
-
-    def after(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """End the scope that `before` entered; a forward hook, which torch calls after an error, too."""
-        scope = self.routing.scope
-        if scope.owner is not self:
-            return
-        self.routing.leave(scope)
-        if scope.gates is not None and scope.gates.from_prompt and isinstance(output, MutableMapping):
-            output[_KEY] = scope.gates.weights
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -159,9 +129,7 @@ def _prompt(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     elif not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask is {shape}, expected {tuple(embeds.shape[:2])} for a gate that reads the prompt"
-        )
+        raise ValueError(f"attention_mask is {shape}, expected {tuple(embeds.shape[:2])} for a gate on the prompt")
     mask = mask.bool()
     labels = inputs.get("labels")
     # Labels of a decoder, or of another shape, do not say which tokens of this input are the answer.

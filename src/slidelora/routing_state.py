@@ -1,7 +1,6 @@
 """The gates that are in force, from the forward to the end of the backward, and what the learned gates did last.
 
-All layers of a model share one plain object, its `Routing`. A ContextVar instead would break torch.compile into many
-graphs.
+All layers of a model share one plain object, its `Routing`. With a ContextVar torch.compile would make many graphs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +28,7 @@ class ActiveGates:
     weights: Tensor | None  # (1 or B, E) or (B, T, E), fp32; None where each layer runs its own gate
     compact: tuple[Tensor, Tensor] | None = None  # the same as `compact_form`
     copies: dict[torch.device, "ActiveGates"] = field(default_factory=dict)  # on other devices
-    tokens: tuple[int, int] | None = (
-        None  # (B, T) of the model's input: an input (B * T, d) of a layer has these tokens
-    )
+    tokens: tuple[int, int] | None = None  # (B, T) of the model's input, for layers whose input is (B * T, d)
     # True on the tokens that count: (B, T) of the model's input, and of the input of its decoder.
     masks: tuple[Tensor | None, Tensor | None] = (None, None)
     from_prompt: bool = False  # the model's gate read the prompt, so that a KV cache must keep the weights
@@ -110,8 +107,8 @@ class Routing:
     def weights(self) -> Tensor | dict[str, Tensor] | None:
         """The fp32 weights of the last forward or `compute_gates`, None before the first.
 
-        (B, E), or (1, E) if the caller named one gate and no forward ran yet, or (B, T, E) if given so. For
-        gate="token", a dictionary from each layer's name to (B, T, E) for an input (B, T, d).
+        (B, E), or (1, E) if one gate was given and no forward ran yet, or (B, T, E) if given so. Where each layer has
+        its own gate, a dictionary by the layers' names.
         """
         if self.recorded is None and self.records:
             return {path: dense_weights(runs[-1].logits, self.config) for path, runs in self.records.items()}
@@ -121,19 +118,15 @@ class Routing:
 
     @property
     def load(self) -> Tensor | dict[str, Tensor] | None:
-        """The fraction of samples, or of valid tokens, that chose each modality-specific expert: (M,).
+        """The fraction (M,) of samples, or of valid tokens, that chose each modality-specific expert.
 
-        A sample chooses its top_k experts, or its largest if top_k is None. For gate="token" a dictionary by layer.
-        None if no learned gate ran.
+        The choice is the top_k experts, or the largest one. By layer as in `weights`; None if no learned gate ran.
         """
         return self._by_layer(losses.load)
 
     @property
     def entropy(self) -> Tensor | dict[str, Tensor] | None:
-        """The mean entropy of the softmax over modality-specific experts, over samples or valid tokens, in nats: ().
-
-        For gate="token" a dictionary by layer. None if no learned gate ran.
-        """
+        """The mean entropy in nats of the softmax over the modality-specific experts, by layer or None as in `load`."""
         return self._by_layer(losses.entropy)
 
     def _by_layer(self, measure: Callable[[list[GateRun], SlideLoRAConfig], Tensor]) -> Any:
@@ -141,13 +134,8 @@ class Routing:
             found = {path: measure(runs, self.config) for path, runs in self.records.items()}
         return found[GATE] if GATE in found else found or None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Routing":
-        """A copied model starts with no gates in force; the graph behind the last gates is not copied."""
-        copied = memo[id(self)] = Routing(self.config)
-        return copied
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}
+        return {"config": self.config}  # a copied model starts without gates in force and without the last gates' graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
@@ -185,13 +173,14 @@ class Routing:
         Raises RuntimeError if no gates are in force, or in a recomputation that does not know its gates.
         """
         # Activation checkpointing recomputes a layer within the backward. The gates of its forward may differ from
-        # those in force now, and nothing tells whether they do.
-        if not self.scope.replaying and not torch.compiler.is_compiling() and _in_backward():
-            raise RuntimeError(
-                "a Slide-LoRA layer is recomputed in backward without the gates of its forward; expected activation "
-                "checkpointing with slidelora.checkpoint_kwargs(model), as in model.gradient_checkpointing_enable("
-                "gradient_checkpointing_kwargs=slidelora.checkpoint_kwargs(model))"
-            )
+        # those in force now, and nothing tells whether they do. torch has no public name for "a backward runs".
+        if not self.scope.replaying and not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1:  # noqa: SLF001
+                raise RuntimeError(
+                    "a Slide-LoRA layer is recomputed in backward without the gates of its forward; expected "
+                    "activation checkpointing with slidelora.checkpoint_kwargs(model), as in model."
+                    "gradient_checkpointing_enable(gradient_checkpointing_kwargs=slidelora.checkpoint_kwargs(model))"
+                )
         if self.scope.disabled:
             return None
         if self.scope.gates is None and self.kind.in_layers:
@@ -226,10 +215,6 @@ class Routing:
         return weights, experts
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # noqa: SLF001 (torch has no public name for it)
-
-
 def injected(model: nn.Module) -> nn.Module:
     """Return the injected model that `model` is or holds; raises ValueError unless there is exactly one."""
     if isinstance(model.__dict__.get(STATE), Routing):  # a wrapper may forward attributes
@@ -238,24 +223,12 @@ def injected(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} is merged, expected separate experts: call slidelora.unmerge first")
     found = [module for module in model.modules() if isinstance(module.__dict__.get(STATE), Routing)]
     if len(found) != 1:
-        raise ValueError(
-            f"{type(model).__name__} holds {len(found)} injected models, expected one: see slidelora.inject"
-        )
+        raise ValueError(f"{type(model).__name__} holds {len(found)} injected models, expected 1: see slidelora.inject")
     return found[0]
 
 
 def routing(model: nn.Module) -> Routing:
-    """Return what the gates of an injected model did last.
-
-    Args:
-        model: An injected model, or one that holds it.
-
-    Returns:
-        A `Routing` with `weights`, `load`, `entropy` and the experts' `names`.
-
-    Raises:
-        ValueError: If the model is not injected.
-    """
+    """Return what the gates of an injected model did last: `weights`, `load`, `entropy` and the experts' `names`."""
     state: Routing = getattr(injected(model), STATE)
     return state
 
@@ -288,9 +261,7 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
     if not isinstance(value, Tensor):
         weights = weights.to(min(devices, key=str))
     elif weights.device not in devices:
-        raise ValueError(
-            f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))} like the model"
-        )
+        raise ValueError(f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))}")
     if state.kind.in_layers or (value is not state.recorded and not weights.requires_grad):
         state.records = {}  # the learned gate did not compute these, so there is no auxiliary loss
     if repeats > 1 and (weights.shape[0] > 1 or weights.ndim == 3):  # one row (1, E) serves any batch
@@ -306,22 +277,19 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) -> Tensor:
-    """Return the auxiliary loss of the learned gates' last run.
+    """Return the auxiliary loss of the learned gates' last run, a scalar; zero if none ran.
 
-    It is the sum of three terms. The supervised term is supervised_coef times the cross-entropy of the gate's softmax
-    with the targets; it is our reading of a gate that tells the modalities apart. The others are balance_coef times the
-    load-balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6), and z_coef times the z-loss of
-    ST-MoE (Zoph et al., 2022, equation 5): means over the valid tokens of a layer, which attention_mask keeps (all
-    tokens if the layer's input has another shape), and then over layers.
+    It is the sum of supervised_coef times the cross-entropy of the gate's softmax with the targets (our reading of a
+    gate that tells the modalities apart), balance_coef times the load-balancing loss of Switch Transformers (Fedus et
+    al., 2021, equations 4 to 6), and z_coef times the z-loss of ST-MoE (Zoph et al., 2022, equation 5). The last two
+    are means over the valid tokens of a layer, which attention_mask keeps (all tokens if the layer's input has another
+    shape), and then over layers.
 
     Args:
         model: An injected model, or one that holds it.
         targets: For each of B samples the name of a modality-specific expert or of a group of them, or (B,) indices
             among the modality-specific experts. The target of a group is that any of its experts acts: the term is then
             minus the log of their summed probability. None leaves the supervised term out.
-
-    Returns:
-        A scalar; zero if no learned gate ran.
 
     Raises:
         ValueError: If an expert is unknown, the batch is another, or the gate makes no choice per sample ("token").

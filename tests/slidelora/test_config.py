@@ -50,13 +50,13 @@ def test_dictionary_round_trip() -> None:
         SlideLoRAConfig.from_dict({"rank": 3})
 
 
-def test_a_file_without_the_later_fields() -> None:
+def test_a_file_without_later_fields() -> None:
     values = {"experts": ["a"], "shared": [], "r": 4, "lora_alpha": 8, "gate": "given", "target_modules": "all-linear"}
     assert SlideLoRAConfig.from_dict(values).scalings("x") == (2.0,)
 
 
 @pytest.mark.parametrize("module", ["q_proj", "layers.1.q_proj", "layers.11.k_proj", "xq_proj", "layers.1.mlp", "1"])
-def test_patterns_match_as_pefts(module: str) -> None:
+def test_patterns_match_as_in_peft(module: str) -> None:
     pattern = {"q_proj": 1, r"layers\.1\.q_proj": 2, "layers.1.*": 3, "k_proj|mlp": 4}
     config = SlideLoRAConfig(experts=["a", "b"], r=9, rank_pattern=pattern, alpha_pattern=pattern)
     expected = pattern.get(get_pattern_key(pattern, module), 9)

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from relative import assert_close
-from torch import nn
+from torch import Tensor, nn
 
 import slidelora
 from slidelora import SlideLoRAConfig, released_gates
@@ -151,9 +151,9 @@ def test_noise_is_normal_and_leaves_shared_experts_alone() -> None:
 def test_token_gate_saves_no_copy_of_its_input_for_backward() -> None:
     gate = TokenGate(64, CONFIG)
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
-    saved: list[torch.Tensor] = []
+    saved: list[Tensor] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         saved.append(tensor)
         return tensor
 
@@ -186,5 +186,5 @@ class Tokens(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         return self.linear(self.embed(input_ids))

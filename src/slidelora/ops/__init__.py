@@ -15,11 +15,7 @@ FLAT_ROWS = 256
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """Return the backend that runs on a device.
-
-    Args:
-        backend: "reference", "stacked", "fused", or "auto": "fused" on CUDA and ROCm with triton, else "stacked".
-        device: Where the input is.
+    """Return the backend that runs on a device: "auto" is "fused" on CUDA and ROCm with triton, else "stacked".
 
     Raises:
         ValueError: If no backend has that name.
@@ -38,12 +34,7 @@ def resolve(backend: str, device: torch.device) -> str:
 
 
 def gated_lora(
-    base: Tensor,
-    x: Tensor,
-    mixture: Mixture,
-    backend: str = "auto",
-    overwrite_base: bool = False,
-    dropout: float = 0.0,
+    base: Tensor, x: Tensor, mixture: Mixture, backend: str = "auto", overwrite_base: bool = False, dropout: float = 0.0
 ) -> Tensor:
     """Add a gated mixture of LoRA experts to the output of a base layer.
 
@@ -86,18 +77,8 @@ def gated_lora(
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mixture: Mixture, dropout: float = 0.0) -> Tensor:
     """Compute a linear layer and its mixture together with the fused backend, in one pass less than `gated_lora`.
 
-    Args:
-        x: (..., d_in), the input; the first dimension is the samples.
-        weight: (d_out, d_in), of the base layer. Autocast casts x, weight and bias as F.linear casts them.
-        bias: (d_out,), of the base layer.
-        mixture: The experts and their gates.
-        dropout: Probability of dropping an element of `x` for the experts.
-
-    Returns:
-        (..., d_out), what `gated_lora` returns for `F.linear(x, weight, bias)`.
-
-    Raises:
-        ValueError: If shapes or devices do not fit.
+    Returns what `gated_lora` returns for base = F.linear(x, weight, bias), and raises as it does. Autocast casts x,
+    weight and bias as F.linear casts them.
     """
     mixture = _checked(x, mixture, "fused")
     device = x.device.type

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from relative import assert_close
+from torch import Tensor
 
 from slidelora.ops import Mixture, gated_lora
 from slidelora.routing_state import compact_form
@@ -11,7 +12,7 @@ RANK = 2
 backends = pytest.mark.parametrize("backend", ["stacked", "fused"])
 
 
-def draw(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def draw(dtype: torch.dtype) -> tuple[Tensor, ...]:
     """base, x, A and B of four experts, and dy."""
     return tuple(torch.randn(shape, dtype=dtype) for shape in ((2, 3, 5), (2, 3, 6), (8, 6), (8, 5), (2, 3, 5)))
 

@@ -1,8 +1,7 @@
 """gated_lora by Triton kernels, as torch operators: one for the forward and one for the backward.
 
-The forward operator returns y and h = x A^T, which the backward needs. Where it is given the base layer's weight, it
-computes the base layer too: it writes the mixture first and lets the base GEMM add to it (beta = 1), which saves one
-pass over y.
+The forward operator returns y and h = x A^T, which the backward needs. Given the base layer's weight, it computes the
+base layer, too: it writes the mixture first and lets the base GEMM add to it (beta = 1), which saves one pass over y.
 """
 
 from __future__ import annotations
@@ -23,13 +22,9 @@ def available(device: torch.device) -> bool:
 
 
 def gated_lora(
-    base: Tensor | None,
-    x: Tensor,
-    mixture: Mixture,
-    dropout: float = 0.0,
-    weight: Tensor | None = None,
+    base: Tensor | None, x: Tensor, mixture: Mixture, dropout: float = 0.0, weight: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute `slidelora.ops.gated_lora`, or `gated_linear` where weight (d_out, d_in) and bias replace base."""
     features = mixture.lora_B.shape[1]
     tokens = math.prod(x.shape[:-1])
@@ -44,19 +39,9 @@ def gated_lora(
 # An operator takes tensors and numbers but no tuples, so the fields of Mixture are arguments of their own here.
 @torch.library.custom_op("slidelora::gated_lora", mutates_args=())
 def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gates: Tensor,
-    rank: int,
-    scaling: float,
-    experts: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, base: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    gates: Tensor, rank: int, scaling: float, experts: Tensor | None, seed: Tensor | None, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     route = launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), x.shape[0], x.dtype)
     h, _ = launch.shrink(x, lora_A, route, launch.Dropout(seed, dropout))
     y = launch.expand(h, lora_B, route, x.dtype if base is None else base.dtype, base, bias)
@@ -67,39 +52,18 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gates: Tensor,
-    rank: int,
-    scaling: float,
-    experts: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, base: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    gates: Tensor, rank: int, scaling: float, experts: Tensor | None, seed: Tensor | None, dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = x.new_empty(x.shape[0], lora_B.shape[1], dtype=x.dtype if base is None else base.dtype)
     return y, launch.empty_h(x, gates.shape[1] * rank)
 
 
 @torch.library.custom_op("slidelora::gated_lora_backward", mutates_args=())
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gates: Tensor,
-    rank: int,
-    scaling: float,
-    experts: Tensor | None,
-    seed: Tensor | None,
-    h: Tensor,
-    dropout: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, gates: Tensor, rank: int,
+    scaling: float, experts: Tensor | None, seed: Tensor | None, h: Tensor, dropout: float, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, A, B and gates; a gradient that is not needed is empty."""
     needs_x, needs_A, needs_B, needs_gates = needs
     empty = x.new_empty(0)
@@ -124,20 +88,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gates: Tensor,
-    rank: int,
-    scaling: float,
-    experts: Tensor | None,
-    seed: Tensor | None,
-    h: Tensor,
-    dropout: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, gates: Tensor, rank: int,
+    scaling: float, experts: Tensor | None, seed: Tensor | None, h: Tensor, dropout: float, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dA, dB, dgates = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
         for tensor, needed in zip((x, lora_A, lora_B, gates), needs)

@@ -275,14 +275,9 @@ def shrink(
 
 
 def expand(
-    h: Tensor,
-    weight: Tensor,
-    route: Route,
-    dtype: torch.dtype,
-    base: Tensor | None = None,
-    bias: Tensor | None = None,
+    h: Tensor, weight: Tensor, route: Route, dtype: torch.dtype, base: Tensor | None = None, bias: Tensor | None = None,
     dropout: Dropout = NO_DROPOUT,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Multiply gates * scaling * h by the active experts' rows of weight (E * r, d) and add base and bias: (T, d)."""
     tokens, features = h.shape[-2], weight.shape[1]
     y = h.new_empty(tokens, features, dtype=dtype)
