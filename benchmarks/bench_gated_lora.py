@@ -37,7 +37,7 @@ FEATURES, RANK, DTYPE = (4096, 32, torch.bfloat16) if ON_GPU else (1024, 16, tor
 TOKENS = (4096, 512) if ON_GPU else (512,)
 OURS = "fused" if ON_GPU else "stacked"
 PAIRS, WARM_UP = 50, 6
-BOUND = 2e-2 if DTYPE == torch.bfloat16 else 1e-5
+BOUND = 2e-2 if DTYPE == torch.bfloat16 else 1e-4  # the gradient of a gate is a long sum whose terms cancel
 RESULTS = Path(__file__).parent / "results"
 
 
