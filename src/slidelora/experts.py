@@ -28,12 +28,11 @@ def add_expert(
         name: A name that is not taken.
         group: A group that the expert joins or starts. If the group is shared, so is the expert.
         shared: Whether the expert acts for all modalities.
-        r: Rank. None if all experts have the same rank, which the new one then gets, too.
-        lora_alpha: Numerator of the scaling, None as for r.
+        r: Rank. None if all experts have the same, which the new one then gets, too.
+        lora_alpha: Numerator of the scaling. None if all experts have the same.
         init: As in `SlideLoRAConfig`.
         share: Weight that a learned gate gives to the expert at the start. For a modality-specific expert it is an
-        upper
-            bound: its logit is the mean of the M others plus log(M share / (1 - share)) times the temperature, so by
+            upper bound: its logit is the mean of the M others plus log(M share / (1 - share)) times the temperature, so by
             Jensen's inequality its softmax is at most `share` for any input. The others lose that weight and keep their
             ratios. A shared expert weighs exactly `share`, and the others keep their weights.
 

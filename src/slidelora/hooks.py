@@ -14,7 +14,7 @@ _KEY = "slidelora_weights"  # under which a KV cache, or the output of an encode
 
 
 class GateHook:
-    """The hooks that put gates in force for a forward: of an injected model or, with `model`, of its encoder.
+    """Hooks that put gates in force for a forward of an injected model or, if `model` is given, of its encoder.
 
     `generate` calls the encoder without the model. The encoder's output then keeps the weights, and `generate` repeats
     them for beams together with the output.
@@ -52,7 +52,7 @@ class GateHook:
         routing.enter(gates, False, owner=self)
 
     def _weights(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the weights of the model's own gate: for this prompt, or for that with which the cache was filled."""
+        """Return the weights of the model's gate for this prompt, or for the prompt that filled the cache."""
         if not self.routing.kind.reads_prompt:
             return _run_gate(model, self.routing)
         cache = inputs.get("past_key_values")
@@ -172,7 +172,7 @@ def _run_gate(model: nn.Module, routing: Routing, *prompt: Tensor) -> Tensor:
 
 
 def compute_gates(model: nn.Module, inputs_embeds: Tensor, mask: Tensor) -> Tensor:
-    """Run the own gate of an injected model on a prompt.
+    """Run the gate of an injected model on a prompt.
 
     Args:
         model: An injected model, or one that holds it.

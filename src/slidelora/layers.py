@@ -16,7 +16,7 @@ from slidelora.routing_state import Routing
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """Return (d_in, d_out) of a linear layer, None for any other module.
 
-    Linear are nn.Linear, Conv1D of transformers, and modules with in_features and out_features, like quantised layers.
+    Linear layers are nn.Linear, Conv1D of transformers, and modules with in_features and out_features (quantised ones).
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # MultiheadAttention reads its weight and never calls it

@@ -81,7 +81,7 @@ class _Adapted(BaseTunerLayer):
     routing: Routing
 
     def adopt(self, routing: Routing, adapter_name: str) -> None:
-        """Belong to the one adapter of a model."""
+        """Become a part of the model's only adapter."""
         self.routing, self._active_adapter = routing, [adapter_name]
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
@@ -123,7 +123,7 @@ class _Adapted(BaseTunerLayer):
         return set(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Refuse: a layer cannot leave the mixture alone."""
+        """Refuse: a single layer cannot leave the mixture."""
         raise ValueError(f"adapter {adapter_name!r} cannot be deleted from a layer, see slidelora.remove for the model")
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:

@@ -141,7 +141,7 @@ class Routing:
         self.__init__(state["config"])  # type: ignore[misc]
 
     def enter(self, gates: ActiveGates | None, disabled: bool, replaying: bool = False, owner: object = None) -> Scope:
-        """Put a scope in force; one within a replay is a replay, too."""
+        """Put a scope in force and return it; a scope inside a replay is a replay, too."""
         self.scope = Scope(gates, disabled, self.scope.replaying or replaying, owner, self.scope)
         return self.scope
 
@@ -152,7 +152,7 @@ class Routing:
 
     @contextmanager
     def within(self, gates: ActiveGates | None, disabled: bool, replaying: bool = False) -> Iterator[None]:
-        """Enter a scope and leave it."""
+        """Enter a scope, and leave it at the end of the context."""
         scope = self.enter(gates, disabled, replaying)
         try:
             yield
@@ -164,7 +164,7 @@ class Routing:
         self.scope.disabled = disabled
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the contexts of a checkpointed forward and of its recomputation, which gets today's gates."""
+        """Return the contexts of a checkpointed forward and of its recomputation, under the gates of the forward."""
         return nullcontext(), self.within(self.scope.gates, self.scope.disabled, replaying=True)
 
     def active_gates(self) -> ActiveGates | None:

@@ -22,12 +22,12 @@ import triton.language as tl
 @triton.jit
 def _rank_columns(
     block_id, group, expert_ids_ptr,
-    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     COMPACT: tl.constexpr,
 ):  # fmt: skip
-    """Return (slot, column of h, row of the weight, mask) of a block of columns, (BLOCK_COLUMNS,) each."""
-    j = tl.arange(0, BLOCK_COLUMNS)
-    r_block = block_id * (BLOCK_COLUMNS // BLOCK_R) + j // BLOCK_R
+    """Return (slot, column of h, row of the weight, mask) of a block of columns, (BLOCK_SIZE,) each."""
+    j = tl.arange(0, BLOCK_SIZE)
+    r_block = block_id * (BLOCK_SIZE // BLOCK_R) + j // BLOCK_R
     slot = r_block // R_BLOCKS
     rank = (r_block % R_BLOCKS) * BLOCK_R + j % BLOCK_R
     mask = (slot < slots) & (rank < r)

@@ -99,7 +99,7 @@ def dtype_constants(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def split_k(tokens: int, features: int) -> int:
-    """Return into how many parts the shrink kernel splits the features."""
+    """Return the number of parts into which the shrink kernel splits the features."""
     return 1 if tokens > FEW_TOKENS else max(1, min(8, features // 512))
 
 
@@ -200,7 +200,7 @@ class Route(NamedTuple):
         return rank_constants(kernel, self.slots, self.rank, dtype, self.experts is not None) | flags
 
     def passes(self) -> list[Route]:
-        """Split the route into routes in each of which a token appears once."""
+        """Split the route into parts so that a token appears only once in each part."""
         if self.pair_ids is None or self.experts is None:
             return [self]
         groups = self.groups // self.top_k
