@@ -1,11 +1,12 @@
-"""A stack of Llama blocks with a mixture on q, k, v and o, against PEFT LoRA and PEFT X-LoRA: training and decoding.
+"""Time Llama blocks with a mixture on q, k, v and o against PEFT LoRA and PEFT X-LoRA: training and decoding.
 
     python benchmarks/bench_layer.py
 
-Pairs are run in turn and timed by the thread's own clock on the CPU (one thread), by CUDA events on a GPU; medians of
-times and of paired ratios with the 20th and 80th percentile. First of all the mixture is compared with a PEFT LoRA of
-the summed rank that holds the same weights. A training step is forward, backward and nothing else. Saved activations
-are what autograd keeps for backward beyond what the base model keeps. CSV and JSON go to benchmarks/results/.
+First the mixture is compared with a PEFT LoRA of the summed rank that has the same weights. Then pairs run in turn,
+timed by the thread's clock on the CPU (one thread) or by CUDA events on a GPU; the results are medians of times and of
+paired ratios, with the 20th and 80th percentiles. A training step is a forward and a backward. Saved activations are
+what autograd keeps for backward in addition to what it keeps for the base model. CSV and JSON go to
+benchmarks/results/.
 """
 
 import tempfile
@@ -27,7 +28,7 @@ PAIRS, WARM_UP = 20, 3
 
 
 def llama() -> nn.Module:
-    """Blocks whose attention is what the mixture sits on; the same weights every time."""
+    """Make the blocks, with the same weights at each call."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=512,
@@ -43,7 +44,7 @@ def llama() -> nn.Module:
 
 
 def with_lora(rank: int) -> nn.Module:
-    """PEFT LoRA of one rank, its B filled so that it does something."""
+    """Add a PEFT LoRA with a random B."""
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -52,7 +53,7 @@ def with_lora(rank: int) -> nn.Module:
 
 
 def with_mixture(experts: int, gate: str) -> nn.Module:
-    """slidelora with so many experts, the last one shared."""
+    """Inject experts with a random B; the last one is shared."""
     names = [f"e{i}" for i in range(experts - 1)] + ["shared"]
     model = slidelora.inject(llama(), experts=names, r=RANK, lora_alpha=RANK, target_modules=TARGETS, gate=gate)
     for name, parameter in model.named_parameters():
@@ -62,7 +63,7 @@ def with_mixture(experts: int, gate: str) -> nn.Module:
 
 
 def with_xlora(experts: int, folder: Path) -> nn.Module:
-    """PEFT X-LoRA with as many trainable adapters."""
+    """Add a PEFT X-LoRA with trainable adapters."""
     paths = {}
     for i in range(experts):
         with_lora(RANK).save_pretrained(folder / str(i))
@@ -76,7 +77,7 @@ def with_xlora(experts: int, folder: Path) -> nn.Module:
 
 
 def check() -> float:
-    """Relative error of a mixture's logits against the PEFT LoRA of the summed rank with the same weights."""
+    """Compare a mixture's logits with those of a PEFT LoRA of the summed rank; return the relative error."""
     mixture, plain = with_mixture(3, "given"), with_lora(3 * RANK)
     gates = {"e0": 0.5, "e1": -0.25, "shared": 1.5}
     with torch.no_grad():
@@ -97,7 +98,7 @@ def check() -> float:
 
 
 def training_step(model: nn.Module, gates: Any = None) -> Callable[[], object]:
-    """Forward and backward of one batch."""
+    """Return a function that runs forward and backward of one batch."""
     ids = torch.randint(1, 512, (BATCH, LENGTH), device=DEVICE)
     labels = ids.clone()
     labels[:, : LENGTH // 2] = -100
@@ -115,7 +116,7 @@ def training_step(model: nn.Module, gates: Any = None) -> Callable[[], object]:
 
 
 def decoding(model: nn.Module, gates: Any = None) -> Callable[[], object]:
-    """generate with a KV cache, greedily."""
+    """Return a function that generates greedily with a KV cache."""
     ids = torch.randint(1, 512, (BATCH, 32), device=DEVICE)
     kwargs = {"input_ids": ids, "max_new_tokens": NEW_TOKENS, "do_sample": False}
     kwargs["attention_mask"] = torch.ones_like(ids)
@@ -133,7 +134,7 @@ def decoding(model: nn.Module, gates: Any = None) -> Callable[[], object]:
 
 
 def compare(what: str, bar: float, ours: Callable[[], object], theirs: Callable[[], object]) -> dict[str, object]:
-    """Times a pair in turn."""
+    """Time a pair in turn."""
     times: list[tuple[float, float]] = []
     for repeat in range(WARM_UP + PAIRS):
         pair = timed(ours), timed(theirs)
@@ -148,7 +149,7 @@ def compare(what: str, bar: float, ours: Callable[[], object], theirs: Callable[
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], object]) -> int:
-    """Bytes of activations that autograd keeps in a step: every distinct storage, less parameters and given gates."""
+    """Return the bytes of all storages that autograd saves in a step, except parameters and given gates."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     given = getattr(slidelora.routing(model), "weights", None) if hasattr(model, "slidelora_state") else None
     if given is not None and not given.requires_grad:
@@ -167,15 +168,15 @@ def saved_bytes(model: nn.Module, step: Callable[[], object]) -> int:
 
 
 def compare_memory(mixture: nn.Module, plain: nn.Module) -> list[dict[str, object]]:
-    """What each keeps beyond the base model, whose embeddings train so that it has a graph; the gate's share apart."""
+    """Compare the saved activations without those of the base model, whose embeddings train so that it has a graph."""
     base = llama().requires_grad_(False)
     base.get_input_embeddings().weight.requires_grad_(True)
-    kept = saved_bytes(base, training_step(base))
-    theirs = saved_bytes(plain, training_step(plain)) - kept
+    of_base = saved_bytes(base, training_step(base))
+    theirs = saved_bytes(plain, training_step(plain)) - of_base
     constant = torch.rand(BATCH, 3, device=DEVICE)
     with slidelora.gates(mixture, constant):
-        layers = saved_bytes(mixture, training_step(mixture)) - kept
-    learned = saved_bytes(mixture, training_step(mixture)) - kept
+        layers = saved_bytes(mixture, training_step(mixture)) - of_base
+    learned = saved_bytes(mixture, training_step(mixture)) - of_base
     rows = []
     for what, ours, bar in (
         ("adapter activations saved, E=3, against PEFT LoRA of rank E*r", layers, 1.0),

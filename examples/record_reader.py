@@ -15,7 +15,9 @@ with tempfile.TemporaryDirectory() as directory:
     for number, word in enumerate(["OPEN", "CAFE"]):
         model.draw(f'"{word}" in red on white', seed=number).save(folder / f"{word}.png")
         records.append({"task": "read", "prompt": "read all the text", "images": [f"{word}.png"], "texts": [word]})
-    records.append({"task": "answer", "prompt": "how many characters are there", "images": ["OPEN.png"], "texts": ["4"]})
+    records.append(
+        {"task": "answer", "prompt": "how many characters are there", "images": ["OPEN.png"], "texts": ["4"]}
+    )
     records.append({"task": "answer", "prompt": "what color is the text", "images": ["gone.png"], "texts": ["red"]})
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 

@@ -2,38 +2,19 @@
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.experts import add_expert, freeze, param_groups
-from slidelora.gates import released_gates
+from slidelora.files.native import load_pretrained, save_pretrained
+from slidelora.files.peft_lora import export_peft, import_peft
+from slidelora.files.textharmony import import_textharmony
+from slidelora.gating import released_gates
 from slidelora.hooks import compute_gates
-from slidelora.inject import inject, print_trainable_parameters, remove
-from slidelora.interop import export_peft, import_peft
-from slidelora.merge import merge, merge_and_unload, unmerge
+from slidelora.injection import inject, print_trainable_parameters, remove
+from slidelora.merging import merge, merge_and_unload, unmerge
 from slidelora.plot import plot_routing
-from slidelora.released import import_textharmony
-from slidelora.routing import aux_loss, checkpoint_kwargs, disabled, gates, routing
-from slidelora.state import load_pretrained, save_pretrained
+from slidelora.routing_state import aux_loss, checkpoint_kwargs, disabled, gates, routing
 
 __all__ = [
-    "SlideLoRAConfig",
-    "inject",
-    "remove",
-    "gates",
-    "released_gates",
-    "disabled",
-    "compute_gates",
-    "routing",
-    "plot_routing",
-    "aux_loss",
-    "checkpoint_kwargs",
-    "add_expert",
-    "freeze",
-    "param_groups",
-    "print_trainable_parameters",
-    "save_pretrained",
-    "load_pretrained",
-    "merge",
-    "unmerge",
-    "merge_and_unload",
-    "export_peft",
-    "import_peft",
-    "import_textharmony",
-]
+    "SlideLoRAConfig", "inject", "remove", "gates", "released_gates", "disabled", "compute_gates", "routing",
+    "plot_routing", "aux_loss", "checkpoint_kwargs", "add_expert", "freeze", "param_groups",
+    "print_trainable_parameters", "save_pretrained", "load_pretrained", "merge", "unmerge", "merge_and_unload",
+    "export_peft", "import_peft", "import_textharmony",
+]  # fmt: skip

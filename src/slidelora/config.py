@@ -1,4 +1,4 @@
-"""What an injection is made of, checked when it is written down."""
+"""SlideLoRAConfig: the fields of an injection, checked when the configuration is made."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-GATES = ("sequence", "token", "given")
+GATES: dict[str, type[Any]] = {}  # the kinds of gates by name; slidelora.gating enters them
 INITS = ("default", "textharmony", "zero")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "stacked", "fused")
@@ -14,63 +14,52 @@ BACKENDS = ("auto", "reference", "stacked", "fused")
 
 @dataclass(frozen=True)
 class SlideLoRAConfig:
-    """The experts, their size, where they go and which gate weighs them, in PEFT's names where PEFT has them.
+    """The experts of a model, their sizes, the layers that get them, and the gate that weighs them.
 
-    experts: names, in the order of a gate's columns; or a mapping from groups to lists of names or to counts, where
-        {"text": 2, "image": ["layout", "glyph"], "shared": 1} means text0, text1, layout, glyph and shared.
-    groups: the names of each group's experts, filled in from such a mapping; wherever an expert may be named, a group
-        may be. An expert in no group is its own.
-    shared: experts or whole groups that are modality-agnostic; None means "shared" if there is one of that name.
-    frozen: experts or groups that do not train; `slidelora.freeze` sets it.
-    r, lora_alpha: rank and numerator of the scaling lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
-        (Kalajdzievski, 2023): one for all experts, or a mapping from the experts' names.
-    rank_pattern, alpha_pattern: other values of r and lora_alpha, or mappings from some experts to them, by regexes
-        that match the end of a module's name from a dot on; for each expert the first that speaks of it holds.
-    init: "default" (A kaiming uniform as PEFT's, B zero), "textharmony" (A as the released system's, whose
-        kaiming_uniform_ on (E, d_in, r) makes it sqrt(r) smaller) or "zero" (A and B zero, for experts that are to be
-        loaded: no gradient leads away from there).
-    adapter_dtype: of experts and gate, as a torch.dtype or its name; None is fp32, fp64 on an fp64 base.
-    lora_dropout: probability in [0, 1), one mask for all experts of a layer.
-    target_modules: "all-linear" (every linear layer but the output embedding), name suffixes, or a regex for the whole
-        name; exclude_modules: suffixes or a regex.
-    gate: "sequence" (learned, once per sequence), "token" (learned, by each layer for each token) or "given" (by the
-        caller); gate_hidden: width of the sequence gate.
-    top_k: how many of the modality-specific experts a learned gate keeps, None for all; gate_temperature: divides its
-        logits; gate_noise: standard deviation of what is added to them in training.
-    supervised_coef, balance_coef, z_coef: weights of the terms of `aux_loss`.
-    backend: "auto" ("fused" on a GPU with triton, else "stacked"), "reference", "stacked" or "fused".
+    A field that PEFT has too is named as in PEFT. Wherever an expert may be named, a group may be named instead.
 
-    Raises ValueError or TypeError naming the field, its value and what was expected.
+    Raises:
+        ValueError: If a value does not fit. The message names the field, its value and what was expected.
+        TypeError: If a value has the wrong type.
     """
 
-    experts: Any = ("text", "image", "shared")  # held as tuple[str, ...]
-    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    shared: Sequence[str] | None = None
-    frozen: Sequence[str] = ()
-    r: int | Mapping[str, int] = 16
-    lora_alpha: float | Mapping[str, float] = 16
-    use_rslora: bool = False
+    # Names, in the order of a gate's columns, or a mapping from groups to lists of names or numbers of experts:
+    # {"text": 2, "image": ["layout", "glyph"], "shared": 1} means text0, text1, layout, glyph and shared.
+    experts: Any = ("text", "image", "shared")  # stored as tuple[str, ...]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # names by group, set by such a mapping
+    shared: Sequence[str] | None = None  # experts for all modalities; None: the expert or group named "shared"
+    frozen: Sequence[str] = ()  # experts that do not train; `slidelora.freeze` sets it
+    r: int | Mapping[str, int] = 16  # rank, for all experts or by name
+    lora_alpha: float | Mapping[str, float] = 16  # the scaling is lora_alpha / r; for all experts or by name
+    use_rslora: bool = False  # the scaling is lora_alpha / sqrt(r) instead (Kalajdzievski, 2023)
+    # Other values of r and lora_alpha, for all experts or by name. The keys are regular expressions that must match the
+    # module's name, or its end after a dot. The first match that sets a value for an expert counts.
     rank_pattern: Mapping[str, int | Mapping[str, int]] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
+    # B starts at zero. A starts kaiming uniform as in PEFT ("default"), divided by sqrt(r) as in the released system,
+    # which initialises (E, d_in, r) at once ("textharmony"), or at zero for experts that will be loaded ("zero": both
+    # gradients are zero, so nothing trains).
     init: str = "default"
-    adapter_dtype: Any = None
-    lora_dropout: float = 0.0
+    adapter_dtype: Any = None  # of experts and gate, a torch.dtype or its name; None: fp32, or fp64 on an fp64 base
+    lora_dropout: float = 0.0  # probability in [0, 1); the experts of a layer share one mask
+    # "all-linear" (every linear layer except the output embedding), suffixes of names, or a regular expression for the
+    # whole name.
     target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] | None = None
-    gate: str = "sequence"
-    gate_hidden: int = 64
-    top_k: int | None = None
-    gate_temperature: float = 1.0
-    gate_noise: float = 0.0
-    supervised_coef: float = 0.1
+    exclude_modules: str | Sequence[str] | None = None  # suffixes or a regular expression
+    gate: str = "sequence"  # learned once per "sequence" or, in each layer, for each "token", or "given" by the caller
+    gate_hidden: int = 64  # width of the hidden layer of the sequence gate
+    top_k: int | None = None  # how many modality-specific experts a learned gate keeps; None: all
+    gate_temperature: float = 1.0  # divides the logits of a learned gate
+    gate_noise: float = 0.0  # standard deviation of the noise on those logits while training
+    supervised_coef: float = 0.1  # weights of the terms of `slidelora.aux_loss`
     balance_coef: float = 0.0
     z_coef: float = 0.0
-    backend: str = "auto"
+    backend: str = "auto"  # "reference", "stacked", "fused", or "auto": "fused" on a GPU with triton, else "stacked"
 
     def __post_init__(self) -> None:
         if isinstance(self.experts, Mapping):
             if self.groups:
-                raise ValueError(f"groups is {self.groups!r}, expected none beside experts by group")
+                raise ValueError(f"groups is {self.groups!r}, expected none, since experts are given by group")
             object.__setattr__(self, "groups", _members(self.experts))
             names = [name for members in self.groups.values() for name in members]
             object.__setattr__(self, "experts", names)
@@ -97,7 +86,7 @@ class SlideLoRAConfig:
             _check_number(name, getattr(self, name))
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}, expected a probability below 1")
-        if self.gate not in GATES:
+        if self.gate not in list(GATES):  # a file may hold anything
             raise ValueError(f"gate is {self.gate!r}, expected one of {list(GATES)}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}, expected one of {list(BACKENDS)}")
@@ -107,10 +96,8 @@ class SlideLoRAConfig:
             object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
             if self.adapter_dtype not in DTYPES:
                 raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}, expected one of {list(DTYPES)}")
-        if self.gate != "given" and not self.specific:
-            raise ValueError(
-                f"shared holds all of {list(experts)}, expected a modality-specific expert for gate={self.gate!r}"
-            )
+        if GATES[self.gate].learned and not self.specific:
+            raise ValueError(f"shared has all experts, expected a modality-specific expert for gate={self.gate!r}")
         _check_number("gate_temperature", self.gate_temperature)
         if self.gate_temperature == 0:
             raise ValueError(f"gate_temperature is {self.gate_temperature!r}, expected a number above 0")
@@ -118,17 +105,23 @@ class SlideLoRAConfig:
             _check_integer("top_k", self.top_k)
             if self.top_k > len(self.specific):
                 raise ValueError(
-                    f"top_k is {self.top_k}, expected at most {len(self.specific)}, the number of the "
-                    "modality-specific experts, or None for all"
+                    f"top_k is {self.top_k}, expected at most {len(self.specific)}, the number of modality-specific "
+                    "experts, or None for all"
                 )
 
     @property
     def specific(self) -> tuple[str, ...]:
-        """The modality-specific experts: those that are not shared."""
+        """The modality-specific experts, which are not shared."""
         return tuple(name for name in self.experts if name not in (self.shared or ()))
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The names of the modality-specific experts and of their groups."""
+        groups = (group for group, members in self.groups.items() if members[0] not in (self.shared or ()))
+        return (*self.specific, *groups)
+
     def members(self, name: str) -> tuple[str, ...]:
-        """The experts that a name stands for: those of a group, or the one of that name; none for an unknown name."""
+        """Return the experts of the group, or the expert, of that name; none for an unknown name."""
         return tuple(self.groups.get(name, [name] if name in self.experts else []))
 
     def _set_groups(self) -> None:
@@ -149,7 +142,7 @@ class SlideLoRAConfig:
         object.__setattr__(self, "groups", groups)
 
     def _expand(self, field: str, value: object) -> tuple[str, ...]:
-        """The experts, in their order, that names of experts and groups stand for."""
+        """Replace groups by their experts, in the order of the experts."""
         names = _names(field, value)
         if unknown := [name for name in names if not self.members(name)]:
             raise ValueError(f"{field} has unknown expert {unknown}, expected some of {[*self.experts, *self.groups]}")
@@ -159,22 +152,19 @@ class SlideLoRAConfig:
         return tuple(name for name in self.experts if name in found)
 
     def ranks(self, module: str) -> tuple[int, ...]:
-        """The rank of each expert in a module of that name."""
+        """Return the rank of each expert in the module of that name."""
         return tuple(self._sizes(module, self.r, self.rank_pattern))
 
     def scalings(self, module: str) -> tuple[float, ...]:
-        """The scaling of each expert in a module of that name."""
+        """Return the scaling of each expert in the module of that name."""
         alphas = self._sizes(module, self.lora_alpha, self.alpha_pattern)
         return tuple(alpha / (r**0.5 if self.use_rslora else r) for alpha, r in zip(alphas, self.ranks(module)))
 
     def _sizes(self, module: str, size: Any, patterns: Mapping[str, Any]) -> list[Any]:
-        """A size for each expert: the first that speaks of it among the patterns' that match, and at last the common
-        one."""
-        found = [patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)]
-        found = [
-            value if isinstance(value, Mapping) else dict.fromkeys(self.experts, value) for value in (*found, size)
-        ]
-        return [next(value[name] for value in found if name in value) for name in self.experts]
+        """Return for each expert the value of the first matching pattern that sets it, else the default `size`."""
+        matches = [patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)]
+        by_name = [v if isinstance(v, Mapping) else dict.fromkeys(self.experts, v) for v in (*matches, size)]
+        return [next(value[name] for value in by_name if name in value) for name in self.experts]
 
     def _set_sizes(self) -> None:
         for name, check in (("r", _check_integer), ("lora_alpha", _check_number)):
@@ -193,7 +183,7 @@ class SlideLoRAConfig:
             object.__setattr__(self, name, values)
 
     def _by_expert(self, name: str, value: Any, check: Callable[[str, object], None]) -> Any:
-        """A checked value: one for all, or one for each of some experts, whose own goes before their group's."""
+        """Check a value for all experts, or values by name; the value of an expert wins over that of its group."""
         if not isinstance(value, Mapping):
             check(name, value)
             return value
@@ -201,17 +191,16 @@ class SlideLoRAConfig:
             raise ValueError(f"{name} has unknown expert {unknown}, expected some of {[*self.experts, *self.groups]}")
         for key, item in value.items():
             check(f"{name}[{key!r}]", item)
-        return {
-            expert: value[key] for key in (*self.groups, *self.experts) if key in value for expert in self.members(key)
-        }
+        keys = [key for key in (*self.groups, *self.experts) if key in value]
+        return {expert: value[key] for key in keys for expert in self.members(key)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SlideLoRAConfig":
-        """The inverse of `to_dict`; raises ValueError on a name that is no field."""
+        """Make a configuration from the result of `to_dict`; an unknown name raises ValueError."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
             raise ValueError(f"configuration has unknown {unknown}, expected some of {known}")
@@ -235,7 +224,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _members(experts: Mapping[str, Any]) -> dict[str, Any]:
-    """The names of each group's experts, where a count stands for names that end in a number."""
+    """Return the names of each group's experts; a count stands for the group's name with numbers."""
     groups = {}
     for group, members in experts.items():
         if isinstance(members, int):

@@ -1,60 +1,58 @@
-"""The experts of an injected model: added, frozen, or trained at rates of their own."""
+"""The experts of an injected model: add one, freeze some, or give them learning rates of their own."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slidelora.config import INITS, SlideLoRAConfig
-from slidelora.gates import SequenceGate, TokenGate
-from slidelora.inject import slide_layers
-from slidelora.layers import SlideLoRALinear, set_leaf
-from slidelora.routing import injected, routing
+from slidelora.gating import Gate
+from slidelora.injection import first_names, slide_layers
+from slidelora.layers import SlideLoRALinear
+from slidelora.routing_state import injected, routing
 
 
 def add_expert(
-    model: nn.Module,
-    name: str,
-    group: str | None = None,
-    shared: bool = False,
-    r: int | None = None,
-    lora_alpha: float | None = None,
-    init: str = "default",
-    share: float = 0.01,
-) -> None:
-    """Adds an expert to an injected model, as the last column of its gates; the others' weights stay bit for bit.
+    model: nn.Module, name: str, group: str | None = None, shared: bool = False, r: int | None = None,
+    lora_alpha: float | None = None, init: str = "default", share: float = 0.01,
+) -> None:  # fmt: skip
+    """Add an expert to an injected model, as the last column of its gates.
 
-    group: the group it joins, or begins; it is shared if that is, or if shared is true.
-    r, lora_alpha: None where all experts have the same, which it then has too; init: as in SlideLoRAConfig.
-    share: what a learned gate gives it at the start. A modality-specific expert's logit is the mean of the others'
-        plus log(M share / (1 - share)) times the temperature, M being their number; by Jensen's inequality its part of
-        the softmax is at most share for any input. The others keep their ratios and lose that share. A shared expert's
-        weight is share everywhere, and the others keep theirs.
+    The weights of the other experts do not change. Outputs under gates that leave the new expert out do not change
+    either: bit for bit if no gradient flows to the gates and its rank is not the largest of a layer. Make the optimizer
+    afterwards, or add the expert before its first step.
 
-    Outputs under gates that leave it out are as before: bit for bit where the gates need no gradient and its rank is
-    no larger than the layer's largest. Make the optimizer after it, or before its first step. Raises ValueError for a
-    name that is taken or a size that is missing, RuntimeError within `slidelora.gates`; the model is then as before.
+    Args:
+        model: An injected model, or one that holds it.
+        name: A name that is not taken.
+        group: A group that the expert joins or starts. If the group is shared, so is the expert.
+        shared: Whether the expert acts for all modalities.
+        r: Rank. None if all experts have the same, which the new one then gets, too.
+        lora_alpha: Numerator of the scaling. None if all experts have the same.
+        init: As in `SlideLoRAConfig`.
+        share: Weight that a learned gate gives to the expert at the start. For a modality-specific expert it is an
+            upper bound: its logit is the mean of the M others plus log(M share / (1 - share)) times the temperature,
+            so by Jensen's inequality its softmax is at most `share` for any input. The others lose that weight and keep
+            their ratios. A shared expert weighs exactly `share`, and the others keep their weights.
+
+    Raises:
+        ValueError: If the name is taken or a size is missing; the model is then as before.
+        RuntimeError: Inside `slidelora.gates`.
     """
     host = injected(model)
     state = routing(host)
-    if state.current is not None:
+    if state.scope.gates is not None:
         raise RuntimeError(f"gates for {list(state.names)} are in force, expected none while {name!r} is added")
     if init not in INITS:
         raise ValueError(f"init is {init!r}, expected one of {list(INITS)}")
     if not 0 < share < 1:
         raise ValueError(f"share is {share!r}, expected a number between 0 and 1")
-    config = _with_expert(state.config, name, group, shared, r, lora_alpha)
-    _arrange(host, config, init)
+    _arrange(host, _with_expert(state.config, name, group, shared, r, lora_alpha), init)
     state.recorded = state.batch = None
     state.records = {}
     for gate in _learned_gates(host):
-        out = gate.out if isinstance(gate, SequenceGate) else gate
-        _add_column(out.weight, out.bias, config, name, share)
-        if isinstance(gate, SequenceGate):
-            gate.out.out_features = len(config.experts)
+        gate.add_expert(name, share)
 
 
 def _with_expert(
@@ -82,31 +80,23 @@ def _with_size(config: SlideLoRAConfig, sizes: Any, name: str, size: float | Non
     return {**(sizes if isinstance(sizes, Mapping) else dict.fromkeys(config.experts, sizes)), name: size}
 
 
-@torch.no_grad()
-def _add_column(weight: Tensor, bias: Tensor, config: SlideLoRAConfig, name: str, share: float) -> None:
-    """A new expert's row of a gate's last layer, whose rows are the specific experts and then the shared ones."""
-    odds = math.log(share / (1 - share))
-    if name in config.specific:
-        count = len(config.specific) - 1
-        offset = bias[:count].mean() + config.gate_temperature * (math.log(count) + odds)
-        at, row = count, weight[:count].mean(0)
-    else:
-        at, row, offset = len(bias), torch.zeros_like(weight[0]), torch.full_like(bias[0], odds)
-    set_leaf(weight, torch.cat([weight[:at], row[None], weight[at:]]))
-    set_leaf(bias, torch.cat([bias[:at], offset[None], bias[at:]]))
-
-
-def _learned_gates(host: nn.Module) -> list[SequenceGate | TokenGate]:
-    return [module for module in host.modules() if isinstance(module, (SequenceGate, TokenGate))]
+def _learned_gates(host: nn.Module) -> list[Gate]:
+    return [module for module in host.modules() if isinstance(module, Gate)]
 
 
 def freeze(model: nn.Module, experts: Sequence[str]) -> None:
-    """Freezes those experts of an injected model and thaws the others; the gate still learns.
+    """Freeze experts of an injected model and let all others train; the gate trains, too.
 
-    experts: names of experts or groups; none thaws all. A frozen expert gets no gradient and no optimizer moves it:
-    its rows leave lora_A and lora_B for parameters that require no gradient. The configuration remembers it, also
-    when the adapter is saved. Call it before an optimizer has made a step, and before the model is sharded: lora_A and
-    lora_B change their shapes, though they stay the same objects. Raises ValueError for an unknown name.
+    A frozen expert gets no gradient, and no optimizer moves it: its rows leave lora_A and lora_B for parameters that
+    require no gradient. The configuration remembers this, also in a saved adapter. lora_A and lora_B stay the same
+    objects but change their shapes, so call this before the optimizer's first step and before the model is sharded.
+
+    Args:
+        model: An injected model, or one that holds it.
+        experts: Names of experts or groups; an empty list lets all experts train.
+
+    Raises:
+        ValueError: If a name is unknown.
     """
     host = injected(model)
     config = replace(routing(host).config, frozen=experts)
@@ -116,7 +106,7 @@ def freeze(model: nn.Module, experts: Sequence[str]) -> None:
 def _arrange(host: nn.Module, config: SlideLoRAConfig, init: str) -> None:
     state = routing(host)
     state.config, state.names = config, tuple(config.experts)
-    for layer in {id(layer): layer for layer in slide_layers(host).values()}.values():
+    for layer in first_names(slide_layers(host)).values():
         layer.arrange(config, init)
     for gate in _learned_gates(host):
         gate.config = config
@@ -125,11 +115,17 @@ def _arrange(host: nn.Module, config: SlideLoRAConfig, init: str) -> None:
 def param_groups(
     model: nn.Module, lr: float, lr_ratio: float = 1.0, gate_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """All trainable parameters as groups for an optimizer: "lora_A", "lora_B", "gate" and, if any, "other".
+    """Return the trainable parameters in groups for an optimizer: "lora_A", "lora_B", "gate" and "other".
 
-    lr: of lora_A and what else of the model trains; lora_B's is lr * lr_ratio, as in LoRA+ (Hayou et al., 2024), which
-    finds 16 good; gate_lr: the gate's, lr where None.
-    weight_decay: of all but the gate. It also moves experts that no sample chose.
+    Args:
+        model: An injected model, or one that holds it.
+        lr: Learning rate of lora_A, and of "other", which is what else of the model trains.
+        lr_ratio: Learning rate of lora_B divided by `lr`; 16 works well in LoRA+ (Hayou et al., 2024).
+        gate_lr: Learning rate of the gate, None for `lr`.
+        weight_decay: Of all groups except the gate. It also moves experts that no sample chose.
+
+    Returns:
+        A list of dictionaries with name, params, lr and weight_decay; groups without parameters are left out.
     """
     layers = [module for module in model.modules() if isinstance(module, SlideLoRALinear)]
     owners = {id(layer.lora_A): "lora_A" for layer in layers} | {id(layer.lora_B): "lora_B" for layer in layers}

@@ -1,4 +1,4 @@
-"""SlideLoRALinear: a frozen base layer plus its gated mixture of experts."""
+"""SlideLoRALinear: a frozen base layer with a gated mixture of experts."""
 
 import math
 from itertools import chain
@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import TokenGate
-from slidelora.ops import gated_linear, gated_lora, resolve
-from slidelora.routing import Routing
+from slidelora.gating import kind_of, replace_data
+from slidelora.ops import Mixture, gated_linear, gated_lora, resolve
+from slidelora.routing_state import Routing
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer, be it a Linear, transformers' Conv1D, or a quantised or other module that tells
-    its in_features and out_features; None for any other."""
+    """Return (d_in, d_out) of a linear layer, None for any other module.
+
+    Linear layers are nn.Linear, Conv1D of transformers, and modules with in_features and out_features (quantised ones).
+    """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # MultiheadAttention reads its weight and never calls it
     if type(module).__name__ == "Conv1D" and isinstance(weight := getattr(module, "weight", None), Tensor):
@@ -25,21 +27,20 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 class Expert(NamedTuple):
-    """One expert of a layer: A (rank, d_in) and B (rank, d_out), views into its parameters, and its scaling."""
+    """One expert of a layer."""
 
-    A: Tensor
-    B: Tensor
+    A: Tensor  # (rank, d_in), a view into the layer's parameter, like B
+    B: Tensor  # (rank, d_out)
     scaling: float
 
 
 class SlideLoRALinear(nn.Module):
-    """base_layer(x) plus the experts' outputs, weighed by the gates in force.
+    """A base layer plus the outputs of its experts, weighed by the gates in force.
 
-    lora_A (E * r, d_in) and lora_B (E * r, d_out) start as config.init says, lora_B at zero, so that the output starts
-    as the base layer's. Both are on the base layer's device. r is the largest rank of the layer's experts: the rows of
-    an expert beyond its own rank are zero in both, so that their gradients are zero, and they stay so. The rows of
-    frozen experts are not in lora_A and lora_B but in frozen_A and frozen_B, which require no gradient.
-    name: the layer's in the model, which the patterns of ranks and alphas speak of, and `routing`.
+    lora_A (E * r, d_in) and lora_B (E * r, d_out) are on the device of the base layer, and lora_B starts at zero, so
+    the output starts as that of the base layer. r is the largest rank in the layer. An expert of a smaller rank has
+    rows of zeros in both, whose gradients are zero, so the rows stay zero. The rows of frozen experts are not in lora_A
+    and lora_B but in frozen_A and frozen_B, which require no gradient.
     """
 
     scales: Tensor | None
@@ -55,21 +56,22 @@ class SlideLoRALinear(nn.Module):
         self.in_features, self.out_features = features
         self.dropout, self.backend = config.lora_dropout, config.backend
         self.routing = routing
-        self.path = name
+        self.path = name  # in the model; rank_pattern matches it, and `routing` reports under it
         self.names: tuple[str, ...] = ()
         device, dtype = placement(base_layer, config)
         self.lora_A = nn.Parameter(torch.empty(0, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(0, self.out_features, dtype=dtype, device=device))
         self.register_buffer("scales", None, persistent=False)
         self.arrange(config, config.init)
-        self.gate = TokenGate(self.in_features, config).to(device, dtype) if config.gate == "token" else None
+        kind = kind_of(config)
+        self.gate = kind(self.in_features, config).to(device, dtype) if kind.in_layers else None
 
     @torch.no_grad()
     def arrange(self, config: SlideLoRAConfig, init: str) -> None:
-        """Takes on a configuration's experts, their ranks, scalings and which are frozen.
+        """Take on the experts of a configuration, with their ranks and scalings, and freeze those that it freezes.
 
-        Those that the layer has keep their weights, the others start as init says. lora_A and lora_B stay the same
-        objects, of other shapes.
+        The layer's own experts keep their weights, new ones start as `init` says. lora_A and lora_B change their shapes
+        but stay the same objects.
         """
         ranks = config.ranks(self.path)
         before = {name: self.expert(name) for name in self.names}
@@ -80,44 +82,44 @@ class SlideLoRALinear(nn.Module):
             if name in before:
                 A[:rank], B[:rank] = before[name].A, before[name].B
             else:
-                init_expert(A[:rank], init)
+                _init_expert(A[:rank], init)
             experts[name] = A, B
         self.names, self.frozen = tuple(config.experts), tuple(config.frozen)
         self.r, self.ranks, self.scalings = max(ranks), ranks, config.scalings(self.path)
         self.scaling = self.scalings[0] if len(set(self.scalings)) == 1 else None  # None: see scales
         for index, letter in enumerate("AB"):
             lora = getattr(self, f"lora_{letter}")
-            none = lora.new_zeros(0, lora.shape[1])
+            empty = lora.new_zeros(0, lora.shape[1])
             trained = (experts[name][index] for name in self.names if name not in self.frozen)
-            set_leaf(lora, torch.cat([none, *trained]))
+            replace_data(lora, torch.cat([empty, *trained]))
             lora.requires_grad_(len(lora) > 0)
-            rows = torch.cat([none, *(experts[name][index] for name in self.frozen)])
+            rows = torch.cat([empty, *(experts[name][index] for name in self.frozen)])
             frozen = nn.Parameter(rows, requires_grad=False) if self.frozen else None
             self.register_parameter(f"frozen_{letter}", frozen)
         self._set_scales()
 
     def _set_scales(self) -> None:
-        """Scalings that differ become factors (E,) of the gates."""
-        common = self.scaling is not None
-        self.scales = None if common else torch.tensor(self.scalings, dtype=torch.float32, device=self.lora_A.device)
+        """Keep scalings that differ as factors (E,) of the gates."""
+        same = self.scaling is not None
+        self.scales = None if same else torch.tensor(self.scalings, dtype=torch.float32, device=self.lora_A.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SlideLoRALinear":
         super()._apply(fn, recurse)
-        self._set_scales()  # exact again, whatever dtype the module took on, and filled where it left the meta device
+        self._set_scales()  # in fp32 whatever dtype the module gets, and with values after it leaves the meta device
         return self
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight."""
+        """The weight of the base layer."""
         return cast(Tensor, self.base_layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
+        """The bias of the base layer."""
         return cast("Tensor | None", getattr(self.base_layer, "bias", None))
 
     def expert(self, name: str) -> Expert:
-        """An expert by its name."""
+        """Return an expert by its name."""
         index = self.names.index(name)
         frozen = name in self.frozen
         start = self.r * sum((other in self.frozen) == frozen for other in self.names[:index])
@@ -126,7 +128,7 @@ class SlideLoRALinear(nn.Module):
         return Expert(cast(Tensor, A)[rows], cast(Tensor, B)[rows], self.scalings[index])
 
     def _stacked(self, lora: Tensor, frozen: Tensor | None) -> Tensor:
-        """(E * r, d): the experts in their order, trained and frozen."""
+        """Stack trained and frozen experts in their order: (E * r, d)."""
         if frozen is None:
             return lora
         trained = [name for name in self.names if name not in self.frozen]
@@ -134,42 +136,42 @@ class SlideLoRALinear(nn.Module):
         return torch.cat([rows[name] for name in self.names])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., d_in) -> (..., d_out)."""
-        in_force = self.routing.in_force()
-        if in_force is None:
+        """Map (..., d_in) to (..., d_out)."""
+        active = self.routing.active_gates()
+        if active is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if x.ndim == 2 and in_force.tokens and len(x) == in_force.tokens[0] * in_force.tokens[1] != in_force.tokens[0]:
-            # A host that flattens its tokens, as OPT and MoE blocks do.
-            return self.forward(x.unflatten(0, in_force.tokens), *args, **kwargs).flatten(0, 1)
+        if x.ndim == 2 and active.tokens and len(x) == active.tokens[0] * active.tokens[1] != active.tokens[0]:
+            # The model flattens its tokens, as OPT and MoE blocks do.
+            return self.forward(x.unflatten(0, active.tokens), *args, **kwargs).flatten(0, 1)
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         base_layer = self.base_layer
-        x = x.to(lora_A.device)  # where base_layer, too, would have brought it
-        gates, experts = self.routing.gates_for(in_force, self.path, self.gate, x)
+        x = x.to(lora_A.device)  # base_layer would bring it there, too
+        gates, experts = self.routing.weigh(active, self.path, self.gate, x)
         if self.scaling is None:
             assert self.scales is not None
             gates = gates * (self.scales if experts is None else self.scales[experts])
         if self.frozen:
             lora_A, lora_B = self._stacked(lora_A, self.frozen_A), self._stacked(lora_B, self.frozen_B)
         dropout = self.dropout if self.training else 0.0
-        mixture = (lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
+        mixture = Mixture(lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
         plain = type(base_layer) is nn.Linear and "forward" not in base_layer.__dict__
         plain = plain and type(base_layer.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
-        if plain and resolve(self.backend, x.device) == "fused" and not _hooked(base_layer):
-            return gated_linear(x, self.weight, self.bias, *mixture, dropout)
+        if plain and resolve(self.backend, x.device) == "fused" and not _hooks(base_layer, *_CALL_HOOKS):
+            return gated_linear(x, self.weight, self.bias, mixture, dropout)
         base: Tensor = base_layer(x, *args, **kwargs)
-        # A plain Linear's output is new and saved by nobody, unless a hook saw it; the compiler plans memory itself.
-        alone = plain and not base_layer._forward_hooks and not torch.compiler.is_compiling()
-        return gated_lora(base, x, *mixture, self.backend, alone, dropout)
+        # Nobody else holds the output of a plain Linear, unless a hook saw it. The compiler manages memory itself.
+        overwrite = plain and not _hooks(base_layer, "_forward_hooks") and not torch.compiler.is_compiling()
+        return gated_lora(base, x, mixture, self.backend, overwrite, dropout)
 
     def extra_repr(self) -> str:
-        """Sizes, for print."""
+        """Return the sizes, for print."""
         r = self.r if len(set(self.ranks)) == 1 else self.ranks
         return f"in_features={self.in_features}, out_features={self.out_features}, experts={self.names}, r={r}"
 
 
 def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device, torch.dtype]:
-    """Where a module computes, and the dtype of what is trained beside it."""
+    """Return the device on which a module computes, and the dtype of the parameters that train next to it."""
     tensor = next(chain(module.parameters(), module.buffers()), torch.empty(0))
     # accelerate keeps offloaded weights on the meta device between calls.
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -179,31 +181,17 @@ def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device,
     return tensor.device if device is None else torch.device(device), dtype
 
 
-def set_leaf(leaf: Tensor, data: Tensor) -> None:
-    """Puts data of another shape in a parameter, without a gradient."""
-    leaf.grad = None
-    # Autograd forgets the shape that a graph still alive gave a leaf only when its dtype changes.
-    leaf.data = torch.empty(
-        0, dtype=torch.float16 if leaf.dtype != torch.float16 else torch.float32, device=leaf.device
-    )
-    leaf.data = data
-
-
-def init_expert(A: Tensor, init: str) -> None:
-    """Fills A (r, d_in), zeros, as `SlideLoRAConfig.init` says."""
+def _init_expert(A: Tensor, init: str) -> None:
+    """Fill zeros A (r, d_in) as `SlideLoRAConfig.init` says."""
     if init != "zero":
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # bound 1 / sqrt(d_in)
     if init == "textharmony":
         A.mul_(A.shape[0] ** -0.5)
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether anybody watches a module's calls, so that they must be made."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hooks(module: nn.Module, *kinds: str) -> bool:
+    """Say whether a module has hooks of these kinds; torch has no public way to ask."""
+    return any(getattr(module, kind) for kind in kinds)

@@ -1,42 +1,43 @@
-"""Slide-LoRA as a method of PEFT, and so of what is built on PEFT: transformers' and diffusers' adapters, the Trainer.
+"""Slide-LoRA as a method of PEFT, and of what builds on PEFT: adapters in transformers and diffusers, the Trainer.
 
-`import slidelora.peft` registers it. From then on peft.get_peft_model, PeftModel.from_pretrained, model.add_adapter and
-model.load_adapter take a SlideLoRAPeftConfig, or a directory that holds one, as they take a LoraConfig.
+`import slidelora.peft` registers it. Then peft.get_peft_model, PeftModel.from_pretrained, model.add_adapter and
+model.load_adapter take a SlideLoRAPeftConfig, or a directory that holds one, like a LoraConfig.
 
-A checkpoint holds the model's parameters as they are in memory, the experts of a layer stacked, since transformers
-loads by name. slidelora.save_pretrained of the same model writes the layout of slidelora.load_pretrained.
+A checkpoint holds the parameters as they are in memory, with the experts of a layer stacked, since transformers loads
+by name. slidelora.save_pretrained of the same model writes the layout of slidelora.load_pretrained.
 """
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, make_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar
 
 import peft
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import GateValue, SequenceGate
-from slidelora.inject import inject, remove, slide_layers
+from slidelora.gating import Gate, GateValue
+from slidelora.injection import inject, remove, slide_layers
 from slidelora.layers import SlideLoRALinear
-from slidelora.merge import merge_and_unload
-from slidelora.routing import GATE, Routing, injected, routing
+from slidelora.merging import merge_and_unload
+from slidelora.routing_state import GATE, Routing, injected, routing
 
-try:  # what a method needs is no public interface of PEFT
+try:  # PEFT has no public interface for a method of one's own
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.integrations import skip_init_on_device
 
-    BaseTuner._get_adapter_state_dict, BaseTuner._remove_adapter_name_from_key  # noqa: B018
-    BaseTuner._remap_adapter_state_dict_for_load  # noqa: B018
+    for _name in ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load"):
+        getattr(BaseTuner, _name)
 except (ImportError, AttributeError) as error:
     raise ImportError(f"peft is {peft.__version__}, expected peft>=0.21 (tested: 0.21.2): {error}") from error
 
 
 class SlideLoRAType(str, Enum):
-    """The name under which PEFT knows the method; PEFT's own PeftType is closed to others."""
+    """The name of the method in PEFT, whose own PeftType takes no new members."""
 
     SLIDELORA = "SLIDELORA"
 
@@ -48,9 +49,9 @@ _Fields: Any = make_dataclass(
 
 @dataclass
 class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
-    """The fields of slidelora.SlideLoRAConfig, checked and completed as there, beside those of a peft.PeftConfig.
+    """The fields of slidelora.SlideLoRAConfig, checked in the same way, and those of peft.PeftConfig.
 
-    Once a model has it, what is saved follows the model: slidelora.freeze and slidelora.add_expert change it.
+    Once a model has it, it follows the model: slidelora.freeze and slidelora.add_expert change what is saved.
     """
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
         self._adopt(self.slidelora_config())
 
     def slidelora_config(self) -> SlideLoRAConfig:
-        """The same without PEFT's fields; raises as SlideLoRAConfig does."""
+        """Return the same configuration without PEFT's fields; raises as SlideLoRAConfig does."""
         return SlideLoRAConfig(**{one.name: getattr(self, one.name) for one in fields(SlideLoRAConfig)})
 
     def _adopt(self, config: SlideLoRAConfig) -> None:
@@ -67,7 +68,7 @@ class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
             setattr(self, one.name, getattr(config, one.name))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the fields as plain JSON values."""
         state: Routing | None = self.__dict__.get("routing")
         if state is not None:
             self._adopt(state.config)
@@ -75,102 +76,116 @@ class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
 
 
 class _Adapted(BaseTunerLayer):
-    """What PEFT, transformers and diffusers ask of a module that holds parameters of the one adapter there is."""
+    """A module with parameters of the adapter, as PEFT, transformers and diffusers know it."""
 
     routing: Routing
 
+    def adopt(self, routing: Routing, adapter_name: str) -> None:
+        """Become a part of the model's only adapter."""
+        self.routing, self._active_adapter = routing, [adapter_name]
+
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Lets the experts and gates learn, less the frozen ones, or keeps them from it."""
+        """Let the experts, except the frozen ones, and the gates train, or not."""
         self._require_own(adapter_names)
         for name, parameter in self.named_parameters():
             if not name.startswith(("base_layer.", "frozen_")):
                 parameter.requires_grad_(requires_grad and parameter.numel() > 0)
 
     def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
-        """The one adapter is always active; this sets whether it learns."""
+        """Set whether the adapter trains; it is the only one and always active."""
         self.set_requires_grad(adapter_names, not inference_mode)
 
     def _require_own(self, adapter_names: Any) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if names != self.active_adapters:
-            raise ValueError(f"adapters are {names}, expected {self.active_adapters}, the model's one Slide-LoRA")
+            raise ValueError(f"adapters are {names}, expected {self.active_adapters}, the model's only Slide-LoRA")
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Puts the experts in force, or out of it as `slidelora.disabled` does; what learns stays what it is."""
-        self.routing.disabled = not enabled
+        """Enable the experts, or disable them as `slidelora.disabled` does; what trains stays the same."""
+        self.routing.set_disabled(not enabled)
 
     @property
     def disable_adapters(self) -> bool:
         """Whether the model is its base model now."""
-        return self.routing.disabled
+        return self.routing.scope.disabled
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Refused but for 1, as in `scale_layer`."""
+        """Refuse any scale except 1, as `scale_layer` does."""
         self._require_own(adapter)
         self.scale_layer(scale)
 
     def scale_layer(self, scale: float) -> None:
-        """Refused but for 1: how much an expert counts is its gate's to say."""
+        """Refuse any scale except 1: the gates say how much an expert counts."""
         if scale != 1:
-            raise ValueError(
-                f"scale is {scale}, expected 1: a mixture is weighed by its gates, as in "
-                "slidelora.gates(model, {'text': 0.5})"
-            )
+            raise ValueError(f"scale is {scale}, expected 1: use gates, as in slidelora.gates(model, {{'text': 0.5}})")
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Refused: a layer cannot leave the mixture by itself."""
+        """Refuse: a single layer cannot leave the mixture."""
         raise ValueError(f"adapter {adapter_name!r} cannot be deleted from a layer, see slidelora.remove for the model")
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
-        """Refused: a layer alone knows no gate."""
-        raise ValueError("a mixture is merged under constant gates, as in slidelora.merge(model, gates='text')")
+        """Refuse: a layer does not know constant gates."""
+        raise ValueError("a mixture merges under constant gates only, as in slidelora.merge(model, gates='text')")
 
 
 class PeftSlideLoRALinear(SlideLoRALinear, _Adapted):
-    """A SlideLoRALinear that PEFT knows as a layer of its own."""
+    """A SlideLoRALinear that is a layer of PEFT, too."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Also reached by loaders that put a new parameter in another's place: frozen experts stay frozen."""
+        """Keep frozen experts frozen when a loader replaces their parameters."""
         super().register_parameter(name, param)
         if param is not None and (name.startswith("frozen_") or not param.numel()):
             param.requires_grad_(False)
 
 
-class PeftSequenceGate(SequenceGate, _Adapted):
-    """The model's learned gate, which PEFT knows as one more layer."""
+class _AdaptedGate(_Adapted):
+    """The learned gate of a model that is a layer of PEFT, too."""
 
-    weight = bias = None
+    kind: type[Gate]
+
+    # BaseTunerLayer would look for these in a base layer.
+    weight = property(lambda self: self._parameters.get("weight"))
+    bias = property(lambda self: self._parameters.get("bias"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_gate, (self.kind,), self.__dict__  # pickle cannot find a class that was made at run time
+
+
+@cache
+def _adapted_kind(kind: type[Gate]) -> type[_AdaptedGate]:
+    return type(f"Peft{kind.__name__}", (kind, _AdaptedGate), {"kind": kind})
+
+
+def _new_gate(kind: type[Gate]) -> _AdaptedGate:
+    adapted = _adapted_kind(kind)
+    return adapted.__new__(adapted)
 
 
 class SlideLoRATuner(BaseTuner):
-    """What stands between a PeftModel and a model injected by slidelora; made by PEFT."""
+    """The part between a PeftModel and a model that slidelora injected; PEFT makes it."""
 
-    prefix = "slidelora_adapter_"  # in no parameter's name, since no name has the adapter's in it
+    prefix = "slidelora_adapter_"  # in no parameter's name, because no name contains that of the adapter
     tuner_layer_cls = _Adapted
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    @skip_init_on_device  # low_cpu_mem_usage: experts are small and their loaded values are checked against these
+    @skip_init_on_device  # low_cpu_mem_usage: experts are small, and the shapes of loaded ones are checked against them
     def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Injects as slidelora.inject does; raises ValueError for a model that has an adapter already."""
+    ) -> None:  # fmt: skip
+        """Inject as slidelora.inject does; raises ValueError if the model has an adapter already."""
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         try:
             if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 others = [name for name in self.peft_config if name != adapter_name]
-                raise ValueError(f"the model has adapters {others}, expected none beside a Slide-LoRA")
+                raise ValueError(f"the model has adapters {others}, expected none, since a Slide-LoRA is the only one")
             if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
                 raise ValueError(
-                    f"task_type is {config.task_type!r}, under which PEFT trains and saves a new head too; expected "
-                    "another or None: a Slide-LoRA holds experts and gates alone"
+                    f"task_type is {config.task_type!r}, for which PEFT trains and saves a new head, too; expected "
+                    "another one or None, since a Slide-LoRA has experts and gates only"
                 )
             inject(model, config.slidelora_config())
         except Exception:
@@ -180,39 +195,35 @@ class SlideLoRATuner(BaseTuner):
         layers = slide_layers(model)
         for layer in layers.values():
             layer.__class__ = PeftSlideLoRALinear
-        gate = getattr(model, GATE, None)
+        gate: Gate | None = getattr(model, GATE, None)
         if gate is not None:
-            gate.__class__ = PeftSequenceGate
+            gate.__class__ = _adapted_kind(type(gate))
         for module in model.modules():
             if isinstance(module, _Adapted):
-                module.routing, module._active_adapter = config.routing, [adapter_name]
+                module.adopt(config.routing, adapter_name)
         self.targeted_module_names = list(layers)
         self.set_adapter([adapter_name], inference_mode=config.inference_mode)
 
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> AbstractContextManager[None]:
-        """Raises ValueError for adapter_names, which PEFT would drop in silence."""
+        """Raise ValueError for adapter_names, which PEFT would ignore silently."""
         if adapter_names is not None:
             raise ValueError(
-                f"adapter_names is {adapter_names}, expected None: a batch's samples choose their experts by gates, as "
-                "in slidelora.gates(model, ['text', 'image'])"
+                f"adapter_names is {adapter_names}, expected None: the samples of a batch choose their experts by "
+                "gates, as in slidelora.gates(model, ['text', 'image'])"
             )
         return nullcontext()
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("slidelora.inject replaces all layers at once, expected a call of inject_adapter")
+        """Satisfy BaseTuner, which declares this abstract; inject_adapter replaces all layers at once."""
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        """Raises ValueError for a model whose experts are merged or removed, and of which nothing would be saved."""
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Raise ValueError if the experts are merged or removed, when PEFT would save nothing."""
         injected(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
@@ -224,7 +235,7 @@ class SlideLoRATuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Raises ValueError, before anything is loaded, where names or shapes are not the model's."""
+        """Raise ValueError if names or shapes are not those of the model, before anything is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         in_model = model.state_dict()
         expected = cls._get_adapter_state_dict(model, config, adapter_name, in_model, [])
@@ -233,27 +244,22 @@ class SlideLoRATuner(BaseTuner):
         if unexpected := sorted(set(remapped) - set(in_model)):
             raise ValueError(f"the adapter has {unexpected[0]} and {len(unexpected) - 1} more, not expected")
         for name, tensor in remapped.items():
-            if tensor.shape != in_model[name].shape:
-                raise ValueError(
-                    f"the adapter has {name} of shape {tuple(tensor.shape)}, expected {tuple(in_model[name].shape)}"
-                )
+            if tensor.shape != (shape := in_model[name].shape):
+                raise ValueError(f"the adapter has {name} of shape {tuple(tensor.shape)}, expected {tuple(shape)}")
         return {name: tensor.to(in_model[name]) for name, tensor in remapped.items()}  # device and dtype
 
     def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None,
         gates: GateValue | None = None,
-    ) -> nn.Module:
-        """Folds the experts under constant gates into the base weights and returns the plain model.
+    ) -> nn.Module:  # fmt: skip
+        """Merge the experts into the base weights and return the plain model, as slidelora.merge_and_unload does.
 
-        gates: as in slidelora.merge_and_unload, which always checks as safe_merge asks and raises where they are None.
+        `gates` must be given. The other arguments are PEFT's and have no effect: the merge is always a safe one.
         """
         return self._unloaded(merge_and_unload(self.model, gates))
 
     def unload(self) -> nn.Module:
-        """Takes the adapter off and returns the plain model, bit for bit as it was."""
+        """Take the adapter off and return the plain model, bit for bit as it was."""
         return self._unloaded(remove(self.model))
 
     @staticmethod
@@ -262,7 +268,7 @@ class SlideLoRATuner(BaseTuner):
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Refused: a PeftModel is nothing without its adapter."""
+        """Refuse: the adapter is the only one of its PeftModel."""
         raise ValueError(f"adapter {adapter_name!r} is the model's only one, expected unload() to take it off")
 
 

@@ -50,13 +50,13 @@ def test_dictionary_round_trip() -> None:
         SlideLoRAConfig.from_dict({"rank": 3})
 
 
-def test_a_file_without_the_later_fields() -> None:
+def test_a_file_without_later_fields() -> None:
     values = {"experts": ["a"], "shared": [], "r": 4, "lora_alpha": 8, "gate": "given", "target_modules": "all-linear"}
     assert SlideLoRAConfig.from_dict(values).scalings("x") == (2.0,)
 
 
 @pytest.mark.parametrize("module", ["q_proj", "layers.1.q_proj", "layers.11.k_proj", "xq_proj", "layers.1.mlp", "1"])
-def test_patterns_match_as_pefts(module: str) -> None:
+def test_patterns_match_as_in_peft(module: str) -> None:
     pattern = {"q_proj": 1, r"layers\.1\.q_proj": 2, "layers.1.*": 3, "k_proj|mlp": 4}
     config = SlideLoRAConfig(experts=["a", "b"], r=9, rank_pattern=pattern, alpha_pattern=pattern)
     expected = pattern.get(get_pattern_key(pattern, module), 9)
@@ -94,7 +94,7 @@ def test_sizes_of_each_expert() -> None:
         ({"experts": {"a": ["a", "b"]}}, ValueError, "groups has 'a', expected a name that no expert has"),
         ({"experts": {"a.b": 2}}, ValueError, r"a.b0"),
         ({"experts": {"a": 2, "b": ["a0"]}}, ValueError, r"duplicate \['a0'\]"),
-        ({"experts": {"a": 2}, "groups": {"b": ["a0"]}}, ValueError, "expected none beside experts by group"),
+        ({"experts": {"a": 2}, "groups": {"b": ["a0"]}}, ValueError, "expected none, since experts are given by group"),
         ({"groups": {"a": ["text"], "b": ["text"]}}, ValueError, r"duplicate \['text'\], expected each expert in one"),
         ({"groups": {"a": ["audio"]}}, ValueError, r"group 'a' has unknown expert \['audio'\]"),
         ({"groups": ["a"]}, TypeError, r"groups is \['a'\], expected a mapping"),

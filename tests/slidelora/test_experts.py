@@ -5,17 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from closeness import assert_close
+from injected_models import is_unchanged, snapshot
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 Make = Callable[..., LlamaForCausalLM]
 
 
-def weights(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
-    """Each expert's A and B, one after the other, by layer and name."""
+def weights(model: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """A and B of each expert, flat, by layer and name."""
     return {
         (path, name): torch.cat([layer.expert(name).A.flatten(), layer.expert(name).B.flatten()]).detach().clone()
         for path, layer in slide_layers(model).items()
@@ -23,14 +25,14 @@ def weights(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
     }
 
 
-def step(model: nn.Module, input_ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+def step(model: nn.Module, input_ids: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     (model(input_ids, labels=input_ids).loss + slidelora.aux_loss(model)).backward()
     optimizer.step()
 
 
-def outputs(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Under the learned gate, each expert's, and a mixture's."""
+def outputs(model: nn.Module, input_ids: Tensor) -> list[Tensor]:
+    """Logits under the learned gate, under the gate of each expert, and under a mixture."""
     found = [model(input_ids).logits]
     for gate in ("text", "image", {"text": 0.3, "shared": -0.5}):
         with slidelora.gates(model, gate):
@@ -42,12 +44,12 @@ def outputs(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
     ("backend", "frozen"),
     [("reference", ["image"]), ("stacked", ["image"]), ("stacked", ["shared", "text"]), ("fused", ["shared"])],
 )
-def test_frozen_experts_are_not_moved(
-    make_model: Make, input_ids: torch.Tensor, frozen: list[str], backend: str
+def test_no_optimizer_moves_frozen_experts(
+    make_model: Make, input_ids: Tensor, frozen: list[str], backend: str
 ) -> None:
     model = make_model(backend=backend, target_modules=["layers.0.mlp.up_proj"])
     expected = outputs(model, input_ids)
-    # An optimizer that has made no step yet goes on.
+    # An optimizer that has made no step yet may go on.
     early = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
     slidelora.freeze(model, frozen)
     assert all(map(torch.equal, outputs(model, input_ids), expected))
@@ -67,8 +69,8 @@ def test_frozen_experts_are_not_moved(
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
-def test_an_optimizer_that_has_made_a_step_does_not_go_on(
-    make_model: Make, input_ids: torch.Tensor, optimizer: type[torch.optim.Optimizer]
+def test_an_optimizer_that_has_made_a_step_fails(
+    make_model: Make, input_ids: Tensor, optimizer: type[torch.optim.Optimizer]
 ) -> None:
     model = make_model(r=1)
     late = optimizer(model.parameters(), 1e-2)
@@ -78,7 +80,7 @@ def test_an_optimizer_that_has_made_a_step_does_not_go_on(
         step(model, input_ids, late)
 
 
-def test_gradients_with_frozen_experts_are_those_without(make_model: Make, input_ids: torch.Tensor) -> None:
+def test_frozen_experts_change_no_other_gradient(make_model: Make, input_ids: Tensor) -> None:
     model = make_model()
     found = []
     for checkpointing in (None, False, True):
@@ -90,17 +92,16 @@ def test_gradients_with_frozen_experts_are_those_without(make_model: Make, input
         model.zero_grad()
         model(input_ids, labels=input_ids).loss.backward()
         layer, gate = model.model.layers[0].self_attn.q_proj, model.slidelora_gate
-        kept = slice(4 if checkpointing is None else 0, None)  # text is the first of three
-        found.append([layer.lora_A.grad[kept], layer.lora_B.grad[kept], *(p.grad for p in gate.parameters())])
+        rows = slice(4 if checkpointing is None else 0, None)  # text is the first of three
+        found.append([layer.lora_A.grad[rows], layer.lora_B.grad[rows], *(p.grad for p in gate.parameters())])
         found[-1] = [gradient.clone() for gradient in found[-1]]
     assert found[0][0].shape == (8, 32)
-    for one, other, again in zip(*found):
-        torch.testing.assert_close(one, other)
-        assert torch.equal(other, again)
+    assert_close(found[0], found[1])
+    assert all(map(torch.equal, found[1], found[2]))
 
 
 def test_frozen_experts_are_saved_and_copied(
-    make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor
+    make_model: Make, make_base: Make, tmp_path: Path, input_ids: Tensor
 ) -> None:
     model = make_model(
         experts={"text": 2, "image": 1, "shared": 1}, shared=None, r={"text": 3, "image": 5, "shared": 2}
@@ -122,7 +123,7 @@ def test_frozen_experts_are_saved_and_copied(
     assert slidelora.routing(slidelora.load_pretrained(make_base(), tmp_path)).config.frozen == ()
 
 
-def test_all_experts_frozen(make_model: Make, input_ids: torch.Tensor) -> None:
+def test_all_experts_may_be_frozen(make_model: Make, input_ids: Tensor) -> None:
     model = make_model()
     expected = outputs(model, input_ids)
     slidelora.freeze(model, ["text", "image", "shared"])
@@ -133,18 +134,17 @@ def test_all_experts_frozen(make_model: Make, input_ids: torch.Tensor) -> None:
     assert all(parameter.grad is not None for parameter in model.slidelora_gate.parameters())
 
 
-def test_an_unknown_expert_is_named_and_nothing_frozen(make_model: Make) -> None:
+def test_an_unknown_expert_is_named_and_freezes_nothing(make_model: Make) -> None:
     model = make_model()
-    before = model.state_dict()
+    before = snapshot(model)
     with pytest.raises(ValueError, match=r"frozen has unknown expert \['audio'\], expected some of \['text', 'image'"):
         slidelora.freeze(model, ["text", "audio"])
     with pytest.raises(TypeError, match="'text', expected a list"):
         slidelora.freeze(model, "text")
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert is_unchanged(model, before)
 
 
-def test_param_groups(make_model: Make, input_ids: torch.Tensor) -> None:
+def test_param_groups(make_model: Make, input_ids: Tensor) -> None:
     model = make_model()
     model.model.norm.weight.requires_grad_(True)
     slidelora.freeze(model, ["image"])
@@ -161,19 +161,19 @@ def test_param_groups(make_model: Make, input_ids: torch.Tensor) -> None:
     layer: Any = model.model.layers[0].self_attn.q_proj
     gradients, before = layer.lora_B.grad.clone(), layer.lora_B.detach().clone()
     torch.optim.SGD(slidelora.param_groups(model, lr=1e-3, lr_ratio=16), 1.0).step()
-    torch.testing.assert_close(layer.lora_B, before - 16e-3 * gradients)
+    assert_close(layer.lora_B, before - 16e-3 * gradients)
     (alone,) = slidelora.param_groups(slidelora.inject(nn.Sequential(nn.Linear(2, 2)), gate="given"), lr=1.0)[:1]
     assert alone["name"] == "lora_A"
 
 
 @pytest.mark.parametrize("options", [{}, {"group": "extra"}, {"r": 2, "lora_alpha": 3}, {"shared": True}])
-def test_an_added_expert_leaves_the_others_alone(
-    make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor, options: dict[str, Any]
+def test_an_added_expert_does_not_change_the_others(
+    make_model: Make, make_base: Make, tmp_path: Path, input_ids: Tensor, options: dict[str, Any]
 ) -> None:
     model = make_model()
     before, expected = weights(model), outputs(model, input_ids)[2 if "shared" in options else 1 :]
     gates = ("text", "image", {"text": 0.3, "shared": -0.5})[1 if "shared" in options else 0 :]
-    if "shared" in options:  # a name takes all of the shared experts along
+    if "shared" in options:  # a name means all shared experts, too
         gates = ({"image": 0.5, "shared": 0.5}, gates[-1])
     slidelora.add_expert(model, "audio", **options)
     after = weights(model)
@@ -197,7 +197,7 @@ def test_an_added_expert_leaves_the_others_alone(
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
 
 
-def test_a_larger_rank_pads_the_others(make_model: Make, input_ids: torch.Tensor) -> None:
+def test_a_larger_rank_pads_the_other_experts(make_model: Make, input_ids: Tensor) -> None:
     model = make_model(gate="given")
     before = weights(model)
     with slidelora.gates(model, "text"):
@@ -207,15 +207,13 @@ def test_a_larger_rank_pads_the_others(make_model: Make, input_ids: torch.Tensor
     after = weights(model)
     assert all(torch.equal(after[key], before[key]) for key in before)
     with slidelora.gates(model, "text"):
-        torch.testing.assert_close(model(input_ids).logits, expected)
+        assert_close(model(input_ids).logits, expected)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2])
 @pytest.mark.parametrize("experts", [["text", "image", "shared"], ["shared", "a", "b", "c"]])
-def test_the_learned_gate_gains_a_column(
-    make_model: Make, input_ids: torch.Tensor, experts: list[str], share: float
-) -> None:
-    def gate(seed: int) -> torch.Tensor:
+def test_a_sequence_gate_gets_a_row(make_model: Make, input_ids: Tensor, experts: list[str], share: float) -> None:
+    def gate(seed: int) -> Tensor:
         torch.manual_seed(seed)
         return slidelora.compute_gates(model, torch.randn(64, 5, 32), torch.ones(64, 5)).detach()
 
@@ -223,29 +221,29 @@ def test_the_learned_gate_gains_a_column(
     config = slidelora.routing(model).config
     specific = [experts.index(name) for name in config.specific]
     with torch.no_grad():
-        model.slidelora_gate.out.weight.mul_(5)  # some inputs are clear cases
-    before = gate(3)
+        model.slidelora_gate.out.weight.mul_(5)  # some inputs get nearly all weight on one expert
+    before = gate(seed=3)
     assert before[:, specific].max() > 0.95
     slidelora.add_expert(model, "audio", share=share)
-    after = gate(3)
+    after = gate(seed=3)
     new, old = after[:, -1], after[:, :-1]
     assert 0 < new.min() < 0.2 * share and 0.5 * share < new.max() <= share * (1 + 1e-5)
-    torch.testing.assert_close(old[:, specific], before[:, specific] * (1 - new)[:, None])
+    assert_close(old[:, specific], before[:, specific] * (1 - new)[:, None])
     others = [index for index in range(len(experts)) if index not in specific]
-    torch.testing.assert_close(old[:, others], before[:, others])
+    assert_close(old[:, others], before[:, others])
     slidelora.add_expert(model, "bits", shared=True, share=share)
-    latest = gate(3)
-    torch.testing.assert_close(latest[:, -1], torch.full((64,), share))
-    torch.testing.assert_close(latest[:, :-1], after)
+    latest = gate(seed=3)
+    assert_close(latest[:, -1], torch.full((64,), share))
+    assert_close(latest[:, :-1], after)
     model(input_ids, labels=input_ids).loss.backward()
     assert model.slidelora_gate.out.weight.grad.shape == (len(experts) + 2, 64)
 
 
-def test_an_even_gate_gives_the_share(make_base: Make) -> None:
+def test_a_new_gate_gives_exactly_the_share(make_base: Make) -> None:
     model = slidelora.inject(make_base(), r=2)
     slidelora.add_expert(model, "audio", share=0.1)
     weights = slidelora.compute_gates(model, torch.randn(2, 5, 32), torch.ones(2, 5))
-    torch.testing.assert_close(weights, torch.tensor([[0.45, 0.45, 0.5, 0.1]]).expand(2, 4))
+    assert_close(weights, torch.tensor([[0.45, 0.45, 0.5, 0.1]]).expand(2, 4))
 
 
 def test_an_expert_joins_a_group(make_model: Make) -> None:
@@ -273,29 +271,24 @@ def test_an_expert_joins_a_group(make_model: Make) -> None:
 )
 def test_bad_additions_are_named(make_model: Make, options: dict[str, Any], message: str) -> None:
     model = make_model()
-    before, config = (
-        {key: tensor.clone() for key, tensor in model.state_dict().items()},
-        slidelora.routing(model).config,
-    )
+    before, config = snapshot(model), slidelora.routing(model).config
     with pytest.raises(ValueError, match=message):
         slidelora.add_expert(model, **options)
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
-    assert slidelora.routing(model).config == config
+    assert is_unchanged(model, before) and slidelora.routing(model).config == config
     with slidelora.gates(model, "text"), pytest.raises(RuntimeError, match="expected none while 'audio' is added"):
         slidelora.add_expert(model, "audio")
 
 
-def test_a_size_of_an_addition_is_missing(make_model: Make) -> None:
+def test_a_missing_size_is_named(make_model: Make) -> None:
     model = make_model(r={"text": 4, "image": 4, "shared": 2})
     with pytest.raises(ValueError, match=r"expected a value for \['audio'\] too"):
         slidelora.add_expert(model, "audio")
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_a_token_gate_gains_a_row(make_model: Make, input_ids: torch.Tensor, top_k: int | None) -> None:
+def test_a_token_gate_gets_a_row(make_model: Make, input_ids: Tensor, top_k: int | None) -> None:
     model = make_model(gate="token", experts=["s", "a", "b", "c"], shared=["s"], top_k=top_k, gate_temperature=0.5)
-    layer = "model.layers.0.self_attn.q_proj"  # its input is that of the base
+    layer = "model.layers.0.self_attn.q_proj"  # its input does not depend on experts
     model(input_ids)
     before, share = slidelora.routing(model).weights[layer], 0.001
     slidelora.add_expert(model, "d", share=share)
@@ -304,9 +297,9 @@ def test_a_token_gate_gains_a_row(make_model: Make, input_ids: torch.Tensor, top
     model(input_ids)
     after = slidelora.routing(model).weights[layer]
     assert after.shape == (3, 9, 6) and (after[..., 4] <= share + 1e-7).all() and after[..., 4].any() == (not top_k)
-    torch.testing.assert_close(after[..., 5], torch.full((3, 9), share))
-    torch.testing.assert_close(after[..., 0], before[..., 0])
-    torch.testing.assert_close(after[..., 1:4], before[..., 1:] * (1 - after[..., 4:5]))
+    assert_close(after[..., 5], torch.full((3, 9), share))
+    assert_close(after[..., 0], before[..., 0])
+    assert_close(after[..., 1:4], before[..., 1:] * (1 - after[..., 4:5]))
     groups = {group["name"]: group["params"] for group in slidelora.param_groups(model, 1e-3)}
     assert len(groups["gate"]) == 2 * 14 and "other" not in groups
     gate = model.get_submodule(layer).gate

@@ -1,275 +1,220 @@
-"""The token gate in a whole model."""
+"""The gate of a whole model reads the prompt before the forward."""
 
 import copy
-import pickle
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, relative_error
+from injected_models import gradients, logits, randomise
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import slidelora
 
 Make = Callable[..., LlamaForCausalLM]
-EXPERTS = {"experts": ["a", "s", "b", "c", "d"], "shared": ["s"], "gate": "token"}
+T5 = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "decoder_start_token_id": 0}
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    return found
+def test_padding_changes_nothing(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    lengths = [9, 4, 6]
+    for side in ("left", "right"):
+        ids, mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        for row, length in enumerate(lengths):
+            columns = slice(9 - length, 9) if side == "left" else slice(0, length)
+            ids[row, columns], mask[row, columns] = input_ids[row, :length], 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        batch = logits(model, ids, attention_mask=mask, position_ids=positions)
+        weights = slidelora.routing(model).weights
+        for row, length in enumerate(lengths):
+            alone = logits(model, input_ids[row : row + 1, :length])
+            assert_close(slidelora.routing(model).weights[0], weights[row])
+            assert_close(batch[row][mask[row].bool()], alone[0])
+    assert relative_error(weights[0], weights[1]) > 0.01
 
 
-@pytest.mark.parametrize("backend", ["stacked", "reference"])
-@pytest.mark.parametrize("top_k", [None, 1, 2])
-def test_a_layer_is_its_definition(backend: str, top_k: int | None) -> None:
-    model = nn.Sequential(nn.Linear(6, 5)).double()
-    slidelora.inject(model, **EXPERTS, r=2, target_modules=["0"], top_k=top_k, gate_temperature=0.7, backend=backend)
-    layer = model[0]
-    nn.init.normal_(layer.lora_B)
-    nn.init.normal_(layer.gate.weight)
-    nn.init.normal_(layer.gate.bias)
-    x = torch.randn(3, 4, 6, dtype=torch.float64)
-    rows = x @ layer.gate.weight.T + layer.gate.bias  # those of a, b, c, d, then of s
-    specific = (rows[..., :4] / 0.7).softmax(-1)
-    kept = specific.argsort(-1, descending=True)[..., : top_k or 4]
-    mask = torch.zeros_like(specific).scatter(-1, kept, 1.0)
-    specific = specific * mask if top_k == 1 else specific * mask / (specific * mask).sum(-1, keepdim=True)
-    weights = torch.stack([specific[..., 0], rows[..., 4].sigmoid(), *specific[..., 1:].unbind(-1)], -1)
-    parts = torch.einsum("btd,erd,ero->bteo", x, layer.lora_A.view(5, 2, 6), layer.lora_B.view(5, 2, 5))
-    expected = layer.base_layer(x) + 8 * (weights[..., None] * parts).sum(2)
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(x.flatten(0, 1)), expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(x[0, 0]), expected[0, 0], rtol=1e-5, atol=1e-5)
-    model(x).square().sum().backward()
+def test_the_gate_does_not_see_the_answer(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    labels = input_ids.clone()
+    labels[:, :4] = -100
+    model(input_ids, labels=labels)
+    weights = slidelora.routing(model).weights
+    changed = input_ids.clone()
+    changed[:, 4:] = changed[:, 4:].flip(1)
+    model(changed, None, labels=labels)
+    assert_close(slidelora.routing(model).weights, weights)
+    model(input_ids[:, :4])
+    assert_close(slidelora.routing(model).weights, weights)
+    model(input_ids)
+    assert relative_error(slidelora.routing(model).weights, weights) > 0.01
+
+
+def test_embeddings_instead_of_ids(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    embeds = model.get_input_embeddings()(input_ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, logits(model, input_ids))
+
+
+def test_compute_gates_equals_the_hook(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    labels = torch.where(torch.arange(9) < 5, -100, input_ids)
+    (model(input_ids, labels=labels).loss + slidelora.aux_loss(model, ["text", "image", "text"])).backward()
+    expected = gradients(model)
+    embeds = model.get_input_embeddings()(input_ids)
+    weights = slidelora.compute_gates(model, embeds, labels == -100)
+    with slidelora.gates(model, weights):
+        loss = model(inputs_embeds=embeds, labels=labels).loss
+    (loss + slidelora.aux_loss(model, torch.tensor([0, 1, 0]))).backward()
     found = gradients(model)
-    expected.square().sum().backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
-        assert gradient.any()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert expected["slidelora_gate.hidden.weight"].any()
+    with pytest.raises(ValueError, match="gate is 'given', expected a gate that reads the prompt, such as 'sequence'"):
+        slidelora.compute_gates(make_model(gate="given"), embeds, labels == -100)
 
 
-def test_each_layer_has_its_gate_and_removal_takes_it(make_base: Make, input_ids: Tensor) -> None:
-    model = make_base()
-    base = model(input_ids).logits
-    keys = model.state_dict().keys()
-    slidelora.inject(model, **EXPERTS, r=2, top_k=2)
-    assert torch.equal(model(input_ids).logits, base)
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert sum(name.endswith(".gate.weight") for name in trains) == 14 and len(trains) == 4 * 14
-    weights = slidelora.routing(model).weights["model.layers.1.mlp.up_proj"]
-    assert weights.shape == (3, 9, 5) and ((weights != 0).sum(-1) == 3).all()
-    assert weights[..., 0].unique().numel() > 2  # a new gate is not tied
-    assert model.state_dict().keys() - keys
-    assert slidelora.remove(model).state_dict().keys() == keys and torch.equal(model(input_ids).logits, base)
+def test_calls_without_a_prompt_are_named(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"attention_mask is \(3, 1, 9, 9\), expected \(3, 9\)"):
+        model(input_ids, attention_mask=torch.ones(3, 1, 9, 9))
+    with pytest.raises(ValueError, match=r"the call has \['attention_mask'\], expected input_ids"):
+        model(attention_mask=torch.ones(3, 9))
+    with pytest.raises(RuntimeError, match="no gate is in force"):  # nor after an error
+        model.model(input_ids)
 
 
-def test_given_gates_overrule_the_token_gate(make_model: Make, input_ids: Tensor) -> None:
-    model, given = make_model(gate="token"), make_model(gate="given")
-    given.load_state_dict(model.state_dict(), strict=False)
-    with slidelora.gates(model, "text"), slidelora.gates(given, "text"):
-        assert torch.equal(model(input_ids).logits, given(input_ids).logits)
-    assert slidelora.routing(model).weights.shape == (3, 3) and slidelora.routing(model).load is None
-    with slidelora.disabled(model), slidelora.disabled(given):
-        assert torch.equal(model(input_ids).logits, given(input_ids).logits)
-    with pytest.raises(ValueError, match="gate is 'token', expected 'sequence'"):
-        slidelora.compute_gates(model, torch.ones(3, 9, 32), torch.ones(3, 9))
+def test_encoder_decoder_ignores_labels(input_ids: Tensor) -> None:
+    model = slidelora.inject(T5ForConditionalGeneration(T5Config(**T5, num_layers=1)).eval(), r=2)
+    nn.init.normal_(model.slidelora_gate.out.weight)
+    model(input_ids=input_ids, labels=input_ids).loss.backward()
+    weights = slidelora.routing(model).weights
+    model(input_ids=input_ids, decoder_input_ids=input_ids[:, :2])
+    assert torch.equal(slidelora.routing(model).weights, weights)
+    with slidelora.gates(model, "text", repeats=2):
+        model.generate(input_ids=input_ids, max_new_tokens=3, num_beams=2)
 
 
-def test_padding_changes_no_token(make_model: Make, input_ids: Tensor) -> None:
-    model = make_model(**EXPERTS, top_k=2, balance_coef=0.1, z_coef=0.1)
-    mask, ids = torch.ones_like(input_ids), input_ids.clone()
-    mask[:, :4] = ids[:, :4] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    padded = model(ids, attention_mask=mask, position_ids=positions).logits[:, 4:]
-    found = slidelora.aux_loss(model), slidelora.routing(model).load, slidelora.routing(model).entropy
-    alone = model(input_ids[:, 4:]).logits
-    expected = slidelora.aux_loss(model), slidelora.routing(model).load, slidelora.routing(model).entropy
-    torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+def test_the_supervised_term_teaches_the_gate(make_base: Make, input_ids: Tensor) -> None:
+    model = slidelora.inject(make_base(), r=2)
+    optimizer = torch.optim.Adam(model.slidelora_gate.parameters(), 1e-2)
+    embeds, prompt = model.get_input_embeddings()(input_ids).detach(), torch.ones_like(input_ids)
+    for _ in range(30):
+        slidelora.compute_gates(model, embeds, prompt)
+        slidelora.aux_loss(model, ["text", "image", "text"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert slidelora.routing(model).weights[:, :2].argmax(1).tolist() == [0, 1, 0]
+
+
+def test_decoding_with_a_cache_equals_decoding_without(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    prefill = model(input_ids[:, :5])
+    weights = slidelora.routing(model).weights.detach()
+    expected = logits(model, input_ids, weights)
+    found = [prefill.logits]
+    for column in range(5, 9):
+        model(input_ids.flip(1))  # another prompt between two steps
+        found.append(model(input_ids[:, column : column + 1], past_key_values=prefill.past_key_values).logits)
+    assert_close(torch.cat(found, 1), expected)
+    with pytest.raises(ValueError, match="past_key_values have batch 3, expected 1 as the input has"):
+        model(input_ids[:1, :1], past_key_values=prefill.past_key_values)
+    with slidelora.disabled(model):
+        plain = model(input_ids, past_key_values=DynamicCache()).past_key_values
+    with pytest.raises(RuntimeError, match="filled without this model's gate"):
+        model(input_ids[:, :1], past_key_values=plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_generate_keeps_the_gates_of_the_prompt(make_model: Make, input_ids: Tensor, options: dict[str, int]) -> None:
+    model = make_model()
+    mask = torch.ones_like(input_ids)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, **options}
+    found = model.generate(input_ids, **options)
+    model(input_ids, attention_mask=mask)
+    weights = slidelora.routing(model).weights.detach()
+    with slidelora.gates(model, weights, repeats=options.get("num_beams", 1)):
+        assert torch.equal(model.generate(input_ids, **options), found)
+        assert torch.equal(model.generate(input_ids, **options, use_cache=False), found)
     for row in range(3):
-        torch.testing.assert_close(model(input_ids[row : row + 1, 4:]).logits[0], alone[row], rtol=1e-4, atol=1e-5)
+        count = options.get("num_return_sequences", 1)
+        alone = model.generate(input_ids[row : row + 1], **{**options, "attention_mask": mask[row : row + 1]})
+        assert torch.equal(alone, found[row * count : (row + 1) * count])
+    if "num_beams" in options:
+        with pytest.raises(ValueError, match="repeats="), slidelora.gates(model, weights):
+            model.generate(input_ids, **options)
 
 
-def test_cache_equals_no_cache(make_model: Make, input_ids: Tensor) -> None:
-    model = make_model(**EXPERTS, top_k=2)
-    expected = model(input_ids).logits
-    weights = slidelora.routing(model).weights["model.layers.1.mlp.up_proj"]
-    found = model(input_ids[:, :5])
-    steps = [found.logits]
-    for place in range(5, 9):
-        mask = torch.ones(3, place + 1)
-        found = model(input_ids[:, place : place + 1], attention_mask=mask, past_key_values=found.past_key_values)
-        steps.append(found.logits)
-        step = slidelora.routing(model).weights["model.layers.1.mlp.up_proj"]
-        torch.testing.assert_close(step[:, 0], weights[:, place], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(model.generate(input_ids, **options), model.generate(input_ids, **options, use_cache=False))
-    model.generate(input_ids, **options, num_beams=3, num_return_sequences=2)
+def test_sampled_sequences_have_the_gate_of_their_prompt(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    used = []
+    model.model.register_forward_hook(lambda *_: used.append(slidelora.routing(model).scope.gates.weights))
+    model.generate(input_ids, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+    model(input_ids)
+    expected = used.pop().repeat_interleave(2, 0)
+    assert len(used) == 3
+    assert_close(used, [expected] * 3)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_checkpointing_gives_the_same_gradients(make_model: Make, input_ids: Tensor, noise: float) -> None:
-    def step(model: LlamaForCausalLM) -> dict[str, Tensor]:
-        torch.manual_seed(5)
-        loss = model(input_ids).logits.square().mean() + slidelora.aux_loss(model)
-        loss = loss + model(input_ids.flip(0)).logits.square().mean() + slidelora.aux_loss(model)
-        with slidelora.gates(model, "a"):
-            loss = loss + 2 * model(input_ids).logits.square().mean()
-        model(input_ids)
-        before = slidelora.routing(model).weights
-        with slidelora.gates(model, "b"):  # what is in force in backward must not matter
-            loss.backward()
-        model.eval()(input_ids)
-        model.train()
-        assert before.keys() == slidelora.routing(model).weights.keys()
-        return gradients(model)
-
-    model = make_model(**EXPERTS, top_k=2, gate_noise=noise, balance_coef=0.5, z_coef=0.3)
-    expected = step(model.train())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=slidelora.checkpoint_kwargs(model))
-    model.enable_input_require_grads()
-    found = step(model)
-    assert found.keys() == expected.keys() and any(".gate.weight" in name for name in found)
-    for name in found:
-        assert torch.equal(found[name], expected[name]), name
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_recomputation_records_nothing(make_model: Make, input_ids: Tensor) -> None:
-    model = make_model(**EXPERTS).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=slidelora.checkpoint_kwargs(model))
-    model.enable_input_require_grads()
-    loss = model(input_ids).logits.square().mean()
-    records = slidelora.routing(model).records
-    before = {path: list(runs) for path, runs in records.items()}
-    loss.backward()
-    assert len(records) == 14
-    for path, runs in records.items():
-        assert len(runs) == 1 and runs[0].logits is before[path][0].logits
-
-
-def test_a_layer_called_twice_counts_twice(input_ids: Tensor) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.Linear(6, 6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.one(self.one(x))
-
-    model = slidelora.inject(Twice(), experts=["a", "b"], gate="token", r=2, z_coef=1.0)
-    for parameter in (model.one.lora_B, model.one.gate.weight):
-        nn.init.normal_(parameter)
-    x = torch.randn(2, 3, 6)
-    for _ in range(2):
-        model(x)
-        runs = slidelora.routing(model).records["one"]
-        assert len(runs) == 2
-        both = torch.cat([run.logits for run in runs])
-        torch.testing.assert_close(slidelora.aux_loss(model), both.logsumexp(-1).square().mean())
-    model.one(x)  # not through the injected model
-    model.one(x)
-    assert len(slidelora.routing(model).records["one"]) == 1
-
-
-def test_compiles_into_one_graph(make_model: Make, input_ids: Tensor) -> None:
-    model = make_model(**EXPERTS, top_k=2, balance_coef=0.5, z_coef=0.3)
+def test_a_model_with_its_gate_compiles_into_one_graph(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model(num_hidden_layers=1)
     mask = torch.ones_like(input_ids)
 
-    def loss(ids: Tensor) -> Tensor:
-        found = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
-        return found + slidelora.aux_loss(model)
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for ids in (input_ids, input_ids.flip(1)):
-        compiled(ids).backward()
-        found, entropy = gradients(model), slidelora.routing(model).entropy
-        loss(ids).backward()
-        torch.testing.assert_close(entropy, slidelora.routing(model).entropy, rtol=1e-4, atol=1e-5)
-        for name, expected in gradients(model).items():
-            torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5)
+        labels = torch.where(torch.arange(9) < 5, -100, ids)
+        compiled(ids, labels).backward()
+        found = gradients(model)
+        loss(ids, labels).backward()
+        assert_close(found, gradients(model))
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_and_autocast(make_model: Make, input_ids: Tensor, dtype: torch.dtype) -> None:
-    half, full = make_model(dtype, **EXPERTS), make_model(**EXPERTS)
-    expected = full(input_ids).logits
-    found = half(input_ids)
-    with torch.autocast("cpu", dtype):
-        cast = full(input_ids)
-    layer = "model.layers.0.self_attn.q_proj"
-    for model, output in ((half, found), (full, cast)):
-        assert (output.logits - expected).norm() / expected.norm() < {torch.bfloat16: 6e-2, torch.float16: 8e-3}[dtype]
-        weights = slidelora.routing(model).weights[layer]
-        assert weights.dtype == torch.float32 and (weights[..., [0, 2, 3, 4]].sum(-1) - 1).abs().max() < 1e-6
-        output.logits.float().square().mean().backward()
-        gate = model.get_submodule(layer).gate.weight
-        assert gate.dtype == gate.grad.dtype == torch.float32 and gate.grad.any() and gate.grad.isfinite().all()
+def test_half_precision_model(make_model: Make, input_ids: Tensor, dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    found = model(input_ids, labels=input_ids)
+    assert found.logits.dtype == dtype and slidelora.routing(model).weights.dtype == torch.float32
+    found.loss.backward()
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    exact = copy.deepcopy(model).double()
+    truth = exact(input_ids, labels=input_ids).logits
+    assert_close(found.logits, truth, {torch.bfloat16: 5e-2, torch.float16: 6e-3}[dtype])
 
 
-def test_noise_in_training_only(make_model: Make, input_ids: Tensor) -> None:
-    for gate in ("token", "sequence"):
-        model = make_model(**{**EXPERTS, "gate": gate}, gate_noise=1.0)
-        expected = make_model(**{**EXPERTS, "gate": gate})(input_ids).logits
-        assert torch.equal(model(input_ids).logits, expected)
-        model.train()
-        one, other = model(input_ids).logits, model(input_ids).logits
-        assert not torch.allclose(one, other) and not torch.allclose(one, expected)
-
-
-def test_copies_save_and_load(make_model: Make, make_base: Make, input_ids: Tensor, tmp_path: Path) -> None:
-    model = make_model(**EXPERTS, top_k=2, gate_temperature=0.5)
-    expected = model(input_ids).logits
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copied(input_ids).logits, expected)
-        assert slidelora.routing(copied) is not slidelora.routing(model)
-    slidelora.save_pretrained(model, tmp_path)
-    loaded = slidelora.load_pretrained(make_base(), tmp_path)
-    assert torch.equal(loaded(input_ids).logits, expected)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, loaded.get_parameter(name))
-    other = slidelora.inject(make_base(), **EXPERTS, r=4, top_k=2, gate_temperature=0.5)
-    other.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(other(input_ids).logits, expected)
-
-
-def test_an_encoder_decoder_counts_each_sides_own_tokens(input_ids: Tensor) -> None:
-    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    model = slidelora.inject(T5ForConditionalGeneration(config).eval(), experts=["a", "b"], gate="token", r=2)
-    mask = torch.ones_like(input_ids)
-    mask[:, 5:] = 0
-    for decoder_ids, count in ((input_ids, 27), (input_ids[:, :2], 6)):
-        model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoder_ids)
-        counts = {}
-        for path, runs in slidelora.routing(model).records.items():
-            valid = runs[0].valid
-            counts[path] = int(valid.sum())
-        assert counts["encoder.block.0.layer.0.SelfAttention.q"] == 15
-        assert counts["decoder.block.0.layer.0.SelfAttention.q"] == count
-    assert counts["decoder.block.0.layer.1.EncDecAttention.k"] == 15
-    assert counts["decoder.block.0.layer.1.EncDecAttention.q"] == 6
+def test_autocast_model(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model()
+    expected = model(input_ids, labels=input_ids)
+    weights = slidelora.routing(model).weights
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(input_ids, labels=input_ids)
+    assert torch.equal(slidelora.routing(model).weights, weights)
+    assert_close(found.logits, expected.logits, 5e-2)
+    found.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize("gate", ["token", "sequence"])
-def test_tokens_in_a_row_are_told_apart(input_ids: Tensor, gate: str) -> None:
+def test_layers_that_flatten_their_tokens(input_ids: Tensor, gate: str) -> None:
     config = OPTConfig(
         vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16
     )
     model = OPTForCausalLM(config).eval()
     slidelora.inject(model, experts=["a", "b", "c"], gate=gate, top_k=2, r=2, z_coef=1.0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
+    randomise(model)
     mask = torch.ones_like(input_ids)
     mask[1, 5:] = 0
     batch, loss = model(input_ids, attention_mask=mask).logits, slidelora.aux_loss(model)
@@ -280,51 +225,30 @@ def test_tokens_in_a_row_are_told_apart(input_ids: Tensor, gate: str) -> None:
     for row, count in enumerate(counts):
         alone = model(input_ids[row : row + 1, :count]).logits[0]
         losses.append(slidelora.aux_loss(model) * (count if gate == "token" else 1))
-        torch.testing.assert_close(batch[row, :count], alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss, sum(losses) / (23 if gate == "token" else 3))
-
-
-def test_many_experts_by_the_sorted_kernels() -> None:
-    base, x, found = nn.Linear(16, 16), torch.randn(2, 4, 16), []
-    for backend in ("stacked", "fused"):
-        model = nn.Sequential(copy.deepcopy(base))
-        experts = [*(f"e{index}" for index in range(16)), "shared"]  # 17 * 16 rows: more than are computed for all
-        slidelora.inject(model, experts=experts, gate="token", top_k=2, r=16, target_modules=["0"], backend=backend)
-        torch.manual_seed(2)
-        for name in ("lora_A", "lora_B", "gate.weight"):
-            nn.init.normal_(model[0].get_parameter(name), std=0.2)
-        y = model(x)
-        y.square().mean().backward()
-        found.append({"y": y.detach(), **gradients(model)})
-    for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-5)
-        assert expected.any()
+        assert_close(batch[row, :count], alone)
+    assert_close(loss, sum(losses) / (23 if gate == "token" else 3))
 
 
 @pytest.mark.parametrize("gate", ["sequence", "token"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_an_encoder_decoder_generates_under_its_own_gate(gate: str, options: dict[str, int]) -> None:
-    """generate calls the encoder by itself; its gate goes on with what it puts out."""
-    config = T5Config(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
-    )
+    """`generate` calls the encoder without the model, and the encoder's output keeps the weights."""
+    config = T5Config(**T5, num_layers=2, pad_token_id=0)
     model = slidelora.inject(T5ForConditionalGeneration(config), r=2, gate=gate).eval()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.3)
+    randomise(model)
     input_ids = torch.randint(2, 64, (3, 9))
     mask = torch.ones_like(input_ids)
     mask[0, 6:] = 0
-    wanted = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
-    found = model.generate(input_ids, attention_mask=mask, **wanted)
-    assert slidelora.routing(model).current is None
+    arguments = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
+    found = model.generate(input_ids, attention_mask=mask, **arguments)
+    assert slidelora.routing(model).scope.gates is None
     if gate == "sequence":
         weights = slidelora.compute_gates(model, model.get_input_embeddings()(input_ids), mask.bool()).detach()
         with slidelora.gates(model, weights):
             encoded = model.get_encoder()(input_ids, attention_mask=mask)
         with slidelora.gates(model, weights, repeats=options.get("num_beams", 1)):
-            expected = model.generate(attention_mask=mask, encoder_outputs=encoded, **wanted)
+            expected = model.generate(attention_mask=mask, encoder_outputs=encoded, **arguments)
     else:
-        alone = [model.generate(input_ids[i : i + 1], attention_mask=mask[i : i + 1], **wanted) for i in range(3)]
+        alone = [model.generate(input_ids[i : i + 1], attention_mask=mask[i : i + 1], **arguments) for i in range(3)]
         expected = torch.cat(alone)
     assert torch.equal(found, expected)

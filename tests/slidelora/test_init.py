@@ -1,7 +1,15 @@
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
+from types import ModuleType
+
+import pytest
 
 import slidelora
+
+MODULES = [module.name for module in pkgutil.walk_packages(slidelora.__path__, "slidelora.")]
 
 
 def test_import_needs_torch_and_safetensors_only() -> None:
@@ -21,3 +29,12 @@ def test_import_needs_torch_and_safetensors_only() -> None:
 
 def test_public_names_are_callable() -> None:
     assert all(callable(getattr(slidelora, name)) for name in slidelora.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_and_a_function_never_share_a_name(name: str) -> None:
+    module = importlib.import_module(name)
+    parent, _, last = name.rpartition(".")
+    assert isinstance(module, ModuleType) and getattr(importlib.import_module(parent), last) is module
+    assert not inspect.isroutine(getattr(module, last, None))
+    assert last not in slidelora.__all__

@@ -10,8 +10,10 @@ from typing import Any
 
 import peft
 import pytest
+import tiny_hosts
 import torch
-from diffusers import UNet2DConditionModel
+from closeness import assert_close
+from injected_models import is_unchanged, snapshot
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ import slidelora
 from slidelora.peft import SlideLoRAPeftConfig
 
 Make = Callable[..., LlamaForCausalLM]
-# What differs in memory: gates, ranks, groups, frozen experts, and dtypes on a half base.
+# Mixtures that differ in memory: by gates, ranks, groups, frozen experts, and dtypes on a half-precision base.
 MIXTURES: dict[str, dict[str, Any]] = {
     "sequence": {},
     "token": {"gate": "token", "top_k": 1},
@@ -44,18 +46,18 @@ def randomise(model: nn.Module) -> Any:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or ".frozen_" in name:
             nn.init.normal_(parameter, std=0.2)
-    slidelora.freeze(model, slidelora.routing(model).config.frozen)  # pads again what a smaller rank leaves unused
+    slidelora.freeze(model, slidelora.routing(model).config.frozen)  # makes the padding of smaller ranks zero again
     return model
 
 
 @pytest.fixture
 def make_peft(make_base: Make) -> Callable[..., PeftModel]:
-    """A PeftModel with random experts and gate."""
+    """Make a PeftModel with random experts and gate."""
     return lambda **options: randomise(get_peft_model(make_base(), SlideLoRAPeftConfig(**{"r": 4, **options}))).eval()
 
 
 def logits(model: nn.Module, input_ids: Tensor, gates: Any = None) -> Tensor:
-    """Under the model's own gate, or those given."""
+    """The logits under the model's learned gate, if it has one, else under the given gates."""
     with torch.no_grad():
         if slidelora.routing(model).config.gate != "given":
             return model(input_ids=input_ids).logits
@@ -68,16 +70,7 @@ def trained(model: nn.Module) -> set[str]:
     return {name.removeprefix("base_model.model.") for name in names}
 
 
-def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    after = model.state_dict()
-    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def test_the_config_is_that_of_slidelora(tmp_path: Path) -> None:
+def test_the_configuration_is_that_of_slidelora(tmp_path: Path) -> None:
     config = SlideLoRAPeftConfig(
         experts={"text": 2, "shared": 1}, adapter_dtype=torch.float32, r={"text": 2, "shared": 4}
     )
@@ -96,7 +89,7 @@ def test_the_config_is_that_of_slidelora(tmp_path: Path) -> None:
         SlideLoRAPeftConfig(modules_to_save=["lm_head"])
 
 
-def test_get_peft_model_is_inject(make_base: Make, input_ids: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+def test_get_peft_model_equals_inject(make_base: Make, input_ids: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
     base, other = make_base(), make_base()
     before, expected = snapshot(base), base(input_ids).logits
     torch.manual_seed(4)
@@ -104,13 +97,13 @@ def test_get_peft_model_is_inject(make_base: Make, input_ids: Tensor, capsys: py
     torch.manual_seed(4)
     own = slidelora.inject(other, r=4)
     assert torch.equal(model(input_ids).logits, expected)
-    assert same(model.get_base_model(), own.state_dict()) and trained(model) == trained(own)
+    assert is_unchanged(model.get_base_model(), own.state_dict()) and trained(model) == trained(own)
     model.print_trainable_parameters()
     printed = capsys.readouterr().out
     slidelora.print_trainable_parameters(own)
     assert capsys.readouterr().out == printed
     taken_off = model.unload()
-    assert same(taken_off, before) and not hasattr(taken_off, "peft_config")
+    assert is_unchanged(taken_off, before) and not hasattr(taken_off, "peft_config")
     assert all(parameter.requires_grad for parameter in taken_off.parameters())
 
 
@@ -129,28 +122,28 @@ def test_save_and_load(make_base: Make, input_ids: Tensor, tmp_path: Path, mixtu
         base = make_base().to(dtype)
         loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=trainable, low_cpu_mem_usage=low).eval()
         assert torch.equal(logits(loaded, input_ids), expected)
-        assert same(loaded, snapshot(model))
+        assert is_unchanged(loaded, snapshot(model))
         assert trained(loaded) == (trained(model) if trainable else set())
     again = make_base().to(dtype)
     again.load_adapter(tmp_path, is_trainable=True)
-    assert same(again, snapshot(model.get_base_model())) and trained(again) == trained(model)
+    assert is_unchanged(again, snapshot(model.get_base_model())) and trained(again) == trained(model)
     assert torch.equal(logits(again.eval(), input_ids), expected)
 
 
-def test_names_and_dtypes_are_the_model_s(make_base: Make, tmp_path: Path) -> None:
-    model = get_peft_model(make_base(), SlideLoRAPeftConfig(r=4), "q_proj")  # a name that modules have too
+def test_names_and_dtypes_come_from_the_model(make_base: Make, tmp_path: Path) -> None:
+    model = get_peft_model(make_base(), SlideLoRAPeftConfig(r=4), "q_proj")  # modules have this name, too
     model.save_pretrained(tmp_path)
     path = tmp_path / "q_proj" / "adapter_model.safetensors"
     stored = load_file(path)
     assert set(stored) == {f"base_model.model.{name}" for name in trained(model)}
     save_file({name: tensor.double() for name, tensor in stored.items()}, path)
     loaded = PeftModel.from_pretrained(make_base(), path.parent, low_cpu_mem_usage=True)
-    assert same(loaded, model.state_dict()) and {parameter.dtype for parameter in loaded.parameters()} == {
+    assert is_unchanged(loaded, model.state_dict()) and {parameter.dtype for parameter in loaded.parameters()} == {
         torch.float32
     }
 
 
-def test_what_freeze_and_add_expert_made_of_it_is_saved(
+def test_changes_by_freeze_and_add_expert_are_saved(
     make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path
 ) -> None:
     model = make_peft()
@@ -168,7 +161,7 @@ def test_what_freeze_and_add_expert_made_of_it_is_saved(
     assert second.peft_config["default"].to_dict()["frozen"] == [] == config.to_dict()["frozen"]
 
 
-def test_one_layout_for_peft_and_transformers(
+def test_peft_and_transformers_share_one_layout(
     make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path
 ) -> None:
     make_base().save_pretrained(tmp_path / "base")
@@ -187,7 +180,7 @@ def test_one_layout_for_peft_and_transformers(
     assert torch.equal(slidelora.load_pretrained(make_base(), tmp_path / "own")(input_ids).logits, expected)
 
 
-def test_disabled_is_the_base_model(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+def test_a_disabled_adapter_leaves_the_base_model(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
     base, model = make_base()(input_ids).logits, make_peft(frozen=["text"])
     expected, trains = model(input_ids).logits, trained(model)
     assert model.get_model_status().enabled is True
@@ -221,21 +214,17 @@ def test_generate(make_base: Make, make_peft: Any, make_model: Make, input_ids: 
             assert torch.equal(model.generate(**options), model.generate(**options, use_cache=False))
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet() -> nn.Module:
     torch.manual_seed(1)
-    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
-    sizes = {"block_out_channels": [32], "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 8}
-    return UNet2DConditionModel(sample_size=8, **sizes, **blocks).eval()
+    return tiny_hosts.unet()[0].eval()
 
 
-def denoise(unet: UNet2DConditionModel, **options: Any) -> Tensor:
-    inputs = torch.Generator().manual_seed(5)
-    latents, context = torch.randn(2, 4, 8, 8, generator=inputs), torch.randn(2, 5, 16, generator=inputs)
+def denoise(unet: nn.Module, **options: Any) -> Tensor:
     with torch.no_grad():
-        return unet(latents, 7, encoder_hidden_states=context, **options).sample
+        return unet(**tiny_hosts.unet()[1], **options).sample
 
 
-def test_a_unet_of_diffusers(tmp_path: Path) -> None:
+def test_a_unet(tmp_path: Path) -> None:
     config = SlideLoRAPeftConfig(r=2, gate="given", target_modules=["to_q", "to_v"])
     unet = make_unet()
     base = denoise(unet)
@@ -258,7 +247,7 @@ def test_a_unet_of_diffusers(tmp_path: Path) -> None:
         assert torch.equal(denoise(again), expected)
 
 
-def test_a_unet_s_scale_is_its_gates() -> None:
+def test_a_unet_refuses_a_scale() -> None:
     unet = make_unet()
     unet.add_adapter(SlideLoRAPeftConfig(r=2, gate="given", target_modules=["to_q", "to_v"]))
     randomise(unet)
@@ -284,35 +273,38 @@ def test_merge_and_unload(make_base: Make, make_peft: Any, input_ids: Tensor) ->
     with slidelora.gates(model, "text"):
         expected = model(input_ids).logits
     merged = model.merge_and_unload(gates="text")
-    torch.testing.assert_close(merged(input_ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert_close(merged(input_ids).logits, expected)
     assert merged.state_dict().keys() == make_base().state_dict().keys() and not hasattr(merged, "peft_config")
 
 
-@pytest.mark.parametrize("way", ["add", "load", "inject", "lora", "onto lora"])
-def test_a_second_adapter_is_refused(make_base: Make, make_peft: Any, tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("second", ["add", "load", "inject", "lora", "onto lora"])
+def test_a_second_adapter_is_refused(make_base: Make, make_peft: Any, tmp_path: Path, second: str) -> None:
     config = SlideLoRAPeftConfig(r=4)
-    model = make_peft() if way in ("add", "load") else make_base()
-    if way == "inject":
+    model = make_peft() if second in ("add", "load") else make_base()
+    if second == "inject":
         model.add_adapter(config)
-    elif way in ("lora", "onto lora"):
+    elif second in ("lora", "onto lora"):
         model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "lora")
-    elif way == "load":
+    elif second == "load":
         model.save_pretrained(tmp_path)
     before, trains, adapters = snapshot(model), trained(model), set(model.peft_config)
-    with pytest.raises(ValueError, match=r"the model has adapters \['(default|lora)'\], expected none beside"):
-        if way == "load":
+    with pytest.raises(
+        ValueError,
+        match=r"the model has adapters \['(default|lora)'\], expected none, since a Slide-LoRA is the only one",
+    ):
+        if second == "load":
             model.load_adapter(tmp_path, "other")
-        elif way == "onto lora":
+        elif second == "onto lora":
             get_peft_model(model, config)
-        elif way == "add":
+        elif second == "add":
             model.add_adapter("other", config)
         else:
             model.add_adapter(config, "other")
-    assert same(model, before) and trained(model) == trains and set(model.peft_config) == adapters
+    assert is_unchanged(model, before) and trained(model) == trains and set(model.peft_config) == adapters
 
 
 @pytest.mark.parametrize("off", [lambda model: slidelora.merge(model, gates="text"), slidelora.remove])
-def test_an_adapter_that_is_not_there_is_not_saved(make_peft: Any, tmp_path: Path, off: Any) -> None:
+def test_a_merged_or_removed_adapter_is_not_saved(make_peft: Any, tmp_path: Path, off: Any) -> None:
     model = make_peft()
     off(model)
     with pytest.raises(ValueError, match=r"slidelora\.unmerge|holds 0 injected models"):
@@ -320,7 +312,7 @@ def test_an_adapter_that_is_not_there_is_not_saved(make_peft: Any, tmp_path: Pat
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_samples_choose_by_gates_not_by_adapter_names(make_peft: Any, input_ids: Tensor) -> None:
+def test_adapter_names_are_refused(make_peft: Any, input_ids: Tensor) -> None:
     model = make_peft(task_type="CAUSAL_LM")
     expected = model(input_ids=input_ids).logits
     for call in (model, model.generate):
@@ -329,15 +321,15 @@ def test_samples_choose_by_gates_not_by_adapter_names(make_peft: Any, input_ids:
     assert torch.equal(model(input_ids=input_ids).logits, expected)
 
 
-def test_what_cannot_be_is_named(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+def test_other_bad_calls_are_named(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
     base = make_base()
     before = snapshot(base)
     with pytest.raises(ValueError, match="matches no module"):
         get_peft_model(base, SlideLoRAPeftConfig(target_modules=["query"]))
     for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        with pytest.raises(ValueError, match=f"task_type is '{task}', under which PEFT trains"):
+        with pytest.raises(ValueError, match=f"task_type is '{task}', for which PEFT trains"):
             get_peft_model(base, SlideLoRAPeftConfig(task_type=task))
-    assert same(base, before) and not hasattr(base, "peft_config")
+    assert is_unchanged(base, before) and not hasattr(base, "peft_config")
     model = make_peft()
     expected = model(input_ids).logits
     with pytest.raises(ValueError, match=r"'default' is the model's only one, expected unload\(\)"):
@@ -359,7 +351,7 @@ def test_what_cannot_be_is_named(make_base: Make, make_peft: Any, input_ids: Ten
         (lambda stored, key: stored.update({key: torch.ones(3, 4)}), r"shape \(3, 4\), expected \(12, 32\)"),
     ],
 )
-def test_files_that_do_not_fit_load_nothing(make_peft: Any, tmp_path: Path, change: Any, message: str) -> None:
+def test_a_file_that_does_not_fit_loads_nothing(make_peft: Any, tmp_path: Path, change: Any, message: str) -> None:
     model = make_peft()
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -369,10 +361,10 @@ def test_files_that_do_not_fit_load_nothing(make_peft: Any, tmp_path: Path, chan
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path, "default")
-    assert same(model, before)
+    assert is_unchanged(model, before)
 
 
-def test_copies_pickles_and_the_base_s_weights(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+def test_copies_and_the_weights_of_the_base(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
     model = make_peft(frozen=["text"])
     expected = model(input_ids).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -398,7 +390,7 @@ def test_activation_checkpointing_is_exact(make_peft: Any, input_ids: Tensor) ->
     assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items()) and grads[0]
 
 
-def test_another_peft_is_named() -> None:
+def test_another_version_of_peft_is_named() -> None:
     code = (
         "from peft.tuners.tuners_utils import BaseTuner\n"
         "del BaseTuner._remap_adapter_state_dict_for_load\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from PIL import Image
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -15,7 +16,7 @@ import slidelora
 Make = Callable[..., LlamaForCausalLM]
 
 
-def test_token_gates_by_layer_and_by_token(make_model: Make, input_ids: Tensor, tmp_path: Path) -> None:
+def test_panels_of_token_gates(make_model: Make, input_ids: Tensor, tmp_path: Path) -> None:
     model = make_model(experts=["text", "image", "shared"], gate="token", top_k=1)
     mask = torch.ones_like(input_ids)
     mask[1, :3] = 0
@@ -24,24 +25,24 @@ def test_token_gates_by_layer_and_by_token(make_model: Make, input_ids: Tensor, 
     assert Image.open(tmp_path / "routing.png").size[0] > 600
     weights = slidelora.routing(model).weights
     layers, tokens = figure.axes[:2]
-    heat = np.asarray(layers.images[0].get_array())
-    assert heat.shape == (14, 3)
+    means = np.asarray(layers.images[0].get_array())
+    assert means.shape == (14, 3)
     expected = weights["model.layers.1.mlp.up_proj"][mask.bool()].mean(0)
     row = list(weights).index("model.layers.1.mlp.up_proj")
-    np.testing.assert_allclose(heat[row], expected.detach(), rtol=1e-6)
+    assert_close(torch.tensor(means[row]), expected, 1e-6)
     assert [label.get_text() for label in layers.get_yticklabels()][row] == "1.mlp.up_proj"
     assert [label.get_text() for label in layers.get_xticklabels()] == ["text", "image", "shared"]
-    picture = np.asarray(tokens.images[0].get_array())
-    assert picture.shape[:2] == (14, 9) and (picture[:, :3] == 1).all()  # padding is white
+    colours = np.asarray(tokens.images[0].get_array())
+    assert colours.shape[:2] == (14, 9) and (colours[:, :3] == 1).all()  # padding is white
     chosen = weights["model.layers.1.mlp.up_proj"][1, 3:, :2].argmax(-1)
-    blue = picture[row, 3:, 2] > picture[row, 3:, 0]  # text is blue, image orange
+    blue = colours[row, 3:, 2] > colours[row, 3:, 0]  # text is blue, image orange
     assert blue.tolist() == (chosen == 0).tolist() and len(set(blue.tolist())) == 2
     assert [text.get_text() for text in tokens.get_legend().get_texts()] == ["text", "image"]
     with pytest.raises(ValueError, match="sample is 3, expected 0 to 2"):
         slidelora.plot_routing(model, sample=3)
 
 
-def test_layers_that_see_other_things() -> None:
+def test_the_token_panel_leaves_out_layers_with_other_tokens() -> None:
     class Two(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -59,25 +60,28 @@ def test_layers_that_see_other_things() -> None:
     assert len(layers.get_yticklabels()) == 3
     assert [label.get_text() for label in tokens.get_yticklabels()] == ["block.0", "other"]
     model(x, pooled=True)
-    assert [axes.get_title() for axes in slidelora.plot_routing(model).axes] == ["mean weight", ""]  # and its scale
+    assert [axes.get_title() for axes in slidelora.plot_routing(model).axes] == [
+        "mean weight",
+        "",
+    ]  # the second one is the colour bar
 
 
-def test_gates_of_samples_and_given_by_token(make_model: Make, input_ids: Tensor) -> None:
+def test_panel_of_other_gates(make_model: Make, input_ids: Tensor) -> None:
     model = make_model()
     with pytest.raises(ValueError, match="no gate ran yet"):
         slidelora.plot_routing(model)
     model(input_ids)
-    heat = slidelora.plot_routing(model).axes[0].images[0].get_array()
-    np.testing.assert_allclose(heat, slidelora.routing(model).weights.detach(), rtol=1e-6)
+    heatmap = np.asarray(slidelora.plot_routing(model).axes[0].images[0].get_array())
+    assert_close(torch.tensor(heatmap), slidelora.routing(model).weights, 1e-6)
     weights = torch.rand(3, 9, 3)
     with slidelora.gates(model, weights):
         model(input_ids)
     axes = slidelora.plot_routing(model, sample=2).axes[0]
-    np.testing.assert_allclose(axes.images[0].get_array(), weights[2], rtol=1e-6)
+    assert_close(torch.tensor(np.asarray(axes.images[0].get_array())), weights[2], 1e-6)
     assert axes.get_ylabel() == "token"
 
 
-def test_matplotlib_is_asked_for_only_here() -> None:
+def test_only_a_plot_imports_matplotlib() -> None:
     code = (
         "import sys, torch, slidelora\n"
         "sys.modules['matplotlib.figure'] = None\n"

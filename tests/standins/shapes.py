@@ -1,4 +1,4 @@
-"""Runs a model on the meta device, where tensors are shapes alone, but for those that follow from given values."""
+"""Run a model on the meta device, where tensors have shapes only, except those that follow from known values."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ _ATEN = torch.ops.aten
 
 
 class Shapes(TorchDispatchMode):
-    """Token ids, masks and time steps keep their values, so that branches and shapes may depend on them.
+    """Keep the values of token ids, masks and time steps, so that branches and shapes may depend on them.
 
-    What depends on weights has no value: asked for one, it says 0.
+    A tensor that depends on weights has no value; its `item()` is 0.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._values = WeakIdKeyDictionary()  # from meta tensors to what they stand for
+        self._values = WeakIdKeyDictionary()  # meta tensor -> its value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         known = bool(tensors) and all(t.device.type != "meta" or t in self._values for t in tensors)
-        if known and (any(t.device.type == "meta" for t in tensors) or _to_meta(kwargs)):
+        if known and (any(t.device.type == "meta" for t in tensors) or _wants_meta(kwargs)):
             return self._follow(func, args, kwargs)
         if func.name() == "aten::_local_scalar_dense" and not known:  # a tensor as a Python number
             return 0.0 if args[0].dtype.is_floating_point else 0
         if func is _ATEN.index.Tensor:
-            args = (args[0], [place for index in args[1] for place in self._places(index)], *args[2:])
+            args = (args[0], [each for index in args[1] for each in self._indices(index)], *args[2:])
         return func(*args, **kwargs)
 
     def _follow(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The operation on values; its results are on the meta device, their values kept."""
+        """Run the operation on values; return meta tensors and remember the values of the results."""
 
         def value(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 return self._values[leaf]
             return torch.device("cpu") if leaf == torch.device("meta") else leaf
 
-        given = tree_map(value, (args, kwargs))
-        found = func(*given[0], **given[1])
-        changed = {id(v): a for v, a in zip(given[0], args) if isinstance(a, Tensor)}
+        values = tree_map(value, (args, kwargs))
+        results = func(*values[0], **values[1])
+        changed = {id(v): a for v, a in zip(values[0], args) if isinstance(a, Tensor)}
 
-        def stand_in(leaf: Any) -> Any:
+        def to_meta(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             if id(leaf) in changed:  # in place
@@ -57,14 +57,14 @@ class Shapes(TorchDispatchMode):
             self._values[empty] = leaf
             return empty
 
-        return tree_map(stand_in, found)
+        return tree_map(to_meta, results)
 
-    def _places(self, index: Any) -> list[Any]:
-        """A mask as the places that it lets through, as many as there are."""
+    def _indices(self, index: Any) -> list[Any]:
+        """Replace a mask with a known value by the indices where it is true."""
         if not isinstance(index, Tensor) or index.dtype is not torch.bool or index not in self._values:
             return [index]
-        return [places.to("meta") for places in self._values[index].nonzero(as_tuple=True)]
+        return [indices.to("meta") for indices in self._values[index].nonzero(as_tuple=True)]
 
 
-def _to_meta(kwargs: Any) -> bool:
+def _wants_meta(kwargs: Any) -> bool:
     return kwargs.get("device") == torch.device("meta")

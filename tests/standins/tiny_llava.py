@@ -1,4 +1,4 @@
-"""A Llava of 26 thousand weights that learns by heart what to say to two pictures, in the layout of transformers."""
+"""A Llava of 26 thousand weights that memorises a caption for each of two images, in the layout of transformers."""
 
 import string
 from pathlib import Path
@@ -29,7 +29,7 @@ def sign(color: str) -> Image.Image:
 
 
 def write(folder: Path) -> None:
-    """Trains it and saves it; a fraction of what a test may take."""
+    """Train the model and save it, in about a second."""
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     vocab = {token: i for i, token in enumerate([*specials, *string.printable])}
     characters = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

@@ -3,26 +3,19 @@
 import torch
 from torch import Tensor
 
+from slidelora.ops.mixture import Mixture
 
-def gated_lora(
-    base: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gates: Tensor,
-    r: int,
-    scaling: float,
-    experts: Tensor | None,
-) -> Tensor:
-    """See `slidelora.ops.gated_lora`; computed in fp32 or above, rounded once."""
+
+def gated_lora(base: Tensor, x: Tensor, mixture: Mixture) -> Tensor:
+    """Compute `slidelora.ops.gated_lora` in fp32 or above and round once."""
     dtype = torch.promote_types(base.dtype, torch.float32)
-    count = lora_A.shape[0] // r
+    lora_A, lora_B, gates, rank, scaling, experts = mixture
     if experts is not None:
-        dense = gates.new_zeros(gates.shape[0], count)
+        dense = gates.new_zeros(gates.shape[0], mixture.num_experts)
         gates = dense.scatter_add(1, experts.expand(gates.shape[0], -1), gates)
     y = base.to(dtype)
-    for gate, A, B in zip(gates.unbind(1), lora_A.to(dtype).split(r), lora_B.to(dtype).split(r)):
-        mixed = x.to(dtype) @ A.T @ B  # (..., d_out)
-        of_token = gate.to(dtype).repeat_interleave(mixed[..., 0].numel() // max(len(gate), 1))
-        y = y + scaling * of_token.view(*x.shape[:-1], 1) * mixed
+    for gate, A, B in zip(gates.unbind(1), lora_A.to(dtype).split(rank), lora_B.to(dtype).split(rank)):
+        output = x.to(dtype) @ A.T @ B  # (..., d_out)
+        by_token = gate.to(dtype).repeat_interleave(output[..., 0].numel() // max(len(gate), 1))
+        y = y + scaling * by_token.view(*x.shape[:-1], 1) * output
     return y.to(base.dtype)

@@ -1,7 +1,7 @@
-"""gated_lora in rank space, in plain torch: experts stacked, one shrink, one expand, and a backward of its own.
+"""gated_lora in plain torch, in rank space: two products with the stacked experts, and a backward of its own.
 
-What it saves for backward is the input x, which the caller holds already, and h = x A^T of (T, E * r); no tensor of
-(T, E, d_out) exists. The gate multiplies h, not the output, as it may: it does not depend on d_out.
+The backward needs the input x, which the caller holds already, and h = x A^T of shape (T, E * r). No tensor of shape
+(T, E, d_out) exists. The gates multiply h instead of the output, because they do not depend on d_out.
 """
 
 from typing import Any
@@ -10,66 +10,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slidelora.ops.mixture import Mixture
 
-def gated_lora(
-    base: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gates: Tensor,
-    r: int,
-    scaling: float,
-    experts: Tensor | None,
-    overwrite_base: bool,
-) -> Tensor:
-    """See `slidelora.ops.gated_lora`; computed in base's dtype, the gates applied in theirs."""
+
+def gated_lora(base: Tensor, x: Tensor, mixture: Mixture, overwrite_base: bool) -> Tensor:
+    """Compute `slidelora.ops.gated_lora` in the dtype of base; the gates multiply in their own dtype."""
     if not torch.is_grad_enabled():
-        return _mix(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)[0]
-    y: Tensor = _GatedLoRA.apply(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)
+        return _forward(base, x, mixture, overwrite_base)[0]
+    y: Tensor = _GatedLoRA.apply(base, x, overwrite_base, *mixture)  # autograd sees no tensors inside a tuple
     return y
 
 
-def _mix(
-    base: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gates: Tensor,
-    r: int,
-    scaling: float,
-    experts: Tensor | None,
-    overwrite_base: bool,
-) -> tuple[Tensor, Tensor]:
-    """The output, and h = x A^T: (T, n), or (B, T / B, n) where each sample has its experts."""
-    groups = 1 if experts is None else experts.shape[0]
-    A, B = (_rows(weight.to(base.dtype), r, experts) for weight in (lora_A, lora_B))
+def _forward(base: Tensor, x: Tensor, mixture: Mixture, overwrite_base: bool) -> tuple[Tensor, Tensor]:
+    """Return the output and h = x A^T: (T, n), or (B, T / B, n) where each sample has its own experts."""
+    groups = _groups(mixture)
+    A, B = (_active_rows(weight.to(base.dtype), mixture) for weight in (mixture.lora_A, mixture.lora_B))
     h = _grouped(x, base.dtype, groups) @ A.mT
-    weighted = _weigh(h, gates, r, scaling)
+    gated = _gate(h, mixture)
     rows = _grouped(base, base.dtype, groups)
     if overwrite_base and base.is_contiguous():
-        rows.addmm_(weighted, B) if groups == 1 else rows.baddbmm_(weighted, B)
+        rows.addmm_(gated, B) if groups == 1 else rows.baddbmm_(gated, B)
         return base, h
-    y = torch.addmm(rows, weighted, B) if groups == 1 else torch.baddbmm(rows, weighted, B)
+    y = torch.addmm(rows, gated, B) if groups == 1 else torch.baddbmm(rows, gated, B)
     return y.view(base.shape), h
 
 
 class _GatedLoRA(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        base: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        gates: Tensor,
-        r: int,
-        scaling: float,
-        experts: Tensor | None,
-        overwrite_base: bool,
-    ) -> Tensor:
-        y, h = _mix(base, x, lora_A, lora_B, gates, r, scaling, experts, overwrite_base)
-        ctx.save_for_backward(x, lora_A, lora_B, gates, experts, h)
-        ctx.r, ctx.scaling = r, scaling
+    def forward(ctx: Any, base: Tensor, x: Tensor, overwrite_base: bool, *fields: Any) -> Tensor:
+        mixture = Mixture(*fields)
+        y, h = _forward(base, x, mixture, overwrite_base)
+        ctx.save_for_backward(x, mixture.lora_A, mixture.lora_B, mixture.gates, mixture.experts, h)
+        ctx.rank, ctx.scaling = mixture.rank, mixture.scaling
         if y is base:
             ctx.mark_dirty(base)
         return y
@@ -78,59 +50,63 @@ class _GatedLoRA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, gates, experts, h = ctx.saved_tensors
-        r, scaling = ctx.r, ctx.scaling
-        needs_base, needs_x, needs_A, needs_B, needs_gates = ctx.needs_input_grad[:5]
-        groups = 1 if experts is None else experts.shape[0]
-        dy_rows = _grouped(dy, dy.dtype, groups)
+        mixture = Mixture(lora_A, lora_B, gates, ctx.rank, ctx.scaling, experts)
+        needs_base, needs_x, _, needs_A, needs_B, needs_gates = ctx.needs_input_grad[:6]
+        dy_rows = _grouped(dy, dy.dtype, _groups(mixture))
         dx = dA = dB = dgates = None
         if needs_B:
-            dB = _expert_rows(_weigh(h, gates, r, scaling).mT @ dy_rows, lora_B, r, experts)
+            dB = _scatter_rows(_gate(h, mixture).mT @ dy_rows, lora_B, mixture)
         if needs_x or needs_A or needs_gates:
-            u = dy_rows @ _rows(lora_B.to(dy.dtype), r, experts).mT  # (T, n)
+            u = dy_rows @ _active_rows(lora_B.to(dy.dtype), mixture).mT  # (T, n)
             if needs_gates:
                 product = u.to(gates.dtype) * h
-                per_sample = product.reshape(*_by_sample(product, gates, r)).sum((1, 3))  # (1 or B, E)
-                dgates = (per_sample * scaling).to(gates.dtype)
-            dh = _weigh(u, gates, r, scaling)
+                sums = product.reshape(*_by_sample(product, mixture)).sum((1, 3))  # (1 or B, E)
+                dgates = (sums * ctx.scaling).to(gates.dtype)
+            dh = _gate(u, mixture)
             if needs_x:
-                dx = (dh @ _rows(lora_A.to(dy.dtype), r, experts)).view(x.shape).to(x.dtype)
+                dx = (dh @ _active_rows(lora_A.to(dy.dtype), mixture)).view(x.shape).to(x.dtype)
             if needs_A:
-                dA = _expert_rows(dh.mT @ _grouped(x, dy.dtype, groups), lora_A, r, experts)
-        return dy if needs_base else None, dx, dA, dB, dgates, None, None, None, None
+                dA = _scatter_rows(dh.mT @ _grouped(x, dy.dtype, _groups(mixture)), lora_A, mixture)
+        return dy if needs_base else None, dx, None, dA, dB, dgates, None, None, None
+
+
+def _groups(mixture: Mixture) -> int:
+    """Count the groups of tokens that share their active experts: one, or one per sample."""
+    return 1 if mixture.experts is None else mixture.experts.shape[0]
 
 
 def _grouped(tensor: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
-    """(..., d) -> (T, d) for one group, (groups, T / groups, d) for one a sample."""
+    """Reshape (..., d) to (T, d) for one group, or to (groups, T / groups, d)."""
     rows = tensor.to(dtype).reshape(-1, tensor.shape[-1])
     return rows if groups == 1 else rows.view(groups, rows.shape[0] // max(groups, 1), rows.shape[1])
 
 
-def _rows(weight: Tensor, r: int, experts: Tensor | None) -> Tensor:
-    """(E * r, d) -> the rows that act: all, (K * r, d) where samples agree, (B, K * r, d) where each has its own."""
-    if experts is None:
+def _active_rows(weight: Tensor, mixture: Mixture) -> Tensor:
+    """Take the active experts' rows of a weight (E * r, d): all, (K * r, d), or (B, K * r, d) for each sample."""
+    if mixture.experts is None:
         return weight
-    rows = weight.view(-1, r, weight.shape[1])[experts].flatten(1, 2)  # (1 or B, K * r, d)
-    return rows[0] if experts.shape[0] == 1 else rows
+    rows = weight.view(-1, mixture.rank, weight.shape[1])[mixture.experts].flatten(1, 2)  # (1 or B, K * r, d)
+    return rows[0] if _groups(mixture) == 1 else rows
 
 
-def _expert_rows(gradient: Tensor, weight: Tensor, r: int, experts: Tensor | None) -> Tensor:
-    """The inverse of `_rows` for gradients: summed over samples in a fixed order, exact zeros for what did not act."""
+def _scatter_rows(gradient: Tensor, weight: Tensor, mixture: Mixture) -> Tensor:
+    """Put the gradient of `_active_rows` at the weight's rows: samples add up in a fixed order, other rows are 0."""
+    experts, count = mixture.experts, mixture.num_experts
     if experts is None:
         return gradient.to(weight.dtype)
-    blocks = gradient.reshape(-1, r * weight.shape[1]).to(weight.dtype)  # (K or B * K, r * d)
-    count = weight.shape[0] // r
+    blocks = gradient.reshape(-1, mixture.rank * weight.shape[1]).to(weight.dtype)  # (K or B * K, r * d)
     if experts.shape[0] == 1:
         return torch.zeros_like(weight).view(count, -1).index_copy(0, experts[0], blocks).view(weight.shape)
     chosen = experts.flatten() == torch.arange(count, device=experts.device)[:, None]  # (E, B * K)
     return (chosen.to(weight.dtype) @ blocks).view(weight.shape)
 
 
-def _by_sample(h: Tensor, gates: Tensor, r: int) -> tuple[int, int, int, int]:
-    samples, slots = gates.shape
-    return samples, h.numel() // max(samples * slots * r, 1), slots, r
+def _by_sample(h: Tensor, mixture: Mixture) -> tuple[int, int, int, int]:
+    samples, slots = mixture.gates.shape
+    return samples, h.numel() // max(samples * slots * mixture.rank, 1), slots, mixture.rank
 
 
-def _weigh(h: Tensor, gates: Tensor, r: int, scaling: float) -> Tensor:
-    """h with each expert's r columns times scaling and its gate, in the gates' precision, then in h's dtype."""
-    factors = (gates if scaling == 1 else gates * scaling)[:, None, :, None]  # (1 or B, 1, K, 1)
-    return (h.view(_by_sample(h, gates, r)) * factors).to(h.dtype).view(h.shape)
+def _gate(h: Tensor, mixture: Mixture) -> Tensor:
+    """Multiply each expert's r columns of h by scaling and gate, in the dtype of the gates, and round to that of h."""
+    gates = mixture.gates if mixture.scaling == 1 else mixture.gates * mixture.scaling
+    return (h.view(_by_sample(h, mixture)) * gates[:, None, :, None]).to(h.dtype).view(h.shape)

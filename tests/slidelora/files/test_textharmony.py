@@ -4,23 +4,20 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import relative_error
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 Make = Callable[..., LlamaForCausalLM]
 KEY = "mm_decoder.layers.0.self_attn.q_proj.lora_moe_A.default"
 
 
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one - other).norm().item() / other.norm().item()
-
-
-def released(base: LlamaForCausalLM, r: int = 5) -> dict[str, torch.Tensor]:
-    """A checkpoint in the released layout for a tiny Llama, with keys of other parts of the system."""
+def released(base: LlamaForCausalLM, r: int = 5) -> dict[str, Tensor]:
+    """Make a checkpoint in the released layout for a tiny Llama, with keys of other parts of the system."""
     generator = torch.Generator().manual_seed(7)
     tensors = {"text_decoder.head.weight": torch.zeros(2, 2), "soi_token": torch.zeros(1, 32)}
     for index, layer in enumerate(base.model.layers):
@@ -32,24 +29,24 @@ def released(base: LlamaForCausalLM, r: int = 5) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_released(tensors: dict[str, torch.Tensor], directory: Path, kind: str) -> Path | list[Path]:
+def write_released(tensors: dict[str, Tensor], directory: Path, kind: str) -> Path | list[Path]:
     names = sorted(tensors)
     if kind == "safetensors":
         save_file(tensors, directory / "model.safetensors")
         return directory / "model.safetensors"
-    if kind == "pieces":
-        paths = [directory / f"model-{piece}.bin" for piece in range(3)]
-        for piece, path in enumerate(paths):
-            torch.save({name: tensors[name] for name in names[piece::3]}, path)
+    if kind == "three files":
+        paths = [directory / f"model-{part}.bin" for part in range(3)]
+        for part, path in enumerate(paths):
+            torch.save({name: tensors[name] for name in names[part::3]}, path)
         return paths
     torch.save(tensors, directory / "model.pt", _use_new_zipfile_serialization=kind == "pickle")
     return directory / "model.pt"
 
 
-@pytest.mark.parametrize("kind", ["pickle", "old pickle", "pieces", "safetensors"])
+@pytest.mark.parametrize("kind", ["pickle", "old pickle", "three files", "safetensors"])
 @pytest.mark.parametrize("part", ["LlamaForCausalLM", "LlamaModel"])
-def test_the_released_layout_comes_in(
-    make_base: Make, input_ids: torch.Tensor, tmp_path: Path, kind: str, part: str
+def test_import_equals_the_released_formula(
+    make_base: Make, input_ids: Tensor, tmp_path: Path, kind: str, part: str
 ) -> None:
     tensors = released(make_base())
     model = make_base() if part == "LlamaForCausalLM" else make_base().model
@@ -68,19 +65,17 @@ def test_the_released_layout_comes_in(
                 layer.self_attn.get_submodule(name).weight.data += delta
         with slidelora.gates(model, modality):
             hidden = getattr(model, "model", model)(input_ids).last_hidden_state
-        assert difference(hidden, truth(input_ids).last_hidden_state) < 1e-5
-        assert difference(make_base().model(input_ids).last_hidden_state, hidden) > 0.1
+        assert relative_error(hidden, truth(input_ids).last_hidden_state) < 1e-5
+        assert relative_error(make_base().model(input_ids).last_hidden_state, hidden) > 0.1
 
 
-def test_missing_keys_of_the_released_layout_are_reported(
-    make_base: Make, input_ids: torch.Tensor, tmp_path: Path
-) -> None:
+def test_missing_keys_are_reported(make_base: Make, input_ids: Tensor, tmp_path: Path) -> None:
     tensors = released(make_base())
     missing = [f"mm_decoder.layers.1.self_attn.q_proj.lora_moe_{factor}.default" for factor in "AB"]
-    lone = "mm_decoder.layers.0.self_attn.v_proj.lora_moe_B.default"
-    torch.save({key: tensor for key, tensor in tensors.items() if key not in (*missing, lone)}, tmp_path / "model.pt")
+    single = "mm_decoder.layers.0.self_attn.v_proj.lora_moe_B.default"
+    torch.save({key: tensor for key, tensor in tensors.items() if key not in (*missing, single)}, tmp_path / "model.pt")
     model = make_base()
-    assert slidelora.import_textharmony(model, tmp_path / "model.pt").missing == [lone, *missing]
+    assert slidelora.import_textharmony(model, tmp_path / "model.pt").missing == [single, *missing]
     plain = make_base()
     x = torch.randn(2, 3, 32)
     with slidelora.gates(model, "text"):
@@ -97,7 +92,7 @@ class Opens:
     ("change", "message"),
     [
         (lambda tensors: tensors.clear(), "has none of mm_decoder.* and 15 more"),
-        (lambda tensors: tensors.update(Q=Opens()), "is no whole checkpoint"),
+        (lambda tensors: tensors.update(Q=Opens()), "is not a complete checkpoint"),
         (lambda tensors: tensors.update({KEY: [1]}), r"has \[1\] under mm_decoder"),
         (lambda tensors: tensors.update({KEY: torch.ones(3, 2)}), r"has torch.float32 of shape \(3, 2\) under"),
         (lambda tensors: tensors.update({KEY: torch.ones(3, 32, 5, dtype=torch.long)}), "has torch.int64 of shape"),
@@ -106,7 +101,7 @@ class Opens:
         (lambda tensors: tensors.update({KEY: torch.ones(3, 32, 6)}), r"\(3, 32, 6\), expected \(3, 32, 5\)"),
     ],
 )
-def test_a_released_file_that_does_not_fit(
+def test_a_file_that_does_not_fit(
     make_base: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -120,21 +115,21 @@ def test_a_released_file_that_does_not_fit(
 
 
 @pytest.mark.parametrize("kind", ["pickle", "old pickle", "safetensors"])
-def test_a_released_file_that_is_cut_off(make_base: Make, tmp_path: Path, kind: str) -> None:
+def test_a_truncated_file(make_base: Make, tmp_path: Path, kind: str) -> None:
     path = write_released(released(make_base()), tmp_path, kind)
     assert isinstance(path, Path)
     content = path.read_bytes()
     for length in (0, 1, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=f"{path.name} is no whole checkpoint"):
+        with pytest.raises(ValueError, match=f"{path.name} is not a complete checkpoint"):
             slidelora.import_textharmony(make_base(), path)
 
 
-def test_other_bad_released_imports_are_named(make_base: Make, tmp_path: Path) -> None:
+def test_other_bad_imports_are_named(make_base: Make, tmp_path: Path) -> None:
     torch.save(released(make_base()), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"has mm_decoder.*, which another of the pieces has too"):
+    with pytest.raises(ValueError, match=r"has mm_decoder.*, which another file has, too"):
         slidelora.import_textharmony(make_base(), [tmp_path / "model.pt"] * 2)
-    with pytest.raises(FileNotFoundError, match="nowhere is no file"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a file"):
         slidelora.import_textharmony(make_base(), tmp_path / "nowhere")
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel has .* under \[\], expected them under one name"):

@@ -6,19 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import relative_error
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 Make = Callable[..., LlamaForCausalLM]
 EXPERTS = ["text", "image", "shared"]
 GATES = {"text": 0.7, "shared": -0.45}
-SIZES = {  # of Llama's layers
+SIZES = {  # for the layers of a Llama
     "uniform": {"r": 4, "lora_alpha": 6},
     "differing": {
         "r": {"text": 2, "image": 3, "shared": 5},
@@ -28,10 +29,6 @@ SIZES = {  # of Llama's layers
         "use_rslora": True,
     },
 }
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one - other).norm().item() / other.norm().item()
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -54,55 +51,43 @@ def make_gpt2() -> GPT2LMHeadModel:
 def make_unet() -> UNet2DConditionModel:
     torch.manual_seed(1)
     return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        use_linear_projection=True,
-    ).eval()
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4, use_linear_projection=True,
+    ).eval()  # fmt: skip
 
 
-def denoise(unet: nn.Module) -> torch.Tensor:
+def denoise(unet: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     latents, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 12, generator=generator)
     return unet(latents, torch.tensor([3, 900]), encoder_hidden_states=context).sample
 
 
 def load_peft(base: nn.Module, path: Path) -> nn.Module:
-    """With every warning an error: of a key that is missing, or a field that does not fit."""
+    """Load with PEFT; a warning about a missing key or a wrong field is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return PeftModel.from_pretrained(base, path)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_each_expert_is_a_plain_lora_for_peft(
-    make_base: Make, input_ids: torch.Tensor, tmp_path: Path, sizes: str
-) -> None:
+def test_peft_loads_each_expert_as_plain_lora(make_base: Make, input_ids: Tensor, tmp_path: Path, sizes: str) -> None:
     model = make_llama(make_base, **SIZES[sizes])
     slidelora.export_peft(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(EXPERTS)
     for expert in EXPERTS:
-        assert sorted(path.name for path in (tmp_path / expert).iterdir()) == [
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        ]
+        files = sorted(path.name for path in (tmp_path / expert).iterdir())
+        assert files == ["adapter_config.json", "adapter_model.safetensors"]
         with slidelora.gates(model, {expert: 1.0}):
             expected = model(input_ids).logits
-        assert difference(expected, make_base()(input_ids).logits) > 0.1
-        assert difference(load_peft(make_base(), tmp_path / expert)(input_ids).logits, expected) < 1e-5
+        assert relative_error(expected, make_base()(input_ids).logits) > 0.1
+        assert relative_error(load_peft(make_base(), tmp_path / expert)(input_ids).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "mlp.up_proj"], r".*layers\.1\..*(q|k)_proj"])
-def test_a_mixture_is_one_lora_for_peft(
-    make_base: Make, input_ids: torch.Tensor, tmp_path: Path, sizes: str, target_modules: Any
+def test_peft_loads_a_mixture_as_one_lora(
+    make_base: Make, input_ids: Tensor, tmp_path: Path, sizes: str, target_modules: Any
 ) -> None:
     model = make_llama(make_base, target_modules=target_modules, **SIZES[sizes])
     slidelora.export_peft(model, tmp_path, gates=GATES)
@@ -110,12 +95,12 @@ def test_a_mixture_is_one_lora_for_peft(
     with slidelora.gates(model, GATES):
         expected = model(input_ids).logits
     loaded = load_peft(make_base(), tmp_path)
-    assert difference(loaded(input_ids).logits, expected) < 1e-5
+    assert relative_error(loaded(input_ids).logits, expected) < 1e-5
     names = {name.removeprefix("base_model.model.") for name, _ in loaded.named_modules() if hasattr(_, "lora_A")}
     assert names == set(slide_layers(model))
 
 
-def test_experts_of_weight_zero_are_left_out(make_base: Make, tmp_path: Path) -> None:
+def test_an_export_leaves_out_experts_with_weight_0(make_base: Make, tmp_path: Path) -> None:
     model = make_llama(make_base, **SIZES["differing"])
     slidelora.export_peft(model, tmp_path, gates=GATES)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -125,18 +110,18 @@ def test_experts_of_weight_zero_are_left_out(make_base: Make, tmp_path: Path) ->
     assert tensors[f"{prefix}.1.mlp.up_proj.lora_A.weight"].shape == (2 + 1, 32)
 
 
-def test_conv1d_layers(input_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_export_of_conv1d_layers(input_ids: Tensor, tmp_path: Path) -> None:
     model = randomise(slidelora.inject(make_gpt2(), experts=EXPERTS, gate="given", r=2, lora_alpha=6))
     slidelora.export_peft(model, tmp_path, gates=GATES)
     with slidelora.gates(model, GATES):
         expected = model(input_ids).logits
     loaded = load_peft(make_gpt2(), tmp_path)
-    assert difference(loaded(input_ids).logits, expected) < 1e-5
-    assert difference(loaded.merge_and_unload()(input_ids).logits, expected) < 1e-5
+    assert relative_error(loaded(input_ids).logits, expected) < 1e-5
+    assert relative_error(loaded.merge_and_unload()(input_ids).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", ["uniform", "differing"])
-def test_a_unet_through_peft_and_diffusers(tmp_path: Path, sizes: str) -> None:
+def test_peft_and_diffusers_load_a_unet(tmp_path: Path, sizes: str) -> None:
     pattern = {} if sizes == "uniform" else {"rank_pattern": {"to_q": 3, "proj_in": {"text": 1}}}
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2"]
     fields: dict[str, Any] = {"target_modules": [*targets, "time_emb_proj"], "r": 2, "lora_alpha": 6, **pattern}
@@ -148,19 +133,19 @@ def test_a_unet_through_peft_and_diffusers(tmp_path: Path, sizes: str) -> None:
     for folder, gates in (("mixture", GATES), ("image", {"image": 1.0})):
         with slidelora.gates(model, gates):
             expected = denoise(model)
-        assert difference(denoise(make_unet()), expected) > 0.01
-        assert difference(denoise(load_peft(make_unet(), tmp_path / folder)), expected) < 1e-5
+        assert relative_error(denoise(make_unet()), expected) > 0.01
+        assert relative_error(denoise(load_peft(make_unet(), tmp_path / folder)), expected) < 1e-5
         unet = make_unet()
         unet.load_lora_adapter(tmp_path / folder, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
-        assert difference(denoise(unet), expected) < 1e-5
+        assert relative_error(denoise(unet), expected) < 1e-5
         pipeline = StableDiffusionPipeline(
             None, None, None, make_unet(), None, None, None, requires_safety_checker=False
         )
         pipeline.load_lora_weights(tmp_path / folder)
-        assert difference(denoise(pipeline.unet), expected) < 1e-5
+        assert relative_error(denoise(pipeline.unet), expected) < 1e-5
 
 
-def test_a_learned_gate_is_said_to_be_lost(make_base: Make, tmp_path: Path) -> None:
+def test_an_export_without_its_learned_gate_warns(make_base: Make, tmp_path: Path) -> None:
     model = make_llama(make_base, r=2, gate="sequence")
     with pytest.warns(UserWarning, match="the sequence gate is not exported"):
         slidelora.export_peft(model, tmp_path)
@@ -170,7 +155,7 @@ def test_a_learned_gate_is_said_to_be_lost(make_base: Make, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("gates", "message"),
     [
-        ({"text": 0.0}, r"gates are \{'text': 0\.0, .*expected at least one expert that weighs something"),
+        ({"text": 0.0}, r"gates are \{'text': 0\.0, .*expected at least one expert with a weight"),
         (["text", "image"], "gates of 2 samples differ"),
         ("audio", "gates name 'audio'"),
     ],
@@ -181,7 +166,7 @@ def test_gates_that_cannot_be_exported(make_base: Make, tmp_path: Path, gates: A
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layer_under_two_names_is_refused(tmp_path: Path) -> None:
+def test_a_layer_with_two_names_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"one": nn.Linear(4, 4)})
     model["two"] = model["one"]
     slidelora.inject(model, gate="given", r=2)
@@ -190,21 +175,21 @@ def test_a_layer_under_two_names_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_frozen_experts_go_out_and_come_in(make_base: Make, input_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_frozen_experts_are_exported_and_imported(make_base: Make, input_ids: Tensor, tmp_path: Path) -> None:
     model = make_llama(make_base, **SIZES["differing"])
     with slidelora.gates(model, GATES):
         expected = model(input_ids).logits
     slidelora.freeze(model, ["text"])
     slidelora.export_peft(model, tmp_path / "mixture", gates=GATES)
-    assert difference(load_peft(make_base(), tmp_path / "mixture")(input_ids).logits, expected) < 1e-5
+    assert relative_error(load_peft(make_base(), tmp_path / "mixture")(input_ids).logits, expected) < 1e-5
     slidelora.export_peft(model, tmp_path)
     adapters = {name: tmp_path / name for name in EXPERTS}
     again = slidelora.import_peft(make_base(), adapters, gate="given", frozen=["shared"])
     with slidelora.gates(again, GATES):
-        assert difference(again(input_ids).logits, expected) < 1e-5
+        assert relative_error(again(input_ids).logits, expected) < 1e-5
 
 
-def test_targets_name_no_other_module(tmp_path: Path) -> None:
+def test_exported_targets_match_no_other_module(tmp_path: Path) -> None:
     class Wrapper(nn.Module):
         in_features = out_features = 4
 
@@ -212,7 +197,7 @@ def test_targets_name_no_other_module(tmp_path: Path) -> None:
             super().__init__()
             self.one = nn.Linear(4, 4)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.one(x)
 
     model = nn.ModuleDict({"one": nn.Linear(4, 4), "two": Wrapper(), "three": nn.ModuleDict({"two": nn.Identity()})})
@@ -222,14 +207,14 @@ def test_targets_name_no_other_module(tmp_path: Path) -> None:
     assert config["target_modules"] == "one|two"
 
 
-def test_configuration_speaks_as_peft_does(make_base: Make, tmp_path: Path) -> None:
+def test_the_exported_configuration_is_that_of_peft(make_base: Make, tmp_path: Path) -> None:
     slidelora.export_peft(make_llama(make_base, lora_dropout=0.25, **SIZES["uniform"]), tmp_path)
     config = json.loads((tmp_path / "text" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["lora_dropout"]) == ("LORA", 4, 6, 0.25)
     assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
-PEFT: dict[str, dict[str, Any]] = {  # configurations of adapters that PEFT writes
+PEFT: dict[str, dict[str, Any]] = {  # configurations of PEFT adapters
     "plain": {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
     "rslora": {"r": 5, "lora_alpha": 4, "use_rslora": True, "target_modules": "all-linear"},
     "patterns": {
@@ -250,7 +235,7 @@ PEFT: dict[str, dict[str, Any]] = {  # configurations of adapters that PEFT writ
 
 
 def write_peft(base: nn.Module, path: Path, seed: int = 4, **fields: Any) -> nn.Module:
-    """An adapter as PEFT itself writes it, and the model that it came from."""
+    """Write an adapter with PEFT and return its model."""
     torch.manual_seed(seed)
     peft = get_peft_model(base, LoraConfig(**fields)).eval()
     for name, parameter in peft.named_parameters():
@@ -261,19 +246,21 @@ def write_peft(base: nn.Module, path: Path, seed: int = 4, **fields: Any) -> nn.
 
 
 @pytest.mark.parametrize("kind", PEFT)
-def test_an_adapter_of_peft_comes_in(make_base: Make, input_ids: torch.Tensor, tmp_path: Path, kind: str) -> None:
+def test_an_imported_adapter_has_the_output_of_peft(
+    make_base: Make, input_ids: Tensor, tmp_path: Path, kind: str
+) -> None:
     peft = write_peft(make_base(), tmp_path / "adapter", **PEFT[kind])
     expected = peft(input_ids).logits
-    assert difference(make_base()(input_ids).logits, expected) > 0.01
+    assert relative_error(make_base()(input_ids).logits, expected) > 0.01
     model = make_base()
     assert slidelora.import_peft(model, {"text": tmp_path / "adapter"}, gate="given") is model
     with slidelora.gates(model, {"text": 1.0}):
-        assert difference(model(input_ids).logits, expected) < 1e-5
+        assert relative_error(model(input_ids).logits, expected) < 1e-5
     adapted = {name for name, module in peft.base_model.model.named_modules() if hasattr(module, "lora_A")}
     assert set(slide_layers(model)) == adapted
 
 
-def test_adapters_that_differ_come_in_together(make_base: Make, input_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_different_adapters_become_experts_of_one_model(make_base: Make, input_ids: Tensor, tmp_path: Path) -> None:
     weights = dict(zip(PEFT, (0.3, -0.2, 0.5, 1.0, -0.7)))
     truth = make_base()
     for seed, (name, fields) in enumerate(PEFT.items()):
@@ -285,7 +272,7 @@ def test_adapters_that_differ_come_in_together(make_base: Make, input_ids: torch
     model = slidelora.import_peft(make_base(), adapters, shared=["rslora"], gate="given")
     assert slidelora.routing(model).names == tuple(PEFT) and slidelora.routing(model).config.shared == ("rslora",)
     with slidelora.gates(model, weights):
-        assert difference(model(input_ids).logits, truth(input_ids).logits) < 1e-5
+        assert relative_error(model(input_ids).logits, truth(input_ids).logits) < 1e-5
         expected = model(input_ids).logits
     slidelora.save_pretrained(model, tmp_path / "saved")
     loaded = slidelora.load_pretrained(make_base(), tmp_path / "saved")
@@ -294,7 +281,7 @@ def test_adapters_that_differ_come_in_together(make_base: Make, input_ids: torch
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_what_was_exported_comes_back(make_base: Make, input_ids: torch.Tensor, tmp_path: Path, sizes: str) -> None:
+def test_an_import_of_an_export_is_exact(make_base: Make, input_ids: Tensor, tmp_path: Path, sizes: str) -> None:
     model = make_llama(make_base, **SIZES[sizes])
     slidelora.export_peft(model, tmp_path)
     again = slidelora.import_peft(make_base(), {name: tmp_path / name for name in EXPERTS}, gate="given")
@@ -305,14 +292,14 @@ def test_what_was_exported_comes_back(make_base: Make, input_ids: torch.Tensor, 
             assert one.scaling == pytest.approx(other.scaling, rel=1e-11)
 
 
-def test_conv1d_adapters_come_in(input_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_import_of_conv1d_layers(input_ids: Tensor, tmp_path: Path) -> None:
     peft = write_peft(make_gpt2(), tmp_path, r=3, target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)
     model = slidelora.import_peft(make_gpt2(), {"text": tmp_path})
     with slidelora.gates(model, "text"):
-        assert difference(model(input_ids).logits, peft(input_ids).logits) < 1e-5
+        assert relative_error(model(input_ids).logits, peft(input_ids).logits) < 1e-5
 
 
-def test_a_module_with_two_names_is_adapted_under_its_first_as_by_peft(tmp_path: Path) -> None:
+def test_a_module_with_two_names_is_adapted_under_the_first(tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
@@ -323,21 +310,21 @@ def test_a_module_with_two_names_is_adapted_under_its_first_as_by_peft(tmp_path:
     peft = write_peft(make(), tmp_path, r=2, target_modules=["0", "2", "3"])
     model = slidelora.import_peft(make(), {"text": tmp_path}, gate="given")
     with slidelora.gates(model, "text"):
-        assert difference(model(x), peft(x)) < 1e-5
+        assert relative_error(model(x), peft(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora is True, expected a plain LoRA"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], expected a plain LoRA"),
+        ({"use_dora": True}, "use_dora is True, expected no value"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], expected no value"),
         ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"target_parameters": ["experts.up"]}, "target_parameters is "),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is "),
         ({"layer_replication": [[0, 1]]}, "layer_replication is "),
         ({"arrow_config": {"top_k": 2}}, "arrow_config is "),
-        ({"a_variant_to_come": True}, "a_variant_to_come is True"),
+        ({"a_later_variant": True}, "a_later_variant is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base model"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'"),
         ({"target_modules": ["query"]}, "matches no module"),
@@ -349,7 +336,9 @@ def test_a_module_with_two_names_is_adapted_under_its_first_as_by_peft(tmp_path:
         ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "lacks .*k_proj"),
     ],
 )
-def test_what_is_no_plain_lora_is_named(make_base: Make, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_adapters_that_are_not_plain_lora_are_named(
+    make_base: Make, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     write_peft(make_base(), tmp_path / "good", **PEFT["plain"])
     write_peft(make_base(), tmp_path / "bad", **PEFT["plain"])
     path = tmp_path / "bad" / "adapter_config.json"
@@ -366,7 +355,7 @@ def test_dora_of_peft_is_refused(make_base: Make, tmp_path: Path) -> None:
         slidelora.import_peft(make_base(), {"text": tmp_path})
 
 
-def test_an_adapter_of_no_layer_is_named(make_base: Make, tmp_path: Path) -> None:
+def test_an_adapter_without_layers_is_named(make_base: Make, tmp_path: Path) -> None:
     write_peft(make_base(), tmp_path, **PEFT["layers"])
     save_file({}, tmp_path / "adapter_model.safetensors")
     model = make_base()
@@ -375,7 +364,7 @@ def test_an_adapter_of_no_layer_is_named(make_base: Make, tmp_path: Path) -> Non
     assert not slide_layers(model)
 
 
-def test_small_alphas_keep_their_digits(make_base: Make, tmp_path: Path) -> None:
+def test_a_small_alpha_keeps_its_digits(make_base: Make, tmp_path: Path) -> None:
     slidelora.export_peft(make_llama(make_base, r=3, lora_alpha=1.23456789e-9), tmp_path)
     config = json.loads((tmp_path / "text" / "adapter_config.json").read_text())
     assert config["lora_alpha"] == pytest.approx(1.23456789e-9, rel=1e-11, abs=0)
@@ -391,7 +380,7 @@ def test_pickled_adapters_are_not_read(make_base: Make, tmp_path: Path) -> None:
 def test_other_bad_imports_are_named(make_base: Make, make_model: Make, tmp_path: Path) -> None:
     write_peft(make_base(), tmp_path, **PEFT["plain"])
     model = make_base()
-    with pytest.raises(TypeError, match=r"fields have \['r', 'target_modules'\], which the adapters' files decide"):
+    with pytest.raises(TypeError, match=r"fields have \['r', 'target_modules'\], which come from the adapters' files"):
         slidelora.import_peft(model, {"text": tmp_path}, r=3, target_modules=["q_proj"])
     with pytest.raises(TypeError, match=r"adapters are \[.*\], expected a mapping"):
         slidelora.import_peft(model, [tmp_path])

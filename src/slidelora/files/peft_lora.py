@@ -1,4 +1,4 @@
-"""Plain PEFT LoRA in and out."""
+"""Export experts as plain PEFT LoRA, and import plain PEFT LoRA as experts."""
 
 import json
 import re
@@ -13,57 +13,56 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import GateValue
-from slidelora.inject import find_targets, inject, require_plain, slide_layers
+from slidelora.files import native
+from slidelora.files.native import CONFIG, PREFIX, WEIGHTS, replace_file
+from slidelora.gating import GateValue, kind_of
+from slidelora.injection import find_targets, first_names, inject, require_plain, slide_layers
 from slidelora.layers import Expert, linear_features
-from slidelora.merge import constant_gates, fold
-from slidelora.routing import injected, routing
-from slidelora.state import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    open_weights,
-    read_object,
-    read_tensors,
-    replace_file,
-    require_files,
-)
+from slidelora.merging import constant_gates, fold
+from slidelora.routing_state import injected, routing
 
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue | None = None) -> None:
-    """Writes an injected model's experts as plain PEFT LoRA, which PEFT, diffusers and servers load without slidelora.
+    """Write the experts of an injected model as plain PEFT LoRA, which other programs load without slidelora.
 
-    gates: None writes each expert to a folder of its name; constant gates, as in `slidelora.merge`, write one LoRA to
-    the directory itself whose rank is the sum of the ranks of the experts that act, and whose output is the mixture's.
-    A folder holds adapter_model.safetensors and adapter_config.json for `PeftModel.from_pretrained` and, for a
-    diffusers model, pytorch_lora_weights.safetensors for `load_lora_weights` of its pipeline.
-    An export carries no gate: without gates= a model that has learned one warns. Raises ValueError for gates that
-    differ between samples or weigh every expert 0, and for a layer held under two names, which PEFT adapts once only.
+    A folder has adapter_model.safetensors and adapter_config.json for `PeftModel.from_pretrained` and, for a model of
+    diffusers, pytorch_lora_weights.safetensors for `load_lora_weights` of its pipeline.
+
+    Args:
+        model: An injected model, or one that holds it.
+        save_directory: Where to write.
+        gates: None writes each expert to a folder of its name, and warns if the model has a learned gate, because an
+            export contains no gate. Constant gates, as in `slidelora.merge`, write one LoRA with the same output as the
+            mixture; its rank is the sum of the ranks of the active experts.
+
+    Raises:
+        ValueError: If gates differ between samples or give no expert any weight, or if a layer has two names, since
+        PEFT
+            adapts it under one name only.
     """
     host = injected(model)
     layers = slide_layers(host)
-    first = {id(layer): name for name, layer in reversed(layers.items())}
-    if twice := [name for name, layer in layers.items() if first[id(layer)] != name]:
-        raise ValueError(
-            f"{twice[0]} and {first[id(layers[twice[0]])]} are one layer, expected one name for each: PEFT would adapt "
-            "it under one of them only"
-        )
+    first = first_names(layers)
+    if second := [name for name in layers if name not in first]:
+        other = next(name for name, layer in first.items() if layer is layers[second[0]])
+        raise ValueError(f"{second[0]} and {other} are one layer, expected one name for each: PEFT adapts only one")
     directory = Path(save_directory)
     if gates is None:
-        gate = routing(host).config.gate
-        if gate != "given":
+        config = routing(host).config
+        if kind_of(config).learned:
             warnings.warn(
-                f"the {gate} gate is not exported: each expert is a LoRA of its own; pass gates= for the mixture",
+                f"the {config.gate} gate is not exported, each expert is a LoRA of its own; pass gates= to export the "
+                "mixture",
                 stacklevel=2,
             )
-        for expert in routing(host).names:
+        for expert in config.experts:
             _write_lora(directory / expert, host, {name: layer.expert(expert) for name, layer in layers.items()})
         return
     weights = constant_gates(host, gates)
     if not any(weights.values()):
-        raise ValueError(f"gates are {weights}, expected at least one expert that weighs something")
+        raise ValueError(f"gates are {weights}, expected at least one expert with a weight other than 0")
     _write_lora(directory, host, {name: Expert(*fold(layer, weights), 1.0) for name, layer in layers.items()})
 
 
@@ -71,38 +70,35 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
     directory.mkdir(parents=True, exist_ok=True)
     target_modules = exact_targets(loras, _plain_names(host, loras))
     ranks = {name: lora.A.shape[0] for name, lora in loras.items()}
-    r, rank_pattern = _common(ranks)
-    lora_alpha, alpha_pattern = _common({name: _number(lora.scaling * ranks[name]) for name, lora in loras.items()})
+    r, rank_pattern = _most_common(ranks)
+    alphas = {name: _number(lora.scaling * ranks[name]) for name, lora in loras.items()}
+    lora_alpha, alpha_pattern = _most_common(alphas)
     sizes = {"r": r, "rank_pattern": rank_pattern, "target_modules": target_modules}
     config = {
-        "peft_type": "LORA",
-        **sizes,
-        "lora_alpha": lora_alpha,
-        "alpha_pattern": alpha_pattern,
-        "lora_dropout": routing(host).config.lora_dropout,
-        "bias": "none",
+        "peft_type": "LORA", **sizes, "lora_alpha": lora_alpha, "alpha_pattern": alpha_pattern,
+        "lora_dropout": routing(host).config.lora_dropout, "bias": "none",
         "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in slide_layers(host).values()),
         "inference_mode": True,
-    }
+    }  # fmt: skip
     tensors = {}
     for name, lora in loras.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.A  # (r, d_in)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.B.T  # (d_out, r)
     replace_file(directory / WEIGHTS, _writer(tensors, {}))
     replace_file(directory / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
-    if hasattr(host, "load_lora_adapter"):  # a diffusers model: other names, and no configuration file beside
+    if hasattr(host, "load_lora_adapter"):  # a model of diffusers: other names, and no configuration file
         prefix = "unet" if type(host).__name__.startswith("UNet") else "transformer"
         scaled = {}
         for name, lora in loras.items():
             scaled[f"{prefix}.{name}.lora_A.weight"] = lora.A
             scaled[f"{prefix}.{name}.lora_B.weight"] = lora.B.T * lora.scaling
-        alphas = {"lora_alpha": r, "alpha_pattern": rank_pattern}
-        described = json.dumps({f"{prefix}.{name}": value for name, value in (sizes | alphas).items()})
-        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, {"lora_adapter_metadata": described}))
+        values = sizes | {"lora_alpha": r, "alpha_pattern": rank_pattern}
+        metadata = json.dumps({f"{prefix}.{name}": value for name, value in values.items()})
+        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, {"lora_adapter_metadata": metadata}))
 
 
 def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
-    """The names of the modules of an injected model's base."""
+    """Return the names that the modules of an injected model have in its base."""
     added = (*(f"{name}." for name in layers), "slidelora_")
     names = [name for name, _ in host.named_modules()]
     inside = [name.replace(".base_layer.", ".") for name in names if ".base_layer." in name]
@@ -110,36 +106,43 @@ def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def _writer(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Callable[[str], None]:
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return lambda path: save_file(whole, path, {"format": "pt", **metadata})
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return lambda path: save_file(contiguous, path, {"format": "pt", **metadata})
 
 
+# Fields of a PEFT configuration that we read, fields that do not change the output of a trained adapter, and values of
+# init_lora_weights that leave the base weights alone.
 _READ = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
-# Fields of a PEFT configuration that do not change the output of a trained adapter.
-_IDLE = (
+_IGNORED = (
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern"),
     *("megatron_core", "qalora_group_size", "eva_config", "loftq_config", "ensure_weight_tying"),
 )
-_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights too
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def import_peft(model: nn.Module, adapters: Mapping[str, str | Path], **fields: Any) -> nn.Module:
-    """Injects plain PEFT LoRA adapters into a plain base model, one expert each, in place, and returns the same model.
+    """Inject plain PEFT LoRA adapters into a plain base model, one expert each, in place; return the same model.
 
-    adapters: a folder with adapter_config.json and adapter_model.safetensors for each expert's name, in the order of
-    a gate's columns. Ranks, scalings and layers are the files': where an adapter has no LoRA on a layer of another's,
-    its expert's B is zero there.
-    fields: the other fields of SlideLoRAConfig, as shared, gate or backend.
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged, does not fit the model or is more
-    than plain LoRA (DoRA, modules_to_save, biases and so on, named), TypeError for a field that the files decide; the
-    model is then as before.
+    Ranks, scalings and layers come from the files. Where an adapter has no LoRA on a layer that another one adapts, its
+    expert has a zero B there.
+
+    Args:
+        model: The plain base model.
+        adapters: A folder with adapter_config.json and adapter_model.safetensors for each expert's name, in the order
+            of a gate's columns.
+        **fields: Other fields of SlideLoRAConfig, such as shared, gate or backend.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, does not fit the model, or is more than plain LoRA (DoRA, modules_to_save,
+        ...). TypeError: If `fields` has one that comes from the files. In all cases the model is as before.
     """
     require_plain(model)
     if not isinstance(adapters, Mapping) or not adapters:
-        raise TypeError(f"adapters are {adapters!r}, expected a mapping from experts' names to folders")
+        raise TypeError(f"adapters are {adapters!r}, expected a mapping from names of experts to folders")
     if taken := sorted({"experts", "init", *_READ} & set(fields)):
-        raise TypeError(f"fields have {taken}, which the adapters' files decide; expected others of SlideLoRAConfig's")
+        raise TypeError(f"fields have {taken}, which come from the adapters' files; expected others of SlideLoRAConfig")
     loras = {expert: _read_lora(model, Path(directory)) for expert, directory in adapters.items()}
     layers = slide_layers(inject(model, _joint_config(model, loras, fields)))
     with torch.no_grad():
@@ -151,17 +154,17 @@ def import_peft(model: nn.Module, adapters: Mapping[str, str | Path], **fields: 
 
 
 def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
-    """An adapter's LoRA by layer, on the CPU."""
-    require_files(directory)
-    values = read_object(directory / CONFIG, (directory / CONFIG).read_bytes())
+    """Read the LoRA of an adapter by layer, on the CPU."""
+    native.require_files(directory)
+    values = native.read_object(directory / CONFIG, (directory / CONFIG).read_bytes())
     try:
-        config = _plain_lora(values)
+        config = _plain_config(values)
         targets = find_targets(model, config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory / CONFIG} is no plain LoRA for {type(model).__name__}: {error}") from None
-    # PEFT adapts a module that is held under two names under its first.
+        raise ValueError(f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {error}") from None
+    # PEFT adapts a module that has two names under the first.
     names = [name for name, module in model.named_modules() if targets.get(name) is module]
-    with open_weights(directory) as file:
+    with native.open_weights(directory) as file:
         if values.get("layers_to_transform") is not None:  # some of the targets: the file says which
             stored = set(file.keys())
             names = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in stored]
@@ -173,13 +176,13 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
             shapes[f"{PREFIX}{name}.lora_A.weight"] = (rank, d_in)
             shapes[f"{PREFIX}{name}.lora_B.weight"] = (d_out, rank)
         setup = f"for r={config.r}, target_modules={config.target_modules!r}"
-        tensors = read_tensors(file, shapes, setup, directory / WEIGHTS)
+        tensors = native.read_tensors(file, shapes, setup, directory / WEIGHTS)
     A, B = ([tensors[f"{PREFIX}{name}.lora_{factor}.weight"] for name in names] for factor in "AB")
     return {name: Expert(A, B.T, config.scalings(name)[0]) for name, A, B in zip(names, A, B)}
 
 
-def _plain_lora(values: Mapping[str, Any]) -> SlideLoRAConfig:
-    """A PEFT configuration as that of one expert; raises ValueError for one that is more than plain LoRA."""
+def _plain_config(values: Mapping[str, Any]) -> SlideLoRAConfig:
+    """Turn a PEFT configuration into that of one expert; raises ValueError if it is more than plain LoRA."""
     if values.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {values.get('peft_type')!r}, expected 'LORA'")
     if (bias := values.get("bias", "none")) != "none":
@@ -187,19 +190,19 @@ def _plain_lora(values: Mapping[str, Any]) -> SlideLoRAConfig:
     if (init := values.get("init_lora_weights", True)) not in _INITS:
         raise ValueError(f"init_lora_weights is {init!r}, which changes the base model; expected one of {_INITS}")
     for name, value in values.items():
-        if value and name not in (*_READ, *_IDLE, "bias", "init_lora_weights"):
-            raise ValueError(f"{name} is {value!r}, expected a plain LoRA, which has none")
+        if value and name not in (*_READ, *_IGNORED, "bias", "init_lora_weights"):
+            raise ValueError(f"{name} is {value!r}, expected no value, as in a plain LoRA")
     read = {name: values[name] for name in _READ if values.get(name) is not None}
     if not read.get("exclude_modules"):
         read.pop("exclude_modules", None)
-    defaults = {"r": 8, "lora_alpha": 8}  # PEFT's
+    defaults = {"r": 8, "lora_alpha": 8}  # of PEFT
     return SlideLoRAConfig(experts=["expert"], shared=[], gate="given", **(defaults | read))
 
 
 def _joint_config(
     model: nn.Module, loras: Mapping[str, Mapping[str, Expert]], fields: Mapping[str, Any]
 ) -> SlideLoRAConfig:
-    """The configuration under which each expert has the ranks and scalings that were read."""
+    """Return a configuration in which each expert has the ranks and scalings that were read."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     layers = {name for by_layer in loras.values() for name in by_layer}
     sizes: dict[str, Any] = {"r": {}, "lora_alpha": {}, "rank_pattern": {}, "alpha_pattern": {}}
@@ -207,14 +210,14 @@ def _joint_config(
         ranks = {name: lora.A.shape[0] for name, lora in by_layer.items()}
         alphas = {name: _number(lora.scaling * ranks[name]) for name, lora in by_layer.items()}
         for size, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
-            sizes[size][expert], others = _common(values)
+            sizes[size][expert], others = _most_common(values)
             for name, value in others.items():
                 sizes[pattern].setdefault(name, {})[expert] = value
     return SlideLoRAConfig(experts=list(loras), target_modules=exact_targets(layers, names), **sizes, **fields)
 
 
 def exact_targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
-    """target_modules that match the layers and no other of the modules: their last names, or else a regex."""
+    """Return target_modules that match these layers and no other module: suffixes if that works, else a regex."""
     wanted = set(layers)
     last = sorted({name.rpartition(".")[2] for name in wanted})
     if {name for name in modules if name.rpartition(".")[2] in last} == wanted:
@@ -222,8 +225,8 @@ def exact_targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | 
     return "|".join(re.escape(name) for name in sorted(wanted))
 
 
-def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the layers that have another, as PEFT's patterns name them."""
+def _most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most frequent value, and the other values by layer in the format of PEFT's patterns."""
     most = Counter(values.values()).most_common(1)[0][0]
     return most, {f"^{re.escape(name)}": value for name, value in values.items() if value != most}
 

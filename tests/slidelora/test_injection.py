@@ -5,33 +5,33 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
+from injected_models import count_hooks, is_unchanged, randomise, snapshot
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 from slidelora.layers import SlideLoRALinear
 
 Make = Callable[..., LlamaForCausalLM]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_output_at_the_start_and_removal_are_exact(
-    make_base: Make, input_ids: torch.Tensor, dtype: torch.dtype
+def test_injection_and_removal_keep_the_output_bit_for_bit(
+    make_base: Make, input_ids: Tensor, dtype: torch.dtype
 ) -> None:
     model = make_base().to(dtype)
     model.model.embed_tokens.requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     types = [type(module) for module in model.modules()]
     base = model(input_ids).logits
     assert slidelora.inject(model, r=4) is model
     assert torch.equal(model(input_ids).logits, base)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter)
+    randomise(model, std=1.0)
     assert not torch.equal(model(input_ids).logits, base)
     with slidelora.disabled(model):
         assert torch.equal(model(input_ids).logits, base)
@@ -39,9 +39,7 @@ def test_output_at_the_start_and_removal_are_exact(
     assert torch.equal(model(input_ids).logits, base)
     assert [type(module) for module in model.modules()] == types
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert is_unchanged(model, before) and count_hooks(model) == 0
     slidelora.inject(model, r=4)
 
 
@@ -68,7 +66,7 @@ def test_only_experts_and_gate_train(make_base: Make, capsys: pytest.CaptureFixt
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_targets_are_those_of_peft(make_base: Make, family: str, targets: Any, exclude: Any) -> None:
+def test_targets_equal_those_of_peft(make_base: Make, family: str, targets: Any, exclude: Any) -> None:
     def base() -> nn.Module:
         return (
             make_base()
@@ -88,7 +86,7 @@ def test_targets_are_those_of_peft(make_base: Make, family: str, targets: Any, e
     assert set(slide_layers(model)) == expected and expected
 
 
-def test_one_expert_is_peft_lora(make_base: Make, input_ids: torch.Tensor) -> None:
+def test_one_expert_equals_peft_lora(make_base: Make, input_ids: Tensor) -> None:
     peft = get_peft_model(make_base(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
     model = slidelora.inject(make_base(), r=4, lora_alpha=6)
     for name, layer in slide_layers(model).items():
@@ -103,15 +101,15 @@ def test_one_expert_is_peft_lora(make_base: Make, input_ids: torch.Tensor) -> No
         logits.square().mean().backward()
     expected = peft(input_ids).logits
     expected.square().mean().backward()
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert_close(logits, expected)
     for name, layer in slide_layers(model).items():
         other = peft.base_model.model.get_submodule(name)
-        torch.testing.assert_close(layer.lora_A.grad[4:8], other.lora_A.default.weight.grad, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(layer.lora_B.grad[4:8].T, other.lora_B.default.weight.grad, rtol=1e-3, atol=1e-6)
+        assert_close(layer.lora_A.grad[4:8], other.lora_A.default.weight.grad)
+        assert_close(layer.lora_B.grad[4:8].T, other.lora_B.default.weight.grad)
         assert not layer.lora_A.grad[:4].any() and not layer.lora_B.grad[8:].any()
 
 
-def test_patterns_and_rslora_are_pefts(make_base: Make, input_ids: torch.Tensor) -> None:
+def test_patterns_and_rslora_equal_those_of_peft(make_base: Make, input_ids: Tensor) -> None:
     sizes: dict[str, Any] = {
         "r": 4,
         "lora_alpha": 6,
@@ -130,17 +128,17 @@ def test_patterns_and_rslora_are_pefts(make_base: Make, input_ids: torch.Tensor)
             A.copy_(other.lora_A.default.weight)
             B.copy_(other.lora_B.default.weight.T)
     with slidelora.gates(model, "a"):
-        torch.testing.assert_close(model(input_ids).logits, peft(input_ids).logits, rtol=1e-4, atol=1e-5)
+        assert_close(model(input_ids).logits, peft(input_ids).logits)
 
 
-def test_adapters_start_as_pefts(make_base: Make) -> None:
+def test_adapters_start_as_in_peft(make_base: Make) -> None:
     layer = slidelora.inject(make_base(), r=4).model.layers[0].self_attn.q_proj
     assert not layer.lora_B.any()
     bound = 32**-0.5  # kaiming uniform with a = sqrt(5): 1 / sqrt(d_in)
     assert layer.lora_A.abs().max() <= bound and layer.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
-def test_what_is_put_in_is_in_its_hosts_mode(make_base: Make) -> None:
+def test_experts_and_gates_get_the_mode_of_their_module(make_base: Make) -> None:
     for gate in ("sequence", "token"):
         model = make_base()
         model.model.layers[0].train()
@@ -159,7 +157,7 @@ def test_a_module_with_two_names_is_one_layer() -> None:
             super().__init__()
             self.one = self.two = nn.Linear(4, 4)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             return self.two(self.one(x))
 
     model = slidelora.inject(Twice(), gate="given", r=2)
@@ -191,14 +189,14 @@ def test_other_bad_calls_are_named(make_base: Make) -> None:
         slidelora.inject(model, slidelora.SlideLoRAConfig(), r=3)
     with pytest.raises(ValueError, match="Sequential has no input embeddings, expected"):
         slidelora.inject(nn.Sequential(nn.Linear(2, 2)), gate="sequence")
-    with pytest.raises(ValueError, match="holds 0 injected models, expected one"):
+    with pytest.raises(ValueError, match="holds 0 injected models, expected 1"):
         slidelora.remove(model)
     slidelora.inject(model.model, r=2)
     with pytest.raises(ValueError, match="model is injected already, expected a plain model"):
         slidelora.inject(model)
 
 
-def test_a_model_in_evaluation_mode_stays_so(make_base: Make, input_ids: torch.Tensor) -> None:
+def test_a_model_stays_in_evaluation_mode(make_base: Make, input_ids: Tensor) -> None:
     model = slidelora.inject(make_base(), r=4, lora_dropout=0.5)
     for layer in slide_layers(model).values():
         nn.init.normal_(layer.lora_B)
@@ -208,7 +206,7 @@ def test_a_model_in_evaluation_mode_stays_so(make_base: Make, input_ids: torch.T
     assert all(module.training for module in slidelora.inject(make_base().train(), r=4).modules())
 
 
-def test_deepcopy_is_independent(make_model: Make, input_ids: torch.Tensor) -> None:
+def test_a_copy_is_independent(make_model: Make, input_ids: Tensor) -> None:
     model = make_model()
     expected = model(input_ids).logits
     with slidelora.gates(model, "text"):
@@ -222,14 +220,14 @@ def test_deepcopy_is_independent(make_model: Make, input_ids: torch.Tensor) -> N
     assert not slide_layers(slidelora.remove(copied))
 
 
-def test_state_dict_round_trip(make_model: Make, make_base: Make, input_ids: torch.Tensor) -> None:
+def test_state_dict_round_trip(make_model: Make, make_base: Make, input_ids: Tensor) -> None:
     model = make_model()
     other = slidelora.inject(make_base(), r=4)
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(model(input_ids).logits, other(input_ids).logits)
 
 
-def test_adapters_follow_their_base_layer() -> None:
+def test_adapters_have_the_device_and_precision_of_their_base_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4, dtype=torch.float64))
     slidelora.inject(model, gate="given", r=2)
     assert model[0].lora_A.device.type == "meta" and model[1].lora_A.dtype == torch.float64
@@ -238,7 +236,7 @@ def test_adapters_follow_their_base_layer() -> None:
 def test_a_tied_weight_is_refused(make_base: Make) -> None:
     tied = make_base(tie_word_embeddings=True)
     with pytest.raises(
-        ValueError, match=r"lm_head.weight is tied to model.embed_tokens.weight, expected a target with"
+        ValueError, match=r"lm_head.weight is tied to model.embed_tokens.weight, expected a target with its own weight"
     ):
         slidelora.inject(tied, target_modules=["lm_head", "q_proj"])
     assert not slide_layers(tied) and all(parameter.requires_grad for parameter in tied.parameters())
@@ -252,7 +250,7 @@ def test_a_tied_weight_is_refused(make_base: Make) -> None:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of packed weights, in the manner of weight-only quantisation."""
+    """A linear layer with packed weights, like weight-only quantisation."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -262,7 +260,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("packed", (weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.packed.to(x.dtype) * self.scale.to(x.dtype))
 
 
@@ -282,7 +280,7 @@ def test_packed_weights(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_torchs_own_quantised_linear(tmp_path: Path) -> None:
+def test_torch_dynamic_quantisation(tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch.manual_seed(1)
         return quantize_dynamic(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), {nn.Linear}, torch.qint8)
@@ -300,7 +298,7 @@ def test_torchs_own_quantised_linear(tmp_path: Path) -> None:
     hidden = model[1](model[0].base_layer(x))
     shared = model[2].expert("shared")
     delta = 0.5 * scaling * (hidden @ A.T @ B + hidden @ shared.A.T @ shared.B)
-    torch.testing.assert_close(expected, model[2].base_layer(hidden) + delta)
+    assert_close(expected, model[2].base_layer(hidden) + delta)
     slidelora.save_pretrained(model, tmp_path)
     other = slidelora.load_pretrained(make(), tmp_path)
     with slidelora.gates(other, "text"):
@@ -308,18 +306,18 @@ def test_torchs_own_quantised_linear(tmp_path: Path) -> None:
 
 
 class Block(nn.Module):
-    """A block that tells its features and holds linear layers."""
+    """A block with in_features and out_features that contains linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.in_features, self.out_features = 6, 4
         self.inner = nn.Linear(6, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.inner(x).relu()
 
 
-def test_a_block_with_features_is_a_host_if_it_is_named() -> None:
+def test_a_block_with_features_gets_experts_only_by_name() -> None:
     assert list(slide_layers(slidelora.inject(nn.Sequential(Block()), gate="given"))) == ["0.inner"]
     model = nn.Sequential(Block())
     x = torch.randn(2, 6)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from injected_models import is_unchanged, snapshot
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import slidelora
-from slidelora import state
-from slidelora.inject import slide_layers
+from slidelora.files import native
+from slidelora.injection import slide_layers
 
 Make = Callable[..., LlamaForCausalLM]
 
@@ -23,9 +25,7 @@ def saved(make_model: Make, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("gate", ["sequence", "given"])
-def test_round_trip_is_exact(
-    make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor, gate: str
-) -> None:
+def test_round_trip_is_exact(make_model: Make, make_base: Make, tmp_path: Path, input_ids: Tensor, gate: str) -> None:
     model = make_model(gate=gate, target_modules=["q_proj", "up_proj"])
     slidelora.save_pretrained(model, tmp_path)
     loaded = slidelora.load_pretrained(base := make_base(), tmp_path)
@@ -36,13 +36,11 @@ def test_round_trip_is_exact(
         assert torch.equal(model(input_ids).logits, loaded(input_ids).logits)
 
 
-def test_round_trip_of_ranks_that_differ(
-    make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor
-) -> None:
+def test_round_trip_of_different_ranks(make_model: Make, make_base: Make, tmp_path: Path, input_ids: Tensor) -> None:
     model = make_model(
         r={"text": 2, "image": 5, "shared": 1}, rank_pattern={"o_proj": 3}, lora_alpha=5, adapter_dtype="bfloat16"
     )
-    for layer in slide_layers(model).values():  # make_model filled the rows beyond the ranks, too
+    for layer in slide_layers(model).values():  # make_model filled the rows of padding, too
         for index, rank in enumerate(layer.ranks):
             layer.lora_A.detach().view(3, layer.r, -1)[index, rank:] = 0
             layer.lora_B.detach().view(3, layer.r, -1)[index, rank:] = 0
@@ -59,7 +57,7 @@ def test_round_trip_of_ranks_that_differ(
         )
 
 
-def test_round_trip_of_groups(make_model: Make, make_base: Make, tmp_path: Path, input_ids: torch.Tensor) -> None:
+def test_round_trip_of_groups(make_model: Make, make_base: Make, tmp_path: Path, input_ids: Tensor) -> None:
     model = make_model(experts={"text": 2, "image": ["layout", "glyph"], "shared": 1})
     slidelora.save_pretrained(model, tmp_path)
     loaded = slidelora.load_pretrained(make_base(), tmp_path)
@@ -69,7 +67,7 @@ def test_round_trip_of_groups(make_model: Make, make_base: Make, tmp_path: Path,
             assert torch.equal(model(input_ids).logits, loaded(input_ids).logits)
 
 
-def test_files_hold_the_adapter_only(saved: Path) -> None:
+def test_files_contain_the_adapter_only(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(saved / "adapter_model.safetensors")
     assert len(tensors) == 14 * 3 * 2 + 4
@@ -80,12 +78,10 @@ def test_files_hold_the_adapter_only(saved: Path) -> None:
 
 def fails(make_base: Make, path: Path, error: type[Exception], message: str, **changes: Any) -> None:
     model = make_base(**changes)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     with pytest.raises(error, match=message):
         slidelora.load_pretrained(model, path)
-    after = model.state_dict()
-    assert not slide_layers(model) and after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not slide_layers(model) and is_unchanged(model, before)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -97,7 +93,7 @@ def fails(make_base: Make, path: Path, error: type[Exception], message: str, **c
         ({"experts": ["text", "shared"]}, "has .*image.*not expected"),
         ({"target_modules": ["q_proj"]}, "has .*down_proj.*not expected"),
         ({"gate": "given"}, "has .*slidelora_gate.*not expected"),
-        ({"r": -1}, "no Slide-LoRA configuration: r is -1"),
+        ({"r": -1}, "not a Slide-LoRA configuration: r is -1"),
         ({"peft_type": "LORA"}, r"unknown \['peft_type'\]"),
     ],
 )
@@ -117,23 +113,23 @@ def test_a_base_that_does_not_fit(make_base: Make, saved: Path) -> None:
 def test_a_truncated_file(make_base: Make, saved: Path, length: int) -> None:
     weights = saved / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:length])
-    fails(make_base, saved, ValueError, "adapter_model.safetensors is no whole safetensors file")
+    fails(make_base, saved, ValueError, "adapter_model.safetensors is not a complete safetensors file")
 
 
-def test_files_of_another_kind(make_base: Make, saved: Path, tmp_path: Path) -> None:
+def test_files_with_other_content(make_base: Make, saved: Path, tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2)}, saved / "adapter_model.safetensors")
-    fails(make_base, saved, ValueError, "is no whole safetensors file")
+    fails(make_base, saved, ValueError, "is not a complete safetensors file")
     save_file({"x": torch.ones(2)}, saved / "adapter_model.safetensors")
     fails(make_base, saved, ValueError, "lacks base_model.*")
     (saved / "adapter_config.json").write_text("[1]")
     fails(make_base, saved, ValueError, "a list, expected an object")
     (saved / "adapter_config.json").write_text("{")
-    fails(make_base, saved, ValueError, "adapter_config.json is no JSON")
+    fails(make_base, saved, ValueError, "adapter_config.json is not JSON")
     fails(make_base, tmp_path / "nowhere", FileNotFoundError, "has no adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("stop", ["weights", "first replace", "second write", "second replace"])
-def test_an_interrupted_save_leaves_a_whole_adapter(
+def test_an_interrupted_save_leaves_a_complete_adapter(
     make_model: Make, make_base: Make, saved: Path, stop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_model(r=2, experts=["a", "b"], shared=[])
@@ -149,17 +145,17 @@ def test_an_interrupted_save_leaves_a_whole_adapter(
         return call
 
     if stop == "weights":
-        monkeypatch.setattr(state, "save_file", stopping("save", save_file, 1))
+        monkeypatch.setattr(native, "save_file", stopping("save", save_file, 1))
     elif stop == "second write":
-        monkeypatch.setattr(state.os, "fsync", stopping("fsync", os.fsync, 2))
+        monkeypatch.setattr(native.os, "fsync", stopping("fsync", os.fsync, 2))
     else:
-        monkeypatch.setattr(state.os, "replace", stopping("replace", os.replace, 1 if stop == "first replace" else 2))
+        monkeypatch.setattr(native.os, "replace", stopping("replace", os.replace, 1 if stop == "first replace" else 2))
     with pytest.raises(KeyboardInterrupt):
         slidelora.save_pretrained(other, saved)
     monkeypatch.undo()
     loaded = slidelora.load_pretrained(make_base(), saved)
-    whole = make_model() if stop in ("weights", "first replace") else other
-    assert all(torch.equal(parameter, whole.get_parameter(name)) for name, parameter in loaded.named_parameters())
+    complete = make_model() if stop in ("weights", "first replace") else other
+    assert all(torch.equal(parameter, complete.get_parameter(name)) for name, parameter in loaded.named_parameters())
     assert len(list(saved.iterdir())) == 2
     slidelora.save_pretrained(other, saved)
     slidelora.load_pretrained(make_base(), saved)

@@ -1,4 +1,4 @@
-"""Files from strangers: a loader takes them whole, or names what is wrong and changes nothing."""
+"""Random changes to files: a loader loads the file completely, or names what is wrong and changes nothing."""
 
 import json
 import struct
@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from injected_models import count_hooks
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import slidelora
-from slidelora.inject import slide_layers
+from slidelora.injection import slide_layers
 
 EXPERTS = ["text", "image", "shared"]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -53,7 +54,7 @@ each_loader = pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: load
 
 
 @cache
-def whole(write: Callable[[Path], None]) -> dict[str, bytes]:
+def written(write: Callable[[Path], None]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as directory:
         write(Path(directory))
         return {file: (Path(directory) / file).read_bytes() for file in FILES}
@@ -62,20 +63,19 @@ def whole(write: Callable[[Path], None]) -> dict[str, bytes]:
 def fresh(write: Callable[[Path], None], path: Path) -> Path:
     directory = path / "adapter"
     directory.mkdir(exist_ok=True)
-    for file, content in whole(write).items():
+    for file, content in written(write).items():
         (directory / file).write_bytes(content)
     return directory
 
 
 def snapshot(model: nn.Module) -> tuple[dict[str, bytes], list[int], list[bool], int]:
     state = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
-    hooks = len(model._forward_pre_hooks) + len(model._forward_hooks)
     trains = [parameter.requires_grad for parameter in model.parameters()]
-    return state, [id(module) for module in model.modules()], trains, hooks
+    return state, [id(module) for module in model.modules()], trains, count_hooks(model)
 
 
 def loads_or_says_why(load: Load, directory: Path) -> bool:
-    """Whether it loaded."""
+    """Return whether it loaded."""
     model = Tiny()
     before = snapshot(model)
     try:
@@ -103,7 +103,7 @@ values = st.recursive(
 @each_loader
 @fuzz
 @given(data=st.data())
-def test_a_configuration_with_other_values(loader: Any, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_configuration_with_changed_values(loader: Any, tmp_path: Path, data: st.DataObject) -> None:
     load, write = loader
     path = fresh(write, tmp_path) / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -119,7 +119,7 @@ def test_a_configuration_with_other_values(loader: Any, tmp_path: Path, data: st
 @example(content=b"[" * 100_000)
 @example(content=b"\xff")
 @example(content=b'{"r": 1' + b"0" * 5000 + b"}")
-def test_a_configuration_of_anything(loader: Any, tmp_path: Path, content: bytes) -> None:
+def test_a_configuration_with_any_content(loader: Any, tmp_path: Path, content: bytes) -> None:
     load, write = loader
     path = fresh(write, tmp_path) / "adapter_config.json"
     path.write_bytes(content)
@@ -129,15 +129,15 @@ def test_a_configuration_of_anything(loader: Any, tmp_path: Path, content: bytes
 @each_loader
 @fuzz
 @given(data=st.data())
-def test_bytes_cut_off_or_overwritten(loader: Any, tmp_path: Path, data: st.DataObject) -> None:
+def test_truncated_and_overwritten_bytes(loader: Any, tmp_path: Path, data: st.DataObject) -> None:
     load, write = loader
     directory = fresh(write, tmp_path)
     path = directory / data.draw(st.sampled_from(FILES))
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content) - 1)) :]
-    for place in data.draw(st.lists(st.integers(0, max(len(content) - 1, 0)), max_size=4)):
-        content[place : place + 1] = data.draw(st.binary(min_size=1, max_size=3))
+    for offset in data.draw(st.lists(st.integers(0, max(len(content) - 1, 0)), max_size=4)):
+        content[offset : offset + 1] = data.draw(st.binary(min_size=1, max_size=3))
     path.write_bytes(content)
     loads_or_says_why(load, directory)
 
@@ -151,7 +151,7 @@ def header(path: Path) -> tuple[dict[str, Any], bytes]:
 @each_loader
 @fuzz
 @given(data=st.data())
-def test_a_header_that_claims_other_tensors(loader: Any, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_header_with_false_claims(loader: Any, tmp_path: Path, data: st.DataObject) -> None:
     load, write = loader
     path = fresh(write, tmp_path) / "adapter_model.safetensors"
     claims, content = header(path)
@@ -173,7 +173,7 @@ def test_a_header_that_claims_other_tensors(loader: Any, tmp_path: Path, data: s
 
 
 @each_loader
-def test_integers_are_no_weights(loader: Any, tmp_path: Path) -> None:
+def test_integers_are_not_accepted_as_weights(loader: Any, tmp_path: Path) -> None:
     load, write = loader
     path = fresh(write, tmp_path) / "adapter_model.safetensors"
     claims, content = header(path)
@@ -188,7 +188,7 @@ def test_integers_are_no_weights(loader: Any, tmp_path: Path) -> None:
 @each_loader
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-def test_a_file_that_is_none(loader: Any, tmp_path: Path, file: str, kind: str) -> None:
+def test_a_missing_file(loader: Any, tmp_path: Path, file: str, kind: str) -> None:
     load, write = loader
     path = fresh(write, tmp_path) / file
     path.unlink()
@@ -198,7 +198,7 @@ def test_a_file_that_is_none(loader: Any, tmp_path: Path, file: str, kind: str) 
         load(Tiny(), path.parent)
 
 
-def test_a_gate_larger_than_its_file_is_never_made(tmp_path: Path) -> None:
+def test_a_gate_larger_than_its_file_is_never_allocated(tmp_path: Path) -> None:
     path = fresh(write_pretrained, tmp_path) / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "gate_hidden": 2**31 - 1}))  # of 34 GB

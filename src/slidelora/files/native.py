@@ -1,10 +1,9 @@
-"""Adapter-only files: the experts and the gate in safetensors, their configuration beside them.
+"""Adapter folders of our own: the experts and the gate in safetensors, and their configuration.
 
-adapter_model.safetensors    base_model.model.<layer>.lora_A.<expert>.weight (r, d_in), .lora_B.<expert>.weight
-(d_out, r),
-                             base_model.model.slidelora_gate.<parameter>
-                             base_model.model.<layer>.gate.weight (E, d_in), .gate.bias (E,), rows as in gate_rows
-adapter_config.json          the fields of SlideLoRAConfig
+adapter_model.safetensors  base_model.model.<layer>.lora_A.<expert>.weight (r, d_in)
+                           base_model.model.<layer>.lora_B.<expert>.weight (d_out, r)
+                           base_model.model.slidelora_gate.<parameter>, or base_model.model.<layer>.gate.<parameter>
+adapter_config.json        the fields of SlideLoRAConfig
 """
 
 import hashlib
@@ -22,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gates import SequenceGate
-from slidelora.inject import find_targets, inject, input_embeddings, require_plain, slide_layers
+from slidelora.gating import kind_of
+from slidelora.injection import find_targets, first_names, gate_input, inject, require_plain, slide_layers
 from slidelora.layers import linear_features
-from slidelora.routing import GATE, injected, routing
+from slidelora.routing_state import GATE, injected, routing
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -34,28 +33,29 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
-    """Writes an injected model's experts, gate and configuration to a directory, replacing an earlier adapter there.
+    """Write the experts, gate and configuration of an injected model to a directory, over an adapter that is there.
 
-    Each file is replaced whole, the weights first. They carry their configuration and the digest of the one that they
-    replace, so that a save interrupted between the two files still loads.
+    Each file is replaced as a whole, the weights first. The weights contain their configuration and the digest of the
+    configuration file that they replace, so a save that is interrupted between the two files still loads.
     """
     host = injected(model)
     config = json.dumps(routing(host).config.to_dict(), indent=2) + "\n"
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / CONFIG
-    replaced = _digest(beside.read_bytes()) if beside.exists() else ""
-    tensors = _tensors(host)
+    path = directory / CONFIG
+    replaced = _digest(path.read_bytes()) if path.exists() else ""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _parameters(host).items()}
     metadata = {"format": "pt", "config": config, "replaces": replaced}
-    replace_file(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata))
-    replace_file(beside, lambda path: Path(path).write_text(config))
+    replace_file(directory / WEIGHTS, lambda partial: save_file(tensors, partial, metadata))
+    replace_file(path, lambda partial: Path(partial).write_text(config))
 
 
 def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
-    """Injects and loads what `save_pretrained` wrote onto a plain base model, in place, and returns it.
+    """Inject and load what `save_pretrained` wrote, on a plain base model, in place; return the same model.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or does not fit the model, naming
-    what was found and expected; the model is then as before.
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged or does not fit the model. In both cases the model is as before.
     """
     require_plain(model)
     directory = Path(save_directory)
@@ -76,58 +76,45 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
 
 
 def _parameters(host: nn.Module) -> dict[str, Tensor]:
-    """Every stored tensor by its key on disk, 2-D for each expert, as views into the model."""
+    """Return every stored tensor by its key on disk, 2-D for each expert, as views into the model."""
     config = routing(host).config
     found: dict[str, Tensor] = {}
-    seen = set()
-    for name, layer in slide_layers(host).items():
-        if id(layer) in seen:
-            continue
-        seen.add(id(layer))
+    for name, layer in first_names(slide_layers(host)).items():
         for expert in config.experts:
             A, B, _ = layer.expert(expert)
             found[f"{PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)
             found[f"{PREFIX}{name}.lora_B.{expert}.weight"] = B.T  # (d_out, r)
         if layer.gate is not None:
-            for parameter, tensor in layer.gate.named_parameters():
-                found[f"{PREFIX}{name}.gate.{parameter}"] = tensor
-    gate = getattr(host, GATE, None)
+            found |= {f"{PREFIX}{name}.gate.{key}": tensor for key, tensor in layer.gate.named_parameters()}
+    gate: nn.Module | None = getattr(host, GATE, None)
     if gate is not None:
-        for name, parameter in gate.named_parameters():
-            found[f"{PREFIX}{GATE}.{name}"] = parameter
+        found |= {f"{PREFIX}{GATE}.{key}": tensor for key, tensor in gate.named_parameters()}
     return found
 
 
-def _tensors(host: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in _parameters(host).items()}
-
-
 def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes that a plain model and a configuration call for."""
+    """Return the keys and shapes that a configuration needs on a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    seen = set()
-    for name, module in find_targets(model, config).items():
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
+    for name, module in first_names(find_targets(model, config)).items():
         d_in, d_out = linear_features(module) or (0, 0)
         for expert, rank in zip(config.experts, config.ranks(name)):
             shapes[f"{PREFIX}{name}.lora_A.{expert}.weight"] = (rank, d_in)
             shapes[f"{PREFIX}{name}.lora_B.{expert}.weight"] = (d_out, rank)
-        if config.gate == "token":
-            shapes[f"{PREFIX}{name}.gate.weight"] = (len(config.experts), d_in)
-            shapes[f"{PREFIX}{name}.gate.bias"] = (len(config.experts),)
-    if config.gate == "sequence":
-        _, features = input_embeddings(model)
-        with torch.device("meta"):  # nothing is allocated for a width that the file may only claim
-            gate = SequenceGate(features, config)
-        for name, parameter in gate.named_parameters():
-            shapes[f"{PREFIX}{GATE}.{name}"] = tuple(parameter.shape)
+        if kind_of(config).in_layers:
+            shapes |= _gate_shapes(f"{PREFIX}{name}.gate", d_in, config)
+    if kind_of(config).in_model:
+        shapes |= _gate_shapes(f"{PREFIX}{GATE}", gate_input(model, config)[1], config)
     return shapes
 
 
+def _gate_shapes(prefix: str, features: int, config: SlideLoRAConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):  # a file may claim any width, so nothing of that size is allocated
+        gate = kind_of(config)(features, config)
+    return {f"{prefix}.{name}": tuple(parameter.shape) for name, parameter in gate.named_parameters()}
+
+
 def require_files(directory: Path) -> None:
-    """Raises FileNotFoundError where an adapter's weights or configuration are missing."""
+    """Raise FileNotFoundError if the weights or the configuration of an adapter are missing."""
     for name in (WEIGHTS, CONFIG):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}, expected {WEIGHTS} and {CONFIG}")
@@ -135,16 +122,16 @@ def require_files(directory: Path) -> None:
 
 @contextmanager
 def open_weights(directory: Path) -> Iterator[Any]:
-    """An adapter's weights, of which nothing is read yet but the header; raises ValueError where they are damaged."""
+    """Open the weights of an adapter, reading only the header; raises ValueError if they are damaged."""
     try:
         with safe_open(directory / WEIGHTS, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS} is no whole safetensors file: {error}") from None
+        raise ValueError(f"{directory / WEIGHTS} is not a complete safetensors file: {error}") from None
 
 
 def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str, path: Path) -> dict[str, Tensor]:
-    """A file's tensors, once their names, shapes and dtypes are those expected; raises ValueError if they are not."""
+    """Read the tensors of a file, after a check of names, shapes and dtypes, which raises ValueError."""
     slices = {name: file.get_slice(name) for name in file.keys()}
     if missing := sorted(set(expected) - set(slices)):
         raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more, expected them {setup}")
@@ -159,11 +146,11 @@ def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str,
 
 
 def read_object(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON object that a file holds; raises ValueError for anything else."""
+    """Return the JSON object that a file holds; raises ValueError for anything else."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
@@ -177,7 +164,7 @@ def _read_config(path: Path, metadata: dict[str, str]) -> SlideLoRAConfig:
     try:
         return SlideLoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no Slide-LoRA configuration: {error}") from None
+        raise ValueError(f"{path} is not a Slide-LoRA configuration: {error}") from None
 
 
 def _digest(content: bytes) -> str:
@@ -185,21 +172,17 @@ def _digest(content: bytes) -> str:
 
 
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Writes beside a file, then puts the result in its place in one step."""
+    """Write a temporary file next to `path` and rename it, so that the file changes in one step."""
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     try:
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
+        umask = os.umask(0)  # the only way to read it is to set it
+        os.umask(umask)
+        os.chmod(partial, 0o666 & ~umask)
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,43 +1,47 @@
-"""Experts under constant gates folded into the base weights, and taken out again."""
+"""Merge experts under constant gates into the base weights, and take them out again."""
 
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from slidelora.gates import GateValue, given_gates
-from slidelora.inject import Injection, attach, detach, slide_layers, thaw
+from slidelora.gating import GateValue, given_gates
+from slidelora.injection import Injection, attach, detach, slide_layers, thaw
 from slidelora.layers import SlideLoRALinear
-from slidelora.routing import MERGED, injected, routing
+from slidelora.routing_state import MERGED, injected, routing
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Merged(NamedTuple):
     injection: Injection
-    weights: dict[str, Tensor]  # the base weights before, by layer
+    weights: dict[str, Tensor]  # of the base before the merge, by layer
 
 
 def merge(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
-    """Folds the experts under constant gates into the base weights, in place, and returns the same model.
+    """Merge the experts under constant gates into the base weights, in place; return the same model.
 
-    gates: as in `slidelora.gates`, the same for every sample; a gate that depends on the input cannot be merged.
-    The module tree is then the base model's own, its state_dict too, and a call costs what the base model's does. The
-    weights from before are kept aside for `unmerge`. Sums are in fp32 (fp64 for an fp64 base) and rounded once.
-    Raises ValueError where no gates are given, for gates that differ between samples, for a base layer that is no
-    plain or Conv1D layer of floating weights (a quantised one), and where a merged weight is not finite; the model is
-    then as before.
+    The modules and the state_dict are then those of the base model, and a call costs as much. The model stores the
+    earlier weights for `unmerge`. Sums run in fp32 (fp64 for an fp64 base) and are rounded once.
+
+    Args:
+        model: An injected model, or one that holds it.
+        gates: As in `slidelora.gates`, and the same for every sample; a gate that depends on the input cannot be
+        merged.
+
+    Raises:
+        ValueError: If there are no gates or they differ between samples, if a base layer is not a Linear or Conv1D with
+            floating-point weights (a quantised layer, for instance), or if a merged weight is not finite. The model is
+            then as before.
     """
     host = injected(model)
-    gate_weights = constant_gates(host, gates)
+    weights = constant_gates(host, gates)
     layers = slide_layers(host)
     for name, layer in layers.items():
         _require_mergeable(name, layer.base_layer)
-    merged = {id(layer): _merged_weight(name, layer, gate_weights) for name, layer in layers.items()}
+    merged = {id(layer): _merged_weight(name, layer, weights) for name, layer in layers.items()}
     injection = detach(host)
-    before = {}
-    for name, layer in layers.items():
-        before[name] = layer.weight.data
+    before = {name: layer.weight.data for name, layer in layers.items()}
     for layer in layers.values():
         layer.weight.data = merged[id(layer)]
     setattr(host, MERGED, _Merged(injection, before))
@@ -45,10 +49,13 @@ def merge(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Puts a merged model's base weights back, bit for bit, and its experts and gate on them; returns the same model.
+    """Bring back the base weights of a merged model, bit for bit, and its experts and gate; return the same model.
 
-    What was written to the merged weights since is lost. Raises ValueError for a model that is not merged, or whose
-    merged layers were replaced or cast since; the model is then as before.
+    Changes to the merged weights since the merge are lost.
+
+    Raises:
+        ValueError: If the model is not merged, or a merged layer was replaced or cast since; the model is then as
+        before.
     """
     hosts = [module for module in model.modules() if MERGED in module.__dict__]
     if len(hosts) != 1:
@@ -69,9 +76,9 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def merge_and_unload(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
-    """Folds the experts under constant gates into the base weights for good and returns the same, now plain, model.
+    """Merge the experts as `merge` does and forget them; return the same model, now plain.
 
-    What was trainable before the injection is so again. Raises as `merge` does.
+    What was trainable before the injection is trainable again. Arguments and errors are those of `merge`.
     """
     host = injected(model)
     merge(host, gates)
@@ -82,7 +89,7 @@ def merge_and_unload(model: nn.Module, gates: GateValue | None = None) -> nn.Mod
 
 
 def constant_gates(host: nn.Module, gates: GateValue | None) -> dict[str, float]:
-    """What the caller gave, one weight for each expert; raises ValueError where it differs between samples."""
+    """Turn the value of a caller into one weight for each expert; ValueError if it differs between samples."""
     state = routing(host)
     if gates is None:
         raise ValueError(
@@ -91,16 +98,14 @@ def constant_gates(host: nn.Module, gates: GateValue | None) -> dict[str, float]
         )
     rows = given_gates(state.config, gates).detach().flatten(0, -2)  # (B, E)
     if not len(rows) or not bool((rows == rows[:1]).all()):
-        raise ValueError(
-            f"gates of {len(rows)} samples differ, expected the same for every sample: a merged model has one weight"
-        )
+        raise ValueError(f"gates of {len(rows)} samples differ, expected the same for all: merged weights are constant")
     return dict(zip(state.names, rows[0].tolist()))
 
 
 def fold(layer: SlideLoRALinear, gates: dict[str, float]) -> tuple[Tensor, Tensor]:
-    """One LoRA that does what a layer's experts do under constant gates: A (R, d_in) and B (R, d_out), scaling 1.
+    """Return one LoRA that does what a layer's experts do under constant gates: A (R, d_in), B (R, d_out), scaling 1.
 
-    R is the sum of the ranks of the experts whose gate is not zero; gates and scalings are folded into B.
+    R is the sum of the ranks of the experts whose gate is not zero. B contains the gates and scalings.
     """
     experts = [(layer.expert(name), weight) for name, weight in gates.items() if weight]
     dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
@@ -114,13 +119,13 @@ def fold(layer: SlideLoRALinear, gates: dict[str, float]) -> tuple[Tensor, Tenso
 def _require_mergeable(name: str, base: nn.Module) -> None:
     weight = getattr(base, "weight", None)
     known = type(base).forward is nn.Linear.forward or type(base).__name__ == "Conv1D"
-    # A quantised weight is a subclass of Parameter, or not floating; one that is offloaded is on the meta device.
+    # A quantised weight is a subclass of Parameter, or not floating-point. An offloaded one is on the meta device.
     plain = type(weight) is nn.Parameter and weight.dtype in _DTYPES and weight.device.type != "meta"
     if not known or not plain:
-        what = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        kind = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
-            f"{name} is a {type(base).__name__} with a {what} for its weight, expected a Linear or Conv1D with a "
-            "floating weight: a quantised or offloaded layer cannot be merged; use it under slidelora.gates, or "
+            f"{name} is a {type(base).__name__} with a {kind} as weight, expected a Linear or Conv1D with a "
+            "floating-point weight: a quantised or offloaded layer cannot be merged; use it under slidelora.gates, or "
             "slidelora.export_peft with gates="
         )
 
@@ -133,5 +138,5 @@ def _merged_weight(name: str, layer: SlideLoRALinear, gates: dict[str, float]) -
         delta = delta.T
     merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
     if not bool(merged.isfinite().all()):
-        raise ValueError(f"{name} has a merged weight that is not finite in {weight.dtype}, expected finite ones")
+        raise ValueError(f"{name} has a merged weight that is not finite in {weight.dtype}, expected finite numbers")
     return merged

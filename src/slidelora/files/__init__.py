@@ -1,0 +1,1 @@
+"""Adapters on disk: our own folder, plain PEFT LoRA, and the released TextHarmony checkpoint."""
