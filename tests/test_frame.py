@@ -1,14 +1,20 @@
-"""What the two packages promise as packages: what an import brings in, how long it takes, what is on board."""
+"""What the two packages promise as packages: what an import brings in, what is on board, what names mean."""
 
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 from importlib.metadata import entry_points, metadata, version
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+import slidelora
+import textharmony
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,8 +59,19 @@ def test_import_textharmony_loads_nothing_heavy() -> None:
     assert json.loads(run_python(LIGHT)) == []
 
 
+@pytest.mark.parametrize("package", [slidelora, textharmony], ids=lambda package: package.__name__)
+def test_a_module_and_a_function_never_share_a_name(package: ModuleType) -> None:
+    """Else `import slidelora.gates as g` would give the function that the package exports, not the module."""
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if info.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(info.name)
+        parent, _, name = info.name.rpartition(".")
+        assert getattr(sys.modules[parent], name) is module
+        assert not hasattr(module, name) or isinstance(getattr(module, name), ModuleType), info.name
+
+
 def test_textharmony_offers_its_public_names() -> None:
-    import textharmony
     from textharmony import GenerationSettings, ModelConfig, Request, Stage, Task, TextHarmony, TrainConfig
 
     public = {GenerationSettings, ModelConfig, Request, Stage, Task, TextHarmony, TrainConfig}

@@ -26,8 +26,8 @@ def merge(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
 
     Args:
         model: An injected model, or one that holds it.
-        gates: As in `slidelora.gates`, and the same for every sample; a gate that depends on the input cannot be
-        merged.
+        gates: As in `slidelora.gates`, and the same for every sample. A gate that depends on the input cannot be
+            merged.
 
     Raises:
         ValueError: If there are no gates or they differ between samples, if a base layer is not a Linear or Conv1D with
@@ -54,8 +54,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     Changes to the merged weights since the merge are lost.
 
     Raises:
-        ValueError: If the model is not merged, or a merged layer was replaced or cast since; the model is then as
-        before.
+        ValueError: If the model is not merged, or a merged layer was replaced or cast since. The model is then as
+            before.
     """
     hosts = [module for module in model.modules() if MERGED in module.__dict__]
     if len(hosts) != 1:

@@ -155,6 +155,13 @@ def test_a_text_that_cannot_be_drawn_is_named(task: Task, text: str, message: st
         ({"task": Task.DRAW, "prompt": f"A {BOI}"}, r"holds <\|beginofimage\|> or"),
         ({"task": Task.ANSWER, "prompt": 3, "image": "a.png"}, "prompt is 3, expected text"),
         ({"task": Task.LOCATE, "prompt": None, "image": "a.png"}, "prompt is None, expected text"),
+        ({"task": Task.LOCATE, "image": "a.png"}, "cannot locate '', expected a word"),
+        ({"task": Task.LOCATE, "prompt": " \t", "image": "a.png"}, r"cannot locate ' \\t', expected a word"),
+        ({"task": Task.READ, "image": "a.png", "box": BOX}, r"request to read has box \(100, .*\), expected none"),
+        ({"task": Task.LOCATE, "prompt": "A", "image": "a.png", "box": BOX}, "request to locate has box"),
+        ({"task": Task.DRAW, "prompt": "A", "box": BOX}, "request to draw has box"),
+        ({"task": "paint", "prompt": "A"}, "task is 'paint', expected one of read, answer, locate, draw, edit"),
+        ({"task": None, "prompt": "A"}, "task is None, expected one of read, answer, locate, draw, edit"),
     ],
 )
 @pytest.mark.parametrize("layout", [None, LAYOUT])
@@ -163,6 +170,11 @@ def test_a_request_that_lacks_something_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Request(**values).completed(layout)
+
+
+def test_a_request_takes_the_name_of_its_task() -> None:
+    request = Request("edit", "A", PICTURE, BOX)  # type: ignore[arg-type]
+    assert request.task is Task.EDIT and request == Request(Task.EDIT, "A", PICTURE, BOX)
 
 
 def test_a_box_becomes_numbers() -> None:

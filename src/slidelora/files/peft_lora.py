@@ -39,8 +39,7 @@ def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue |
 
     Raises:
         ValueError: If gates differ between samples or give no expert any weight, or if a layer has two names, since
-        PEFT
-            adapts it under one name only.
+            PEFT adapts it under one name only.
     """
     host = injected(model)
     layers = slide_layers(host)
@@ -135,8 +134,8 @@ def import_peft(model: nn.Module, adapters: Mapping[str, str | Path], **fields: 
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, does not fit the model, or is more than plain LoRA (DoRA, modules_to_save,
-        ...). TypeError: If `fields` has one that comes from the files. In all cases the model is as before.
+        ValueError: If a file is damaged, does not fit the model, or is more than plain LoRA (DoRA, for instance).
+        TypeError: If `fields` has one that comes from the files. In all three cases the model is as before.
     """
     require_plain(model)
     if not isinstance(adapters, Mapping) or not adapters:
