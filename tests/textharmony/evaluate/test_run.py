@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from textharmony.config import GenerationSettings, PredictionSettings
@@ -67,7 +66,6 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(model: TextHarmony, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run without interruption."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # as in every test: pixels depend on it
     out = tmp_path_factory.mktemp("whole")
     faults = run(model, out)
     assert faults.good == 7 and [fault.where for fault in faults.listed] == ["test no picture"]
