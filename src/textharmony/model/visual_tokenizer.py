@@ -80,7 +80,7 @@ class VisualTokenizer(nn.Module):
         """The language model's embeddings, in which a learned gate reads the prompt."""
         (words,) = self._words
         if words is None:
-            raise NotImplementedError
+            raise AttributeError("this visual tokenizer was made without the language model's embeddings")
         return words
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, WordLogits | None]:
