@@ -49,8 +49,7 @@ def add_expert(
     if not 0 < share < 1:
         raise ValueError(f"share is {share!r}, expected a number between 0 and 1")
     _arrange(host, _with_expert(state.config, name, group, shared, r, lora_alpha), init)
-    state.recorded = state.batch = None
-    state.records = {}
+    state.record(None, None, {})
     for gate in _learned_gates(host):
         gate.add_expert(name, share)
 

@@ -1,20 +1,126 @@
-"""Hooks on an injected model: before its forward its gate reads the prompt, and the KV cache keeps the weights."""
+"""What an injected model does around its calls and around `generate`: its gate reads the prompt, once, and acts."""
 
-import inspect
-from collections.abc import Mapping, MutableMapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slidelora.inputs import (
+    WEIGHTS_KEY,
+    batch_size,
+    by_name,
+    find_packed,
+    find_pictures,
+    generation_mask,
+    is_causal,
+    is_filled,
+    read_prompt,
+    token_masks,
+    token_shape,
+)  # fmt: skip
 from slidelora.losses import GateRun
-from slidelora.routing_state import GATE, ActiveGates, Routing, injected, routing
+from slidelora.routing_state import GATE, Routing, injected
+from slidelora.routing_state import routing as routing_of
+from slidelora.scopes import ActiveGates, Entry, Scope, compact_form, in_backward
 
-_KEY = "slidelora_weights"  # under which a KV cache, or the output of an encoder, keeps the weights of its prompt
+_CALL = "slidelora_call"  # the attribute of a host that holds its HostCall
+_CACHES = ("past_key_values", "cache_params", "state")  # what models call the state that they keep between calls
 
 
-class GateHook:
-    """Hooks that put gates in force for a forward of an injected model or, if `model` is given, of its encoder.
+class Host(nn.Module):
+    """The class that an injected model has in front of its own: its calls put gates in force, and end them.
+
+    Forward hooks would not do: torch does not call them after a KeyboardInterrupt.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (that of the model's own class)
+        call: HostCall | None = getattr(self, _CALL, None)
+        entry = None if call is None else call.begin(self, args, kwargs)
+        if call is None or entry is None:
+            return super().__call__(*args, **kwargs)
+        handle = None
+        try:
+            handle = None if torch.compiler.is_compiling() else call.carry(self, entry, kwargs)
+            output = super().__call__(*args, **kwargs)
+            call.finish(entry, kwargs, output)
+        finally:
+            call.routing.leave(entry)
+            if handle is not None:
+                handle.remove()
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
+        if own_class(type(self)) is None:  # someone put a class in front of this one
+            return (function, arguments, *rest)
+        return (_new_host, (own_class(type(self)),), *rest)  # pickle cannot find a class that was made at run time
+
+
+class GeneratingHost(Host):
+    """A host of transformers, whose `generate` keeps the gate of the prompt in all its steps."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model's own class does."""
+        call: HostCall | None = getattr(self, _CALL, None)
+        if call is None:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with call.generating(self, args, kwargs) as remember:
+            output = super().generate(*args, **kwargs)  # type: ignore[misc]
+            remember(output)
+        return output
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model's own class does: many prompts in one row, in a thread of their own."""
+        call: HostCall | None = getattr(self, _CALL, None)
+        if call is None:
+            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+        with call.everywhere():
+            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def host_class(own: Any) -> type[nn.Module]:
+    """Make the class of an injected model; it has the name of the model's own class."""
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    front = GeneratingHost if hasattr(own, "generate") else Host
+    made: type[nn.Module] = type(own)(own.__name__, (front, own), {**names, "slidelora_own_class": own})
+    return made
+
+
+def own_class(host: type[nn.Module]) -> Any:
+    """Return the class that `host_class` was called with, None for any other class."""
+    return host.__dict__.get("slidelora_own_class")
+
+
+def _new_host(own: Any) -> nn.Module:
+    made = host_class(own)
+    return made.__new__(made)
+
+
+class _Carry(torch.autograd.Function):
+    """Hidden states as they are; the gradient that recomputations collected goes on to the weights of the gates."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, gates: ActiveGates) -> Tensor:
+        ctx.gates = gates
+        return hidden.clone()  # not a view, which the model could not change in place
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        leaf = ctx.gates.leaf
+        gradient = None if leaf is None else leaf.grad
+        if leaf is not None:
+            leaf.grad = None
+        return dy, gradient, None
+
+
+class HostCall:
+    """What happens around the calls of an injected model or, if `model` is given, of its encoder.
 
     `generate` calls the encoder without the model. The encoder's output then keeps the weights, and `generate` repeats
     them for beams together with the output.
@@ -22,152 +128,249 @@ class GateHook:
 
     def __init__(self, routing: Routing, model: nn.Module | None = None) -> None:
         self.routing, self.model = routing, model
+        self.warned: set[str] = set()
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the model's gate, unless gates are given; a forward pre-hook."""
+    def begin(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | None:
+        """Put the gates of a call in force: those that are given, or what the model's own gate says."""
         routing, scope = self.routing, self.routing.scope
-        if scope.disabled or (self.model is not None and scope.gates is not None):
-            return
-        inputs = _by_name(module, args, kwargs)
-        tokens, given = _token_shape(inputs), scope.gates
+        if self.model is not None and scope.gates is not None:
+            return None
+        if scope.disabled or routing.base_only:
+            routing.enter(entry := Entry(disabled=True))  # so that a recomputation knows it
+            return entry
+        again = in_backward()
+        if again and not routing.replayed and (not scope.entries or scope.given is not None):
+            raise RuntimeError(
+                "the model is called in backward, and the gates of its forward are not known; expected "
+                "torch.utils.checkpoint.checkpoint(..., **slidelora.checkpoint_kwargs(model)) around it"
+            )
+        inputs = by_name(host, args, kwargs)
+        given, batch = scope.given, batch_size(inputs)
         if given is not None and given.weights is not None:
-            batch = _batch(inputs)
-            if batch is not None and given.weights.shape[0] not in (1, batch):
-                raise ValueError(
-                    f"gates have batch {given.weights.shape[0]}, expected {batch} as the input has; for beams or "
-                    "several returned sequences pass repeats= to slidelora.gates"
-                )
-            if not scope.replaying:
-                routing.recorded, routing.batch = given.weights, batch
-            gates = ActiveGates(given.weights, given.compact, given.copies, tokens)
+            weights, compact = given.weights, None if torch.compiler.is_compiling() else given.compact
+            # A row for all prompts serves any batch, but a cache keeps a row for each of its own.
+            if batch is not None and len(weights) != batch and (len(weights) > 1 or given.from_prompt):
+                if given.prompts != weights.shape[0] or batch % weights.shape[0]:
+                    raise ValueError(
+                        f"gates have batch {weights.shape[0]}, expected {batch} as the input has; for beams or "
+                        "several returned sequences pass repeats= to slidelora.gates"
+                    )
+                weights = weights.repeat_interleave(batch // weights.shape[0], 0)
+                compact = compact_form(weights)
+            if not again:
+                routing.record(weights, batch, None)
+            gates = ActiveGates(weights, compact, from_prompt=given.from_prompt)
         elif routing.kind.in_layers:
-            if not scope.replaying:
-                routing.recorded, routing.records = None, {}
-            gates = ActiveGates(None, tokens=tokens, masks=_token_masks(module, inputs))
+            if not again:
+                routing.record(None, None, {})
+            gates = ActiveGates(None, masks=token_masks(host, inputs))
         elif routing.kind.in_model:
-            weights = self._weights(module if self.model is None else self.model, inputs)
-            gates = ActiveGates(weights, tokens=tokens, from_prompt=routing.kind.reads_prompt)
+            weights = self.weigh(host if self.model is None else self.model, inputs, scope)
+            gates = ActiveGates(weights, from_prompt=routing.kind.reads_prompt)
         else:
-            return
-        routing.enter(gates, False, owner=self)
+            return None
+        gates.tokens = token_shape(inputs)
+        if gates.weights is not None and len(gates.weights) > 1 and gates.weights.ndim == 2:
+            gates.pictures = find_pictures(host, inputs)
+        entry = Entry(gates)
+        routing.enter(entry)
+        return entry
 
-    def _weights(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the weights of the model's gate for this prompt, or for the prompt that filled the cache."""
+    def weigh(self, model: nn.Module, inputs: Mapping[str, Any], scope: Scope) -> Tensor:
+        """Return the weights of the model's gate: for the prompt that was told, that filled the cache, or that is new.
+
+        (B, E) or, where samples are packed into rows, (B, T, E).
+        """
         if not self.routing.kind.reads_prompt:
             return _run_gate(model, self.routing)
-        cache = inputs.get("past_key_values")
-        if _is_filled(cache):
-            weights = getattr(cache, _KEY, None)
+        shape = token_shape(inputs)
+        told = scope.prompt is not None and tuple(scope.prompt.shape) == shape
+        cache = next((inputs[name] for name in _CACHES if is_filled(inputs.get(name))), None)
+        if cache is not None and not told:
+            weights = getattr(cache, WEIGHTS_KEY, None)
             if weights is None:
                 raise RuntimeError(
                     "past_key_values were filled without this model's gate, expected those of a forward under it, or "
                     "`with slidelora.gates(model, ...):` around the call"
                 )
-            if (batch := _batch(inputs)) is not None and batch != weights.shape[0]:
+            if (batch := batch_size(inputs)) is not None and batch != weights.shape[0]:
                 raise ValueError(f"past_key_values have batch {weights.shape[0]}, expected {batch} as the input has")
             return weights  # type: ignore[no-any-return]
         encoded = inputs.get("encoder_outputs")
-        if isinstance(encoded, Mapping) and _KEY in encoded:
-            return encoded[_KEY]  # type: ignore[no-any-return]
-        return _run_gate(model, self.routing, *_prompt(model, inputs))
+        if isinstance(encoded, Mapping) and WEIGHTS_KEY in encoded:
+            return encoded[WEIGHTS_KEY]  # type: ignore[no-any-return]
+        if scope.prompt is not None and not told:
+            raise ValueError(f"the prompt's mask is {tuple(scope.prompt.shape)}, expected {shape} as the input has")
+        embeds, mask = read_prompt(model, inputs)
+        samples = None if torch.compiler.is_compiling() else find_packed(inputs, mask)
+        if scope.prompt is not None:
+            mask = mask & scope.prompt.to(mask.device)
+        else:
+            mask = mask & self._before_answer(model, inputs, mask)
+        if not torch.compiler.is_compiling() and not bool(mask.any(1).all()):
+            self._warn(
+                "a sequence has no prompt token: every token has a label or is padding, so the gate cannot tell it "
+                "from others; give the labels of the prompt -100, tell the prompt with slidelora.prompt(model, mask), "
+                "or use gate='token'"
+            )
+        if samples is None:
+            return _run_gate(model, self.routing, embeds, mask)
+        index, lengths = samples  # (B, T), (S,)
+        rows = torch.nn.utils.rnn.pad_sequence(list(embeds.flatten(0, 1).split(lengths)), batch_first=True)
+        masks = torch.nn.utils.rnn.pad_sequence(list(mask.flatten().split(lengths)), batch_first=True)
+        return _run_gate(model, self.routing, rows, masks)[index.to(embeds.device)]  # (B, T, E)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """End the scope that `before` entered; a forward hook, which torch calls after an error, too."""
-        scope = self.routing.scope
-        if scope.owner is not self:
-            return
-        self.routing.leave(scope)
-        if scope.gates is None or not scope.gates.from_prompt:
+    def _before_answer(self, model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        """Say which tokens (B, T) are not the answer, as far as the call tells."""
+        everything = torch.ones_like(mask)
+        if not is_causal(model):
+            return everything  # labels of tags, masked words or a decoder are not in the input
+        labels = inputs.get("labels")
+        if isinstance(labels, Tensor) and labels.shape == mask.shape:
+            return (labels == -100).to(mask.device)
+        kept = inputs.get("logits_to_keep")
+        if isinstance(kept, int) and kept > 1:  # as trainers of policies score an answer: the last logit predicts it
+            return everything & (torch.arange(mask.shape[1], device=mask.device) < mask.shape[1] - kept + 1)
+        if torch.compiler.is_compiling() or (inputs.get("use_cache") and not model.training):
+            return everything
+        generated, ids = self.routing.local.generated, inputs.get("input_ids")
+        if generated is not None and isinstance(ids, Tensor) and ids.shape == generated[0].shape:
+            if torch.equal(ids, generated[0].to(ids.device)):  # what was generated is scored
+                return everything & (torch.arange(mask.shape[1], device=mask.device) < generated[1])
+        if model.training:
+            self._warn(
+                "the call has no labels, so the gate reads every token, an answer too; tell the prompt with "
+                "slidelora.prompt(model, mask), or use gate='token', which sees no later token"
+            )
+        return everything
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=5)
+
+    def carry(self, host: nn.Module, entry: Entry, kwargs: dict[str, Any]) -> Any:
+        """Let the hidden states carry gradients to the gates, for reentrant checkpointing, whose graph has none."""
+        gates = entry.gates
+        if gates is None or gates.weights is None or not gates.weights.requires_grad or not torch.is_grad_enabled():
+            return None
+
+        def through(hidden: Any) -> Any:
+            if gates.carried or not isinstance(hidden, Tensor) or not hidden.requires_grad:
+                return hidden
+            gates.carried = True
+            return _Carry.apply(hidden, gates.weights, gates)
+
+        if isinstance(kwargs.get("inputs_embeds"), Tensor):
+            kwargs["inputs_embeds"] = through(kwargs["inputs_embeds"])
+            return None
+        try:
+            embeddings: nn.Module = host.get_input_embeddings()  # type: ignore[operator]
+            return embeddings.register_forward_hook(lambda module, args, output: through(output))
+        except (AttributeError, NotImplementedError):
+            return None
+
+    def finish(self, entry: Entry, kwargs: dict[str, Any], output: Any) -> None:
+        """Prepare for the backward, and give the caches of the call the weights of its prompt."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not in_backward():
+            self.routing.on_backward(output, self.routing.scope)
+        gates = entry.gates
+        if gates is None or not gates.from_prompt:
             return
         if self.model is not None and isinstance(output, MutableMapping):
-            output[_KEY] = scope.gates.weights
-        for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
-            if hasattr(cache, "get_seq_length"):
-                setattr(cache, _KEY, scope.gates.weights)
+            output[WEIGHTS_KEY] = gates.weights
+        for name in _CACHES:
+            for kept in (kwargs.get(name), getattr(output, name, None)):
+                if hasattr(kept, "__dict__") and not isinstance(kept, (Tensor, type)):
+                    _keep(kept, gates.weights)
 
+    @contextmanager
+    def generating(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Callable[[Any], None]]:
+        """Put the gates of the prompts in force for all steps of a `generate`; its result is given to the function."""
+        scope, kind = self.routing.scope, self.routing.kind
+        inputs = dict(kwargs)
+        if "input_ids" not in inputs:
+            inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
+        shape, entry = token_shape(inputs), None
+        if shape is not None and not (scope.disabled or self.routing.base_only):
+            if scope.given is not None and scope.given.weights is not None:
+                given = scope.given
+                gates = ActiveGates(given.weights, given.compact, True, shape[0], from_prompt=given.from_prompt)
+                entry = Entry(gates)
+            elif kind.in_model and kind.reads_prompt:
+                if not isinstance(inputs.get("attention_mask"), Tensor) or inputs["attention_mask"].ndim != 2:
+                    inputs["attention_mask"] = generation_mask(host, inputs)
+                with torch.no_grad():
+                    weights = self.weigh(host, {**inputs, "use_cache": True}, scope)
+                entry = Entry(ActiveGates(weights, compact_form(weights), True, len(weights), from_prompt=True))
 
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    if not args:
-        return kwargs
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args)), **kwargs}
+        def remember(output: Any) -> None:
+            sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+            if isinstance(inputs["input_ids"], Tensor) and isinstance(sequences, Tensor) and is_causal(host):
+                self.routing.local.generated = sequences, inputs["input_ids"].shape[1]
 
+        if entry is None:
+            yield remember
+            return
+        with self.routing.within(entry):
+            yield remember
 
-def _batch(inputs: Mapping[str, Any]) -> int | None:
-    named = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values", "sample")]
-    for value in (*named, *inputs.values()):
-        if isinstance(value, Tensor) and value.ndim > 1:
-            return value.shape[0]
-    return None
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Put what is in force for the caller in force in the threads that it starts.
 
-
-def _token_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")):
-        if isinstance(value, Tensor) and value.ndim > 1:
-            return value.shape[0], value.shape[1]
-    return None
-
-
-def _is_filled(cache: Any) -> bool:
-    if hasattr(cache, "get_seq_length"):
-        return bool(cache.get_seq_length() > 0)
-    return isinstance(cache, (tuple, list)) and len(cache) > 0
-
-
-def _prompt(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return embeddings (B, T, D) and the prompt's mask (B, T): tokens that attention_mask keeps and labels do not."""
-    input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if embeds is None:
-        if input_ids is None:
+        Raises ValueError if prompts have gates of their own: in one row with others, their tokens would share one.
+        """
+        state, scope = self.routing, self.routing.scope
+        own = scope.given is None and state.kind.in_model
+        if not (scope.disabled or state.base_only) and (own or (scope.given is not None and _rows(scope.given) > 1)):
             raise ValueError(
-                f"the call has {sorted(name for name in inputs if inputs[name] is not None)}, expected input_ids or "
-                "inputs_embeds for a gate that reads the prompt, or `with slidelora.gates(model, ...):` around it"
+                f"generate_batch puts many prompts into one row, which has one gate={state.config.gate!r}; expected "
+                "`with slidelora.gates(model, name):` with one gate for all prompts, gate='token', or generate"
             )
-        embeds = model.get_input_embeddings()(input_ids)  # type: ignore[operator]
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    elif not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask is {shape}, expected {tuple(embeds.shape[:2])} for a gate on the prompt")
-    mask = mask.bool()
-    labels = inputs.get("labels")
-    # Labels of a decoder, or of another shape, do not say which tokens of this input are the answer.
-    if isinstance(labels, Tensor) and labels.shape == mask.shape and not _is_encoder_decoder(model):
-        mask = mask & (labels == -100).to(mask.device)
-    return embeds, mask
+        before, state.everywhere = state.everywhere, scope
+        try:
+            yield
+        finally:
+            state.everywhere = before
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def _rows(gates: ActiveGates) -> int:
+    return 0 if gates.weights is None else len(gates.weights)
 
 
-def _token_masks(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Return masks (B, T), true on the tokens that count: of the model's input, and of its decoder's."""
-    tokens = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
-    own = _last_columns(inputs.get("attention_mask"), tokens)
-    if not _is_encoder_decoder(model):
-        return own, None
-    tokens = [inputs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels")]
-    decoder = _last_columns(inputs.get("decoder_attention_mask"), tokens)
-    given = next((value for value in tokens if isinstance(value, Tensor) and value.ndim > 1), None)
-    if decoder is None and given is not None:  # without a mask of its own, the decoder might get that of the encoder
-        decoder = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-    return own, decoder
+class _CacheEdit:
+    """A method of a cache that moves its rows, and the weights with them."""
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self.cache, self.name = cache, name
+
+    def __call__(self, argument: Any) -> None:
+        getattr(type(self.cache), self.name)(self.cache, argument)
+        weights = getattr(self.cache, WEIGHTS_KEY)
+        if self.name == "batch_repeat_interleave":
+            weights = weights.repeat_interleave(argument, 0)
+        else:
+            weights = weights[argument.to(weights.device) if isinstance(argument, Tensor) else argument]
+        setattr(self.cache, WEIGHTS_KEY, weights)
 
 
-def _last_columns(mask: Any, tokens: Sequence[Any]) -> Tensor | None:
-    """Return the columns of a mask for the tokens of this call; earlier columns are for the tokens in a cache."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    time = next((value.shape[1] for value in tokens if isinstance(value, Tensor) and value.ndim > 1), mask.shape[1])
-    return mask[:, -time:].bool()
+def _keep(cache: Any, weights: Tensor | None) -> None:
+    """Give a cache the weights of the prompts that filled it; they follow its rows."""
+    setattr(cache, WEIGHTS_KEY, weights)
+    if torch.compiler.is_compiling():
+        return
+    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
+        if hasattr(type(cache), name) and name not in vars(cache):
+            setattr(cache, name, _CacheEdit(cache, name))
 
 
 def _run_gate(model: nn.Module, routing: Routing, *prompt: Tensor) -> Tensor:
     output = getattr(model, GATE)(*prompt)
-    if not routing.scope.replaying:
-        routing.recorded, routing.batch, routing.records = output.weights, None, {GATE: [GateRun(output.logits)]}
+    if not in_backward():
+        routing.record(output.weights, None, {GATE: [GateRun(output.logits)]})
     return output.weights  # type: ignore[no-any-return]
 
 
@@ -186,7 +389,7 @@ def compute_gates(model: nn.Module, inputs_embeds: Tensor, mask: Tensor) -> Tens
         ValueError: If the model's gate does not read a prompt, or a shape does not fit.
     """
     host = injected(model)
-    state = routing(host)
+    state = routing_of(host)
     if not (state.kind.in_model and state.kind.reads_prompt):
         raise ValueError(f"gate is {state.config.gate!r}, expected a gate that reads the prompt, such as 'sequence'")
     return _run_gate(host, state, inputs_embeds, mask)

@@ -9,9 +9,10 @@ from torch import nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gating import Gate, kind_of
-from slidelora.hooks import GateHook
+from slidelora.hooks import HostCall, host_class, own_class
 from slidelora.layers import SlideLoRALinear, linear_features, placement
 from slidelora.routing_state import GATE, MERGED, STATE, Routing, injected
+from slidelora.scopes import Layout
 
 Module = TypeVar("Module", bound=nn.Module)
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
@@ -53,6 +54,7 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     for name, module in targets.items():
         if id(module) not in wrappers:
             wrappers[id(module)] = SlideLoRALinear(module, config, state, name).train(module.training)
+            wrappers[id(module)].layout = _layout(model, name)
     if skipped := _fused_experts(model, config):
         warnings.warn(f"no linear layer holds {', '.join(skipped)}: skipped", stacklevel=2)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -67,27 +69,19 @@ def attach(model: nn.Module, injection: Injection) -> None:
         _replace(model, name, layer)
     if injection.gate is not None:
         model.add_module(GATE, injection.gate)
-    hook = GateHook(injection.state)
-    handles = (
-        model.register_forward_pre_hook(hook.before, with_kwargs=True),
-        model.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
-        *(block.register_forward_pre_hook(_no_fast_path) for block in model.modules() if _has_fast_path(block)),
-        *_encoder_hooks(model, injection.state),
-    )
+    for host, call in [(model, HostCall(injection.state)), *_encoder_call(model, injection.state)]:
+        host.slidelora_call = call  # type: ignore[assignment]
+        host.__class__ = host_class(type(host))  # type: ignore[arg-type]
+    handles = [block.register_forward_pre_hook(_no_fast_path) for block in model.modules() if _has_fast_path(block)]
     setattr(model, STATE, injection.state)
     setattr(model, _UNDO, (handles, injection.trainable))
 
 
-def _encoder_hooks(model: nn.Module, state: Routing) -> list[Any]:
-    """Register hooks on the encoder, which `generate` calls without the model."""
+def _encoder_call(model: nn.Module, state: Routing) -> list[tuple[nn.Module, HostCall]]:
+    """Return the encoder, which may be called without the model, and what happens around its calls."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
         return []
-    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
-    hook = GateHook(state, model)
-    return [
-        encoder.register_forward_pre_hook(hook.before, with_kwargs=True),
-        encoder.register_forward_hook(hook.after, with_kwargs=True, always_call=True),
-    ]
+    return [(model.get_encoder(), HostCall(state, model))]  # type: ignore[operator]
 
 
 def detach(host: nn.Module) -> Injection:
@@ -98,6 +92,11 @@ def detach(host: nn.Module) -> Injection:
         _replace(host, name, layer.base_layer)
     for handle in handles:
         handle.remove()
+    for module in host.modules():
+        if isinstance(vars(module).get("slidelora_call"), HostCall):
+            del module.slidelora_call
+            if (own := own_class(type(module))) is not None:
+                module.__class__ = own
     delattr(host, _UNDO)
     delattr(host, STATE)
     if injection.gate is not None:
@@ -109,6 +108,22 @@ def thaw(host: nn.Module, injection: Injection) -> None:
     """Make the parameters trainable that were trainable before an injection."""
     for name, parameter in host.named_parameters():
         parameter.requires_grad_(name in injection.trainable)
+
+
+_VISION = re.compile(r"vision|visual|image|picture|projector|connector|qformer|resampler", re.I)
+
+
+def _layout(model: nn.Module, name: str) -> Layout:
+    """Tell from the modules around a layer what the rows of its input may be."""
+    names = name.split(".")
+    around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    # torch's own blocks say so in the attention inside them.
+    time_first = any(getattr(child, "batch_first", True) is False for module in around for child in module.children())
+    kinds = [f"{part} {type(module).__name__}".lower() for part, module in zip(names, around[1:])]
+    subset = any("expert" in kind and "shared_expert" not in kind for kind in kinds) or "experts" in names[-1]
+    known = type(model).__module__.split(".")[0] in ("transformers", "diffusers")
+    listed = not known and any(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in around)
+    return Layout(time_first, subset, listed, any(_VISION.search(part) for part in names))
 
 
 def _has_fast_path(block: nn.Module) -> bool:

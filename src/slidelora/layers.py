@@ -11,6 +11,7 @@ from slidelora.config import SlideLoRAConfig
 from slidelora.gating import kind_of, replace_data
 from slidelora.ops import Mixture, gated_linear, gated_lora, resolve
 from slidelora.routing_state import Routing
+from slidelora.scopes import Layout
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -57,6 +58,7 @@ class SlideLoRALinear(nn.Module):
         self.dropout, self.backend = config.lora_dropout, config.backend
         self.routing = routing
         self.path = name  # in the model; rank_pattern matches it, and `routing` reports under it
+        self.layout = Layout()
         self.names: tuple[str, ...] = ()
         device, dtype = placement(base_layer, config)
         self.lora_A = nn.Parameter(torch.empty(0, self.in_features, dtype=dtype, device=device))
@@ -137,17 +139,18 @@ class SlideLoRALinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
-        active = self.routing.active_gates()
+        active = self.routing.active_gates(self.path)
         if active is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if x.ndim == 2 and active.tokens and len(x) == active.tokens[0] * active.tokens[1] != active.tokens[0]:
+        flat = active.tokens is not None and len(x) == active.tokens[0] * active.tokens[1] != active.tokens[0]
+        if x.ndim == 2 and flat and active.tokens and not self.layout.subset:
             # The model flattens its tokens, as OPT and MoE blocks do.
             return self.forward(x.unflatten(0, active.tokens), *args, **kwargs).flatten(0, 1)
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         base_layer = self.base_layer
         x = x.to(lora_A.device)  # base_layer would bring it there, too
-        gates, experts = self.routing.weigh(active, self.path, self.gate, x)
+        gates, experts = self.routing.weigh(active, self.path, self.gate, x, self.layout)
         if self.scaling is None:
             assert self.scales is not None
             gates = gates * (self.scales if experts is None else self.scales[experts])

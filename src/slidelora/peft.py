@@ -102,12 +102,12 @@ class _Adapted(BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable the experts, or disable them as `slidelora.disabled` does; what trains stays the same."""
-        self.routing.set_disabled(not enabled)
+        self.routing.base_only = not enabled
 
     @property
     def disable_adapters(self) -> bool:
         """Whether the model is its base model now."""
-        return self.routing.scope.disabled
+        return self.routing.base_only or self.routing.scope.disabled
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Refuse any scale except 1, as `scale_layer` does."""

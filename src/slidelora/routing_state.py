@@ -1,11 +1,12 @@
 """The gates that are in force, from the forward to the end of the backward, and what the learned gates did last.
 
-All layers of a model share one plain object, its `Routing`. With a ContextVar torch.compile would make many graphs.
+All layers of a model share one plain object, its `Routing`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -15,82 +16,34 @@ from slidelora import losses
 from slidelora.config import SlideLoRAConfig
 from slidelora.gating import Gate, GateValue, dense_weights, given_gates, kind_of
 from slidelora.losses import GateRun, auxiliary_loss
+from slidelora.scopes import (
+    NOTHING,
+    ActiveGates,
+    Entry,
+    Last,
+    Layout,
+    Local,
+    Scope,
+    autograd_task,
+    compact_form,
+    fit_gates,
+    fold,
+    in_backward,
+    valid_tokens,
+)  # fmt: skip
 
 STATE = "slidelora_state"  # the attribute of an injected model that holds its Routing
 GATE = "slidelora_gate"  # the submodule that is its gate
 MERGED = "slidelora_merged"  # the attribute of a merged model
 
 
-@dataclass
-class ActiveGates:
-    """The gates that the layers apply."""
-
-    weights: Tensor | None  # (1 or B, E) or (B, T, E), fp32; None where each layer runs its own gate
-    compact: tuple[Tensor, Tensor] | None = None  # the same as `compact_form`
-    copies: dict[torch.device, "ActiveGates"] = field(default_factory=dict)  # on other devices
-    tokens: tuple[int, int] | None = None  # (B, T) of the model's input, for layers whose input is (B * T, d)
-    # True on the tokens that count: (B, T) of the model's input, and of the input of its decoder.
-    masks: tuple[Tensor | None, Tensor | None] = (None, None)
-    from_prompt: bool = False  # the model's gate read the prompt, so that a KV cache must keep the weights
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return (gates, experts) for a Mixture on a device; each device gets one copy."""
-        assert self.weights is not None
-        if self.weights.device != device:
-            if device not in self.copies:
-                compact = self.compact and (self.compact[0].to(device), self.compact[1].to(device))
-                self.copies[device] = ActiveGates(self.weights.to(device), compact)
-            return self.copies[device].on(device)
-        # Other gates have other active experts, and one compiled graph must serve all gates.
-        if torch.compiler.is_compiling() or self.compact is None:
-            return self.weights, None
-        return self.compact
-
-
-@dataclass
-class Scope:
-    """What the layers of a model do between `Routing.enter` and `Routing.leave`."""
-
-    gates: ActiveGates | None = None  # None where no gates are in force
-    disabled: bool = False  # the model is its base model
-    replaying: bool = False  # activation checkpointing runs a forward for the second time
-    owner: object = None  # the hook that entered the scope and will leave it
-    outer: "Scope | None" = None  # in force before and after this one
-
-
-def compact_form(weights: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return gates (1 or B, K) or (B, T, K) and experts, of that shape or (1, K), without the experts of weight 0.
-
-    None where no expert can be left out, or where a gradient flows to the weights.
-    """
-    if weights.requires_grad or weights.device.type == "meta" or not weights.numel():
-        return None
-    active = weights != 0
-    most = int(active.sum(-1).max())
-    if most == weights.shape[-1]:
-        return None
-    first = active.flatten(0, -2)[0]
-    if bool((active == first).all()):
-        experts = first.nonzero().T  # (1, K)
-        return weights[..., experts[0]], experts
-    # A row with fewer active experts than others is padded with its first one, at weight 0.
-    order = active.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]  # (B, K) or (B, T, K)
-    used = active.gather(-1, order)
-    experts = torch.where(used, order, order[..., :1])
-    return weights.gather(-1, order) * used, experts
-
-
-def _valid_tokens(active: ActiveGates, path: str, x: Tensor) -> Tensor | None:
-    """Return the mask that fits the input x of the layer at `path`, if there is one."""
-    own, decoder = active.masks
-    for mask in (decoder, own) if "decoder" in path.split(".") else (own,):
-        if mask is not None and mask.shape == x.shape[:-1]:
-            return mask.to(x.device)
-    return None
+# A context variable follows threads and asyncio tasks. torch.compile cannot read one, so compiled code reads a copy in
+# a thread-local variable, which each entry and each exit renews.
+_SCOPES: ContextVar[Mapping["Routing", Scope]] = ContextVar("_SCOPES", default={})  # noqa: B039 (never changed)
 
 
 class Routing:
-    """The routing state of an injected model: the scope in force, and what the gates did last.
+    """The routing state of an injected model: what is in force, and what the gates did last in this thread.
 
     `names` are the experts in the order of the columns of `weights`, and `config` is the model's configuration.
     """
@@ -98,23 +51,61 @@ class Routing:
     def __init__(self, config: SlideLoRAConfig) -> None:
         self.config, self.kind = config, kind_of(config)
         self.names: tuple[str, ...] = tuple(config.experts)
-        self.scope = Scope()
-        self.recorded: Tensor | None = None  # the last weights, (1 or B, E) or (B, T, E)
-        self.batch: int | None = None  # B of the forward that used them
-        self.records: dict[str, list[GateRun]] = {}  # the learned gates' last runs, by layer, or under GATE
+        self.local = Local()
+        self.last = Last()  # what compiled code writes: it cannot change what a thread-local variable holds
+        self.everywhere = NOTHING  # in force in threads that entered nothing
+        self.backwards: dict[int, Scope] = {}  # the forwards whose backwards run, by the number of autograd's task
+        self.base_only = False  # PEFT disabled the adapter
+
+    @property
+    def scope(self) -> Scope:
+        """What is in force for the caller, in a forward or in the recomputation of one."""
+        if torch.compiler.is_compiling():
+            return self.local.scope
+        scope = _SCOPES.get().get(self, self.everywhere)
+        task = autograd_task()
+        if task == -1:
+            return scope
+        inside = tuple(entry for entry in scope.entries if entry.backward)
+        return fold(inside) if inside else self.backwards.get(task) or self.local.backward or NOTHING
+
+    @property
+    def replayed(self) -> bool:
+        """Whether something was put in force since the backward began that runs."""
+        return any(entry.backward for entry in self._entries())
+
+    @property
+    def current(self) -> ActiveGates | None:
+        """The gates that are in force for the caller, None if there are none."""
+        return self.scope.gates
 
     @property
     def weights(self) -> Tensor | dict[str, Tensor] | None:
-        """The fp32 weights of the last forward or `compute_gates`, None before the first.
+        """The fp32 weights of the last forward or `compute_gates` in this thread, None before the first.
 
         (B, E), or (1, E) if one gate was given and no forward ran yet, or (B, T, E) if given so. Where each layer has
         its own gate, a dictionary by the layers' names.
         """
-        if self.recorded is None and self.records:
-            return {path: dense_weights(runs[-1].logits, self.config) for path, runs in self.records.items()}
-        if self.recorded is None or self.batch is None or self.recorded.shape[0] != 1:
-            return self.recorded
-        return self.recorded.expand(self.batch, *self.recorded.shape[1:])
+        recorded, batch, records = self.recorded, self._last.batch, self.records
+        if recorded is None and records:
+            return {path: dense_weights(runs[-1].logits, self.config) for path, runs in records.items()}
+        if recorded is None or batch is None or recorded.shape[0] != 1:
+            return recorded
+        return recorded.expand(batch, *recorded.shape[1:])
+
+    @property
+    def records(self) -> dict[str, list[GateRun]]:
+        """The learned gates' last runs in this thread, by layer or, for the model's gate, under its name."""
+        return self._last.records
+
+    @property
+    def recorded(self) -> Tensor | None:
+        """The weights of the model's gate as they were put in force last, (1 or B, E) or (B, T, E)."""
+        return self._last.recorded
+
+    @property
+    def _last(self) -> Last:
+        return self.last if torch.compiler.is_compiling() or self.last.compiled else self.local.last
 
     @property
     def load(self) -> Tensor | dict[str, Tensor] | None:
@@ -134,84 +125,119 @@ class Routing:
             found = {path: measure(runs, self.config) for path, runs in self.records.items()}
         return found[GATE] if GATE in found else found or None
 
+    def record(self, weights: Tensor | None, batch: int | None, records: dict[str, list[GateRun]] | None) -> None:
+        """Remember what the gates did last; None for records keeps those that are there."""
+        compiling = torch.compiler.is_compiling()
+        self.last = Last(weights, batch, self.records if records is None else records, compiling)
+        if not compiling:
+            self.local.last = self.last
+
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}  # a copied model starts without gates in force and without the last gates' graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
 
-    def enter(self, gates: ActiveGates | None, disabled: bool, replaying: bool = False, owner: object = None) -> Scope:
-        """Put a scope in force and return it; a scope inside a replay is a replay, too."""
-        self.scope = Scope(gates, disabled, self.scope.replaying or replaying, owner, self.scope)
-        return self.scope
+    def enter(self, entry: Entry) -> None:
+        """Put an entry in force for the caller, on top of those that are."""
+        entry.backward = in_backward()
+        self._set((*self._entries(), entry))
 
-    def leave(self, scope: Scope) -> None:
-        """End a scope: the one before it is in force again."""
-        assert scope.outer is not None
-        self.scope = scope.outer
+    def leave(self, entry: Entry) -> None:
+        """End an entry, in whatever order entries end."""
+        self._set(tuple(other for other in self._entries() if other is not entry))
+
+    def _entries(self) -> tuple[Entry, ...]:
+        if torch.compiler.is_compiling():
+            return self.local.scope.entries
+        return _SCOPES.get().get(self, self.everywhere).entries
+
+    def _set(self, entries: tuple[Entry, ...]) -> None:
+        self.local.scope = scope = fold(entries) if entries else NOTHING
+        if not torch.compiler.is_compiling():
+            others = {routing: other for routing, other in _SCOPES.get().items() if routing is not self}
+            _SCOPES.set({**others, self: scope} if entries else others)
 
     @contextmanager
-    def within(self, gates: ActiveGates | None, disabled: bool, replaying: bool = False) -> Iterator[None]:
-        """Enter a scope, and leave it at the end of the context."""
-        scope = self.enter(gates, disabled, replaying)
+    def within(self, entry: Entry) -> Iterator[None]:
+        """Enter an entry, and leave it at the end of the context."""
+        self.enter(entry)
         try:
             yield
         finally:
-            self.leave(scope)
+            self.leave(entry)
 
-    def set_disabled(self, disabled: bool) -> None:
-        """Change the scope in force, as PEFT does: it disables an adapter in one call and enables it in another."""
-        self.scope.disabled = disabled
+    def on_backward(self, output: Any, scope: Scope) -> None:
+        """Put a scope in force for recomputations when a backward reaches an output that it came to."""
+        if isinstance(output, Tensor):
+            if output.requires_grad:
+                output.register_hook(lambda _: self._begin_backward(scope))
+        elif isinstance(output, Mapping):
+            self.on_backward(list(output.values()), scope)
+        elif isinstance(output, (tuple, list)):
+            for item in output:
+                self.on_backward(item, scope)
+        elif is_dataclass(output):
+            self.on_backward(list(vars(output).values()), scope)
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return the contexts of a checkpointed forward and of its recomputation, under the gates of the forward."""
-        return nullcontext(), self.within(self.scope.gates, self.scope.disabled, replaying=True)
+    def _begin_backward(self, scope: Scope) -> None:
+        task = autograd_task()
+        if task not in self.backwards:
+            # torch has no public name for "at the end of this backward".
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end_backward(task))  # noqa: SLF001
+        gates = None if scope.gates is None else scope.gates.recomputed()
+        self.backwards[task] = self.local.backward = self.local.scope = replace(scope, gates=gates)
 
-    def active_gates(self) -> ActiveGates | None:
-        """Return the gates that a layer applies now, None if the adapters are disabled.
+    def _end_backward(self, task: int) -> None:
+        del self.backwards[task]
+        self.local.backward = None
+        self._set(self._entries())
+
+    def active_gates(self, path: str) -> ActiveGates | None:
+        """Return the gates that the layer at `path` applies now, None if the adapters are disabled.
 
         Raises RuntimeError if no gates are in force, or in a recomputation that does not know its gates.
         """
-        # Activation checkpointing recomputes a layer within the backward. The gates of its forward may differ from
-        # those in force now, and nothing tells whether they do. torch has no public name for "a backward runs".
-        if not self.scope.replaying and not torch.compiler.is_compiling():
-            if torch._C._current_graph_task_id() != -1:  # noqa: SLF001
-                raise RuntimeError(
-                    "a Slide-LoRA layer is recomputed in backward without the gates of its forward; expected "
-                    "activation checkpointing with slidelora.checkpoint_kwargs(model), as in model."
-                    "gradient_checkpointing_enable(gradient_checkpointing_kwargs=slidelora.checkpoint_kwargs(model))"
-                )
-        if self.scope.disabled:
+        scope = self.scope
+        again = in_backward()
+        if scope.disabled or (self.base_only and not again):
             return None
-        if self.scope.gates is None and self.kind.in_layers:
+        gates = scope.gates
+        if not torch.compiler.is_compiling():
+            if again:
+                if gates is None or (gates.leaf is not None and path in gates.without_grad and not gates.carried):
+                    raise RuntimeError(
+                        f"layer {path} is recomputed in backward, and its gates, or where their gradient belongs, are "
+                        "not known; expected activation checkpointing with use_reentrant=False, and around a whole "
+                        "model with torch.utils.checkpoint.checkpoint(..., **slidelora.checkpoint_kwargs(model))"
+                    )
+            elif gates is not None and not torch.is_grad_enabled():
+                gates.without_grad.add(path)
+        if gates is None and self.kind.in_layers:
             return ActiveGates(None)  # someone calls a part of the model by itself
-        if self.scope.gates is None:
+        if gates is None:
             raise RuntimeError(
                 f"no gate is in force for experts {list(self.names)}; expected `with slidelora.gates(model, ...):` "
                 "around the call, or gate='sequence' and a call of the injected model itself"
             )
-        return self.scope.gates
+        return gates
 
-    def weigh(self, active: ActiveGates, path: str, gate: Gate | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def weigh(
+        self, active: ActiveGates, path: str, gate: Gate | None, x: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor | None]:
         """Return (gates, experts) for the Mixture of the layer at `path`, with its own gate, if any, and its input x.
 
-        Raises ValueError if gates were given for other tokens than those of x.
+        Raises ValueError if it is not known which gates belong to which row of x.
         """
         given = active.weights
         if given is not None:
-            if given.ndim == 3 and given.shape[:-1] != x.shape[:-1]:
-                raise ValueError(
-                    f"gates have shape {tuple(given.shape)}, expected {(*x.shape[:-1], given.shape[-1])} for the input "
-                    f"of {path}, {tuple(x.shape)}: gates by token fit layers that see those tokens; choose these with "
-                    "target_modules"
-                )
-            return active.on(x.device)
+            return fit_gates(active, path, x, layout)
         assert gate is not None
         weights, experts, logits = gate(x)
-        if not self.scope.replaying:
+        if torch.compiler.is_compiling() or not in_backward():
             # A layer may run several times in one forward of the injected model; outside of one, the last run counts.
             runs = [] if self.scope.gates is None else self.records.get(path, [])
-            self.records[path] = [*runs, GateRun(logits, _valid_tokens(active, path, x))]
+            self.records[path] = [*runs, GateRun(logits, valid_tokens(active, path, x))]
         return weights, experts
 
 
@@ -262,18 +288,32 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
         weights = weights.to(min(devices, key=str))
     elif weights.device not in devices:
         raise ValueError(f"gates are on {weights.device}, expected {' or '.join(sorted(map(str, devices)))}")
-    if state.kind.in_layers or (value is not state.recorded and not weights.requires_grad):
-        state.records = {}  # the learned gate did not compute these, so there is no auxiliary loss
+    # Without a learned gate that computed these there is no auxiliary loss.
+    other = state.kind.in_layers or (value is not state.recorded and not weights.requires_grad)
     if repeats > 1 and (weights.shape[0] > 1 or weights.ndim == 3):  # one row (1, E) serves any batch
         weights = weights.repeat_interleave(repeats, 0)
-    state.recorded, state.batch = weights, None
-    return state.within(ActiveGates(weights, compact_form(weights)), state.scope.disabled)
+    state.record(weights, None, {} if other else None)
+    return state.within(Entry(ActiveGates(weights, compact_form(weights), given=True)))
+
+
+def prompt(model: nn.Module, mask: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which the caller tells a gate which tokens are the prompt, whatever else the calls say.
+
+    Args:
+        model: An injected model, or one that holds it.
+        mask: (B, T), true on the tokens of the prompt, for calls with inputs of B sequences of T tokens.
+
+    Raises:
+        ValueError: If the mask is not (B, T).
+    """
+    if mask.ndim != 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (batch, time), true on the prompt")
+    return routing(model).within(Entry(prompt=mask.bool()))
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which an injected model is its base model, bit for bit."""
-    state = routing(model)
-    return state.within(state.scope.gates, True)
+    return routing(model).within(Entry(disabled=True))
 
 
 def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) -> Tensor:
@@ -300,10 +340,28 @@ def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) ->
     return torch.zeros((), device=next(host.parameters()).device) if loss is None else loss
 
 
-def checkpoint_kwargs(model: nn.Module) -> dict[str, bool | Callable[[], Any]]:
-    """Return arguments for torch.utils.checkpoint.checkpoint, so that a recomputation sees the gates of its forward.
+def checkpoint_kwargs(model: nn.Module) -> dict[str, Any]:
+    """Return arguments for torch.utils.checkpoint.checkpoint around code that calls an injected model as a whole.
 
-    For a model of transformers, call
-    `model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs(model))`.
+    The recomputation then sees the gates that were in force around it. Checkpointing inside a model needs no arguments.
+    They can be written as JSON, as `TrainingArguments` does.
     """
-    return {"use_reentrant": False, "context_fn": routing(model).checkpoint_contexts}
+    return {"use_reentrant": False, "context_fn": _Contexts(routing(model))}
+
+
+class _Contexts(str):
+    """A function that returns the contexts of a checkpointed forward and of its recomputation; in JSON, its name."""
+
+    routing: Routing
+
+    def __new__(cls, routing: Routing) -> "_Contexts":
+        contexts = super().__new__(cls, "slidelora.checkpoint_kwargs")
+        contexts.routing = routing
+        return contexts
+
+    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        scope = self.routing.scope
+        return nullcontext(), self.routing.within(Entry(scope.gates, scope.disabled, scope.prompt))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Contexts":
+        return self

@@ -6,7 +6,7 @@ from closeness import assert_close
 from torch import Tensor
 
 from slidelora.ops import Mixture, gated_lora
-from slidelora.routing_state import compact_form
+from slidelora.scopes import compact_form
 
 RANK = 2
 backends = pytest.mark.parametrize("backend", ["stacked", "fused"])

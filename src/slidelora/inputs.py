@@ -1,0 +1,146 @@
+"""What the arguments of a call say about its samples, tokens, prompt and pictures."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slidelora.scopes import Pictures
+
+WEIGHTS_KEY = "slidelora_weights"  # under which a KV cache, or the output of an encoder, keeps its prompt's weights
+
+
+def generation_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the attention mask (B, T) that `generate` infers: without padding, if it is clear what is padding."""
+    ids = inputs["input_ids"]
+    if inputs.get("inputs_embeds") is not None:
+        return torch.ones(inputs["inputs_embeds"].shape[:2], dtype=torch.long, device=inputs["inputs_embeds"].device)
+    settings = inputs.get("generation_config") or getattr(model, "generation_config", None)
+    pad, eos = (inputs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+    ends = eos if isinstance(eos, (list, tuple)) else [eos]
+    return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
+
+
+def find_packed(inputs: Mapping[str, Any], mask: Tensor) -> tuple[Tensor, list[int]] | None:
+    """Return for each token (B, T) the index of its sample, and the samples' lengths; None if a row is one sample.
+
+    Samples that are packed into a row are told apart by position_ids that begin again.
+    """
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[-1] != mask.shape[-1]:
+        return None
+    positions = positions.expand(mask.shape)
+    begins = positions[:, 1:] <= positions[:, :-1]
+    begins &= (mask[:, 1:] & mask[:, :-1]).to(begins.device)  # padding has no order
+    if not bool(begins.any()):
+        return None
+    begins = torch.cat([torch.ones_like(begins[:, :1]), begins], 1)
+    index = begins.flatten().cumsum(0) - 1
+    return index.view(mask.shape), index.bincount().tolist()
+
+
+def find_pictures(host: nn.Module, inputs: Mapping[str, Any]) -> Pictures | None:
+    """Tell which sample each picture of a call belongs to, from the positions that its tokens have in the text."""
+    pixels, ids, grid = (inputs.get(name) for name in ("pixel_values", "input_ids", "image_grid_thw"))
+    if not isinstance(pixels, Tensor) or not isinstance(ids, Tensor) or torch.compiler.is_compiling():
+        return None
+    config = getattr(host, "config", None)
+    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    count = len(grid) if isinstance(grid, Tensor) else len(pixels)
+    if token is None or inputs.get("pixel_values_videos") is not None:
+        return Pictures(count, None)
+    in_row = (ids == token).sum(1)  # (B,)
+    sizes = grid.prod(-1) if isinstance(grid, Tensor) else torch.ones(count, dtype=torch.long, device=ids.device)
+    each = sizes * in_row.sum() // sizes.sum()  # tokens of each picture
+    rows = torch.searchsorted(in_row.cumsum(0), each.cumsum(0))
+    found = torch.zeros_like(in_row).index_add(0, rows.clamp(max=len(ids) - 1), each)
+    known = bool((each > 0).all()) and torch.equal(found, in_row)
+    return Pictures(count, rows if known else None, sizes if isinstance(grid, Tensor) else None)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Say whether a model predicts the next token, so that its labels are tokens of its own input."""
+    can_generate = getattr(model, "can_generate", None)
+    generates = bool(can_generate()) if callable(can_generate) else hasattr(model, "generate")
+    return generates and not _is_encoder_decoder(model)
+
+
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by the names that the model's forward has for them."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def batch_size(inputs: Mapping[str, Any]) -> int | None:
+    """Return the number of samples of a call, None if no argument shows it."""
+    named = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values", "sample")]
+    for value in (*named, *inputs.values()):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[0]
+    return None
+
+
+def token_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return (B, T) of the tokens of a call, None if its input is not tokens."""
+    for value in (inputs.get("input_ids"), inputs.get("inputs_embeds")):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            return value.shape[0], value.shape[1]
+    return None
+
+
+def is_filled(cache: Any) -> bool:
+    """Say whether a KV cache, or what else a model keeps between calls, holds tokens."""
+    if hasattr(cache, WEIGHTS_KEY) and not hasattr(cache, "get_seq_length"):
+        return True
+    if hasattr(cache, "get_seq_length"):
+        return bool(cache.get_seq_length() > 0)
+    return isinstance(cache, (tuple, list)) and len(cache) > 0
+
+
+def read_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return embeddings (B, T, D) and the mask (B, T) of the tokens that attention_mask keeps."""
+    input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if embeds is None:
+        if input_ids is None:
+            raise ValueError(
+                f"the call has {sorted(name for name in inputs if inputs[name] is not None)}, expected input_ids or "
+                "inputs_embeds for a gate that reads the prompt, or `with slidelora.gates(model, ...):` around it"
+            )
+        embeds = model.get_input_embeddings()(input_ids)  # type: ignore[operator]
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    elif not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask is {shape}, expected {tuple(embeds.shape[:2])} for a gate on the prompt")
+    return embeds, mask.bool()
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def token_masks(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Return masks (B, T), true on the tokens that count: of the model's input, and of its decoder's."""
+    tokens = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
+    own = _last_columns(inputs.get("attention_mask"), tokens)
+    if not _is_encoder_decoder(model):
+        return own, None
+    tokens = [inputs.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels")]
+    decoder = _last_columns(inputs.get("decoder_attention_mask"), tokens)
+    given = next((value for value in tokens if isinstance(value, Tensor) and value.ndim > 1), None)
+    if decoder is None and given is not None:  # without a mask of its own, the decoder might get that of the encoder
+        decoder = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    return own, decoder
+
+
+def _last_columns(mask: Any, tokens: Sequence[Any]) -> Tensor | None:
+    """Return the columns of a mask for the tokens of this call; earlier columns are for the tokens in a cache."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    time = next((value.shape[1] for value in tokens if isinstance(value, Tensor) and value.ndim > 1), mask.shape[1])
+    return mask[:, -time:].bool()
