@@ -70,7 +70,7 @@ class Report:
         return self.spilled == 0 and self.fits and (self.matrix or self.variant == "fp32")
 
 
-def _source(name: str, config: launch.Config, variant: str) -> tuple[Any, dict[str, int]]:
+def _source(name: str, config: launch.Config, variant: str, backend: str) -> tuple[Any, dict[str, int]]:
     """The kernel with the types and constants of a training step with gates per sequence."""
     from triton.compiler import ASTSource
 
@@ -82,6 +82,8 @@ def _source(name: str, config: launch.Config, variant: str) -> tuple[Any, dict[s
     options = {key: sizes.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
     constants: dict[str, Any] = launch.rank_constants(name, SLOTS, RANK, DTYPES[dtype], compact=True)
     constants |= launch.dtype_constants(DTYPES[dtype]) | sizes
+    if backend == "hip":  # this machine's torch may be another build than the one that will launch the kernel
+        constants |= {"INPUT_PRECISION": "ieee", "ROUND": False}
     constants |= {
         "SPLIT_K": 1, "COMPACT": True, "TOP_K": 0, "HAS_DROPOUT": dropout, "HAS_DGATES": not dropout, "HAS_BASE": False,
         "HAS_BIAS": False, "TOKEN_SPLITS": 2, "BUCKET": 0, "pair_ids_ptr": None, "group_bounds_ptr": None,
@@ -93,8 +95,9 @@ def _source(name: str, config: launch.Config, variant: str) -> tuple[Any, dict[s
         constants |= {"h_pre_ptr": None, "dgates_ptr": None}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     pointers = dict.fromkeys(("expert_ids_ptr", "seed_ptr"), "*i64")
-    pointers |= dict.fromkeys(("weight_ptr", "gates_ptr", "dgates_ptr", "gradient_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("x_ptr", "h_ptr", "h_pre_ptr", "y_ptr", "right_ptr"), f"*{dtype}")
+    pointers |= dict.fromkeys(("weight_ptr", "gates_ptr", "h_ptr", "h_pre_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("dgates_ptr", "gradient_ptr"), "*fp32")
+    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr"), f"*{dtype}")
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -114,7 +117,7 @@ def compile_one(name: str, config: launch.Config, variant: str, target: Target) 
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source, options = _source(name, config, variant)
+    source, options = _source(name, config, variant, target.backend)
     compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]

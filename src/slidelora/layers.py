@@ -160,11 +160,11 @@ class SlideLoRALinear(nn.Module):
         mixture = Mixture(lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
         plain = type(base_layer) is nn.Linear and "forward" not in base_layer.__dict__
         plain = plain and type(base_layer.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
-        if plain and resolve(self.backend, x.device) == "fused" and not _hooks(base_layer, *_CALL_HOOKS):
+        if plain and resolve(self.backend, x.device) == "fused" and not _has_hooks(base_layer):
             return gated_linear(x, self.weight, self.bias, mixture, dropout)
         base: Tensor = base_layer(x, *args, **kwargs)
         # Nobody else holds the output of a plain Linear, unless a hook saw it. The compiler manages memory itself.
-        overwrite = plain and not _hooks(base_layer, "_forward_hooks") and not torch.compiler.is_compiling()
+        overwrite = plain and not torch.compiler.is_compiling() and not _has_hooks(base_layer)
         return gated_lora(base, x, mixture, self.backend, overwrite, dropout)
 
     def extra_repr(self) -> str:
@@ -192,9 +192,8 @@ def _init_expert(A: Tensor, init: str) -> None:
         A.mul_(A.shape[0] ** -0.5)
 
 
-_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _hooks(module: nn.Module, *kinds: str) -> bool:
-    """Say whether a module has hooks of these kinds; torch has no public way to ask."""
-    return any(getattr(module, kind) for kind in kinds)
+def _has_hooks(module: nn.Module) -> bool:
+    """Say whether a hook, of the module or of all modules, sees a call or its gradients."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    found = any(getattr(module, kind) for kind in kinds)  # torch has no public way to ask
+    return found or any(getattr(nn.modules.module, f"_global{kind}") for kind in kinds)

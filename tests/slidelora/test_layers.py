@@ -1,11 +1,14 @@
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from closeness import assert_close
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import slidelora
@@ -190,6 +193,99 @@ def test_a_hook_on_the_base_layer_sees_its_own_output() -> None:
     with slidelora.gates(model, "text"):
         model(x)
     assert torch.equal(outputs[0], nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
+def test_hooks_of_the_base_layer_or_of_all_modules(backend: str) -> None:
+    model, x = injected(nn.Linear(6, 5), backend=backend), torch.randn(4, 6, requires_grad=True)
+    layer, seen = model[0], []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        if module is layer.base_layer:
+            seen.append(output)
+
+    def keep_gradient(module: nn.Module, before: Any, after: tuple[Tensor, ...]) -> None:
+        if module is layer.base_layer:
+            seen.append(after[0])
+
+    everywhere = nn.modules.module
+    for register in (layer.base_layer.register_full_backward_hook, everywhere.register_module_full_backward_hook):
+        handles = [register(keep_gradient), everywhere.register_module_forward_hook(keep)]
+        seen.clear()
+        with slidelora.gates(model, "text"):
+            y = model(x)
+        y.sum().backward()
+        for handle in handles:
+            handle.remove()
+        assert_close(seen, [layer.base_layer(x), torch.ones_like(y)])
+
+
+class LinearSubclass(nn.Linear):
+    """Stands for the linear layers that hosts derive from torch's, like Falcon."""
+
+
+class ToldLinear(nn.Module):
+    """Tells its features only, as a quantised layer does."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.randn(out_features, in_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Embedded(nn.Module):
+    """An embedding and a linear layer, whose output a function may change in place."""
+
+    def __init__(self, layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.layer, self.change = nn.Embedding(9, 6), layer, change
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.change(self.layer(self.embed(input_ids)))
+
+
+def changed_in_place(y: Tensor) -> Tensor:
+    y += torch.ones_like(y)
+    total = torch.full_like(y, 0.5)
+    total += nn.functional.relu(y, inplace=True)
+    return nn.functional.dropout(total, 0.0, inplace=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "stacked", "fused"])
+@pytest.mark.parametrize("gate", ["given", "sequence", "token"])
+@pytest.mark.parametrize("run", ["eager", "checkpointed", "compiled"])
+@pytest.mark.parametrize("make", [nn.Linear, LinearSubclass, ToldLinear, lambda d_in, d_out: Conv1D(d_out, d_in)])
+def test_the_output_may_be_changed_in_place(
+    make: Callable[[int, int], nn.Module], run: str, gate: str, backend: str
+) -> None:
+    layer, input_ids = make(6, 5), torch.randint(9, (4, 3))
+
+    def gradients(backend: str, change: Callable[[Tensor], Tensor], run: str) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = Embedded(copy.deepcopy(layer), change)
+        slidelora.inject(model, gate=gate, r=2, target_modules=["layer"], backend=backend)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        model.double()
+        call = torch.compile(model, backend="aot_eager") if run == "compiled" else model
+        with slidelora.gates(model, "text") if gate == "given" else nullcontext():
+            if run == "checkpointed":
+                y = checkpoint(call, input_ids, **slidelora.checkpoint_kwargs(model))
+            else:
+                y = call(input_ids)
+        y.square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients(backend, changed_in_place, run)
+    expected = gradients("reference", lambda y: changed_in_place(y.clone()), "eager")
+    assert found.keys() == expected.keys() and "layer.lora_A" in found
+    assert_close(found, expected, 1e-10)
 
 
 def test_gradients_through_frozen_layers() -> None:

@@ -38,7 +38,8 @@ def gated_lora(
 ) -> Tensor:
     """Add a gated mixture of LoRA experts to the output of a base layer.
 
-    Computes `base + scaling * sum_e gates[., e] * B_e A_e dropout(x)` in the dtype of `base`.
+    Computes `base + scaling * sum_e gates[., e] * B_e A_e dropout(x)`. Sums and rank space are in fp32, or in float64
+    where `base` is.
 
     Args:
         base: (..., d_out), the output of the base layer.
@@ -49,7 +50,7 @@ def gated_lora(
         dropout: Probability of dropping an element of `x`; all experts share one mask.
 
     Returns:
-        (..., d_out), the sum.
+        (..., d_out), the sum, in the dtype of `base`.
 
     Raises:
         ValueError: If shapes or devices do not fit.

@@ -2,6 +2,9 @@
 
 The backward needs the input x, which the caller holds already, and h = x A^T of shape (T, E * r). No tensor of shape
 (T, E, d_out) exists. The gates multiply h instead of the output, because they do not depend on d_out.
+
+Half precision inputs are multiplied in fp32, and h stays in fp32: experts and gradients may be smaller than fp16 can
+hold, and h may be larger.
 """
 
 from typing import Any
@@ -14,7 +17,7 @@ from slidelora.ops.mixture import Mixture
 
 
 def gated_lora(base: Tensor, x: Tensor, mixture: Mixture, overwrite_base: bool) -> Tensor:
-    """Compute `slidelora.ops.gated_lora` in the dtype of base; the gates multiply in their own dtype."""
+    """Compute `slidelora.ops.gated_lora` in fp32 or above and round once."""
     if not torch.is_grad_enabled():
         return _forward(base, x, mixture, overwrite_base)[0]
     y: Tensor = _GatedLoRA.apply(base, x, overwrite_base, *mixture)  # autograd sees no tensors inside a tuple
@@ -23,16 +26,18 @@ def gated_lora(base: Tensor, x: Tensor, mixture: Mixture, overwrite_base: bool) 
 
 def _forward(base: Tensor, x: Tensor, mixture: Mixture, overwrite_base: bool) -> tuple[Tensor, Tensor]:
     """Return the output and h = x A^T: (T, n), or (B, T / B, n) where each sample has its own experts."""
-    groups = _groups(mixture)
-    A, B = (_active_rows(weight.to(base.dtype), mixture) for weight in (mixture.lora_A, mixture.lora_B))
-    h = _grouped(x, base.dtype, groups) @ A.mT
+    dtype, groups = torch.promote_types(base.dtype, torch.float32), _groups(mixture)
+    A, B = (_active_rows(weight.to(dtype), mixture) for weight in (mixture.lora_A, mixture.lora_B))
+    h = _grouped(x, dtype, groups) @ A.mT
     gated = _gate(h, mixture)
-    rows = _grouped(base, base.dtype, groups)
-    if overwrite_base and base.is_contiguous():
-        rows.addmm_(gated, B) if groups == 1 else rows.baddbmm_(gated, B)
-        return base, h
-    y = torch.addmm(rows, gated, B) if groups == 1 else torch.baddbmm(rows, gated, B)
-    return y.view(base.shape), h
+    # Autograd lets nobody change a view in place that an autograd function returns, so y is not a view.
+    y = base if overwrite_base and base.is_contiguous() else base.new_empty(base.shape)
+    if base.dtype == dtype:
+        add = torch.addmm if groups == 1 else torch.baddbmm
+        add(_grouped(base, dtype, groups), gated, B, out=_grouped(y, dtype, groups))
+    else:
+        torch.add(base, (gated @ B).view(base.shape), out=y)
+    return y, h
 
 
 class _GatedLoRA(torch.autograd.Function):
@@ -52,21 +57,21 @@ class _GatedLoRA(torch.autograd.Function):
         x, lora_A, lora_B, gates, experts, h = ctx.saved_tensors
         mixture = Mixture(lora_A, lora_B, gates, ctx.rank, ctx.scaling, experts)
         needs_base, needs_x, _, needs_A, needs_B, needs_gates = ctx.needs_input_grad[:6]
-        dy_rows = _grouped(dy, dy.dtype, _groups(mixture))
+        dy_rows = _grouped(dy, h.dtype, _groups(mixture))
         dx = dA = dB = dgates = None
         if needs_B:
             dB = _scatter_rows(_gate(h, mixture).mT @ dy_rows, lora_B, mixture)
         if needs_x or needs_A or needs_gates:
-            u = dy_rows @ _active_rows(lora_B.to(dy.dtype), mixture).mT  # (T, n)
+            u = dy_rows @ _active_rows(lora_B.to(h.dtype), mixture).mT  # (T, n)
             if needs_gates:
-                product = u.to(gates.dtype) * h
+                product = u * h
                 sums = product.reshape(*_by_sample(product, mixture)).sum((1, 3))  # (1 or B, E)
                 dgates = (sums * ctx.scaling).to(gates.dtype)
             dh = _gate(u, mixture)
             if needs_x:
-                dx = (dh @ _active_rows(lora_A.to(dy.dtype), mixture)).view(x.shape).to(x.dtype)
+                dx = (dh @ _active_rows(lora_A.to(h.dtype), mixture)).view(x.shape).to(x.dtype)
             if needs_A:
-                dA = _scatter_rows(dh.mT @ _grouped(x, dy.dtype, _groups(mixture)), lora_A, mixture)
+                dA = _scatter_rows(dh.mT @ _grouped(x, h.dtype, _groups(mixture)), lora_A, mixture)
         return dy if needs_base else None, dx, None, dA, dB, dgates, None, None, None
 
 
@@ -94,11 +99,13 @@ def _scatter_rows(gradient: Tensor, weight: Tensor, mixture: Mixture) -> Tensor:
     experts, count = mixture.experts, mixture.num_experts
     if experts is None:
         return gradient.to(weight.dtype)
-    blocks = gradient.reshape(-1, mixture.rank * weight.shape[1]).to(weight.dtype)  # (K or B * K, r * d)
+    blocks = gradient.reshape(-1, mixture.rank * weight.shape[1])  # (K or B * K, r * d)
     if experts.shape[0] == 1:
-        return torch.zeros_like(weight).view(count, -1).index_copy(0, experts[0], blocks).view(weight.shape)
-    chosen = experts.flatten() == torch.arange(count, device=experts.device)[:, None]  # (E, B * K)
-    return (chosen.to(weight.dtype) @ blocks).view(weight.shape)
+        blocks = blocks.new_zeros(count, blocks.shape[1]).index_copy(0, experts[0], blocks)
+    else:
+        chosen = experts.flatten() == torch.arange(count, device=experts.device)[:, None]  # (E, B * K)
+        blocks = chosen.to(blocks.dtype) @ blocks
+    return blocks.view(weight.shape).to(weight.dtype)
 
 
 def _by_sample(h: Tensor, mixture: Mixture) -> tuple[int, int, int, int]:

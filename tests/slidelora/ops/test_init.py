@@ -123,20 +123,85 @@ def test_strided_input_and_repeated_runs(backend: str) -> None:
 
 
 @backends
-def test_only_the_input_and_h_are_saved_for_backward(backend: str) -> None:
-    base, x, A, B, gates, _ = draw_case(2, 64, 32, 48, 8, 4, torch.float32)
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_only_the_input_and_h_are_saved_for_backward(backend: str, dtype: torch.dtype) -> None:
+    base, x, A, B, gates, _ = draw_case(2, 64, 32, 48, 8, 4, dtype)
     leaves = [tensor.requires_grad_() for tensor in (x, A, B, gates)]
     known = {tensor.data_ptr() for tensor in leaves}
     sizes = []
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in known:
-            sizes.append(tensor.numel())
+            sizes.append(tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         gated_lora(base, x, Mixture(A, B, gates, 4), backend)
-    assert sizes == [2 * 64 * 8 * 4]
+    assert sizes == [2 * 64 * 8 * 4 * max(4, dtype.itemsize)]  # h is in fp32 at least
+
+
+GATES = {
+    "by sample": (torch.tensor([[0.5, 0.3, -0.2], [0.1, 0.7, 0.2]]), None),
+    "by token": (torch.linspace(-1, 1, 2 * 20 * 3).view(2, 20, 3), None),
+    "compact": (torch.tensor([[0.5, -0.2], [0.1, 0.7]]), torch.tensor([[0, 2], [2, 1]])),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize(("size_B", "size_dy"), [(1e-2, 1.0), (1e-4, 1e-5)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_gradients_of_small_experts(
+    backend: str, dtype: torch.dtype, size_B: float, size_dy: float, gates: str
+) -> None:
+    """In fp16 these experts lose their digits, and dy B^T becomes zero."""
+    base, x, A, B, _, dy = draw_case(2, 20, 64, 48, 3, 4, dtype)
+    weights, chosen = GATES[gates]
+    case = (base, x, A / 8, B * size_B, weights.to(A.dtype), dy * size_dy)
+    _, (_, dx, *found) = run(backend, case, 4, chosen)
+    _, (_, exact_dx, *exact) = run("reference", tuple(tensor.double() for tensor in case), 4, chosen)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-3 if backend == "fused" else 1e-6)
+    assert_close(found, exact, bound)
+    assert relative_error(dx, exact_dx) < bound + 2.5 * relative_error(exact_dx.to(dtype), exact_dx)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_rank_space_holds_more_than_fp16(backend: str, dtype: torch.dtype) -> None:
+    base, x, A, B, gates, dy = draw_case(2, 20, 64, 48, 3, 4, dtype)
+    case = (base, x * 100, A * 1000, B / 1e5, gates, dy)
+    y, found = run(backend, case, 4)
+    truth, exact = run("reference", tuple(tensor.double() for tensor in case), 4)
+    assert (case[1].double().flatten(0, 1) @ case[2].double().T).abs().max() > 65504
+    assert_close([y, *found], [truth, *exact], max(1e-6, BOUNDS[dtype]))
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["contiguous", "overwritten", "transposed", "expanded", "constant", "view"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_the_output_may_be_changed_in_place(backend: str, dtype: torch.dtype, layout: str) -> None:
+    def gradients(in_place: bool) -> tuple[Tensor, ...]:
+        *tensors, dy = draw_case(2, 4, 16, 12, 3, 2, dtype)
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        base, x, A, B, gates = leaves
+        base = base * 2
+        if layout == "transposed":
+            base = base.transpose(0, 1).contiguous().transpose(0, 1)
+        elif layout == "expanded":
+            base = base[:, :1].expand_as(base)
+        elif layout == "constant":
+            base = base.detach()
+        elif layout == "view":
+            base = base[:]
+        overwrite = layout in ("overwritten", "transposed", "expanded", "constant")
+        y = gated_lora(base, x, Mixture(A, B, gates, 2, 0.5), backend, overwrite)
+        y = y if in_place else y.clone()
+        y += torch.ones_like(y)
+        total = torch.full_like(y, 0.5)
+        total += torch.nn.functional.dropout(y.relu_(), 0.0, inplace=True)
+        return torch.autograd.grad(total, leaves[layout == "constant" :], dy)
+
+    assert_close(gradients(in_place=True), gradients(in_place=False), 1e-7)
 
 
 @every_backend

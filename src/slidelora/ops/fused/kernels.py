@@ -11,8 +11,9 @@ holds pairs of one expert. Pair p belongs to token p // TOP_K, and pair_ids (G *
 group, with -1 as padding.
 
 The gates of row t are row t // gate_length of gates (., K), which serves one row for all, one per sample or one per
-token. Sums run in fp32 (float64 for float64 inputs) and are rounded once. No kernel adds atomically, so the results do
-not depend on the order in which programs run.
+token. Rank space is in fp32 (float64 for float64 inputs), and so are all sums. A factor of a product is not rounded to
+half precision: experts and gradients may be smaller than fp16 can hold, and h may be larger. No kernel adds atomically,
+so the results do not depend on the order in which programs run.
 """
 
 import triton
@@ -52,9 +53,22 @@ def _token_rows(pair_ids_ptr, group, row, group_length, end, TOP_K: tl.constexpr
 
 
 @triton.jit
-def _dot(a, b, acc, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies the bits of bfloat16 (triton-lang/triton#11584)
-        a, b = a.to(tl.float32), b.to(tl.float32)
+def _round_to_tf32(value):
+    """Round fp32 to the nearest TF32; NaN stays NaN."""
+    # The hardware cuts digits off, which makes all products smaller.
+    bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
+def _dot(a, b, acc, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr):
+    if ROUND:
+        if a.dtype == tl.float32:
+            a = _round_to_tf32(a)
+        if b.dtype == tl.float32:
+            b = _round_to_tf32(b)
+    if UPCAST or a.dtype != b.dtype:  # the interpreter multiplies the bits of bfloat16 (triton-lang/triton#11584)
+        a, b = a.to(acc.dtype), b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
 
 
@@ -70,8 +84,8 @@ def gated_lora_shrink_kernel(
     group_length, features, stride_xm, rows, dropout,
     slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
     COMPACT: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_DGATES: tl.constexpr,
-    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, BUCKET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
+    BUCKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute h = x weight^T and, with HAS_DGATES, the sums of h * h_pre over each block of BLOCK_R columns.
 
@@ -103,8 +117,8 @@ def gated_lora_shrink_kernel(
             weight_ptr + weight_row[None, :] * features + k[:, None],
             mask=column_mask[None, :] & k_mask[:, None],
             other=0.0,
-        ).to(x_ptr.dtype.element_ty)
-        acc = _dot(a, b, acc, INPUT_PRECISION, UPCAST)
+        )
+        acc = _dot(a, b, acc, INPUT_PRECISION, ROUND, UPCAST)
     offsets = h_row[:, None] * (slots * r) + column[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     if HAS_DGATES:
@@ -139,8 +153,8 @@ def gated_lora_expand_kernel(
     group_length, gate_length, features, stride_basem, rows, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
     COMPACT: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BUCKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    UPCAST: tl.constexpr, BUCKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute y = dropout((gates * scaling * h) weight) + base + bias, with the dropout mask that x had.
 
@@ -168,7 +182,7 @@ def gated_lora_expand_kernel(
             mask=column_mask[:, None] & n_mask[None, :],
             other=0.0,
         )
-        acc = _dot(a.to(y_ptr.dtype.element_ty), b.to(y_ptr.dtype.element_ty), acc, INPUT_PRECISION, UPCAST)
+        acc = _dot(a, b, acc, INPUT_PRECISION, ROUND, UPCAST)
     mask = row_mask[:, None] & n_mask[None, :]
     if HAS_DROPOUT:
         keep = _dropout_mask(seed_ptr, token[:, None], n[None, :], features, dropout)
@@ -185,7 +199,8 @@ def _add_products(
     acc, h_ptr, right_ptr, gates_ptr, pair_ids_ptr, seed_ptr, group, slot, rank, column_mask, n, n_mask, first, end,
     group_length, gate_length, features, stride_rightk, rows, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Return acc + (gates * scaling * h)^T right over rows first..end of a group; slot and rank are (BLOCK_M,)."""
     for start in range(first, end, BLOCK_K):
@@ -203,7 +218,7 @@ def _add_products(
         if HAS_DROPOUT:
             keep = _dropout_mask(seed_ptr, token[:, None], n[None, :], features, dropout)
             b = tl.where(keep, b / (1 - dropout), 0.0).to(right_ptr.dtype.element_ty)
-        acc = _dot(a.to(right_ptr.dtype.element_ty), b, acc, INPUT_PRECISION, UPCAST)
+        acc = _dot(a, b, acc, INPUT_PRECISION, ROUND, UPCAST)
     return acc
 
 
@@ -213,8 +228,8 @@ def gated_lora_weight_gradient_kernel(
     groups, group_length, gate_length, features, stride_rightk, rows, weight_rows, scaling, dropout,
     slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
     COMPACT: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, TOKEN_SPLITS: tl.constexpr,
-    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, UPCAST: tl.constexpr, BUCKET: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
+    BUCKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute the weight's gradient: the sum over tokens of gates * scaling * h, transposed, times right.
 
@@ -245,7 +260,7 @@ def gated_lora_weight_gradient_kernel(
                 acc = _add_products(
                     acc, h_ptr, right_ptr, gates_ptr, pair_ids_ptr, seed_ptr, group, expert * 0, rank, column_mask, n,
                     n_mask, first, last, group_length, gate_length, features, stride_rightk, rows, scaling, dropout,
-                    slots, r, SPLIT_K, TOP_K, HAS_DROPOUT, ACC_DTYPE, INPUT_PRECISION, UPCAST, BLOCK_K,
+                    slots, r, SPLIT_K, TOP_K, HAS_DROPOUT, ACC_DTYPE, INPUT_PRECISION, ROUND, UPCAST, BLOCK_K,
                 )  # fmt: skip
     else:
         for group in range(groups):
@@ -257,7 +272,7 @@ def gated_lora_weight_gradient_kernel(
                 acc = _add_products(
                     acc, h_ptr, right_ptr, gates_ptr, pair_ids_ptr, seed_ptr, group, slot, rank, column_mask, n, n_mask,
                     first, end, group_length, gate_length, features, stride_rightk, rows, scaling, dropout,
-                    slots, r, SPLIT_K, TOP_K, HAS_DROPOUT, ACC_DTYPE, INPUT_PRECISION, UPCAST, BLOCK_K,
+                    slots, r, SPLIT_K, TOP_K, HAS_DROPOUT, ACC_DTYPE, INPUT_PRECISION, ROUND, UPCAST, BLOCK_K,
                 )  # fmt: skip
     gradient_row = (split * weight_rows + weight_row).to(tl.int64)
     tl.store(

@@ -57,11 +57,11 @@ CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
         4: (Config(16, 64, 4, 2), Config(32, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 3)),
     },
     "expand": {
-        2: (Config(16, 128, 4, 2), Config(64, 64, 8, 2), Config(128, 128, 8, 2), Config(64, 128, 8, 2)),
+        2: (Config(16, 128, 4, 2), Config(32, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
         4: (Config(16, 128, 4, 2), Config(32, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
     },
     "weight_gradient": {
-        2: (Config(16, 128, 4, 2), Config(64, 64, 8, 2), Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
+        2: (Config(16, 128, 8, 2), Config(64, 64, 8, 2), Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
         4: (Config(16, 32, 4, 3), Config(32, 32, 8, 3), Config(32, 64, 8, 3), Config(32, 16, 8, 3)),
     },
 }
@@ -90,10 +90,14 @@ def dtype_constants(dtype: torch.dtype) -> dict[str, Any]:
     """Return the constants that say how a kernel multiplies and accumulates inputs of a dtype."""
     import triton.language as tl
 
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    half = dtype.itemsize == 2
+    # Half precision inputs are multiplied by fp32. TF32 has the precision of fp16 and the range of fp32. AMD GPUs
+    # multiply fp32 on their matrix cores, and not all of them know TF32.
+    tf32 = torch.version.hip is None if half else dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "INPUT_PRECISION": "tf32" if tf32 else "ieee",
+        "ROUND": half and tf32,
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
     }
 
@@ -104,11 +108,10 @@ def split_k(tokens: int, features: int) -> int:
 
 
 def empty_h(x: Tensor, columns: int) -> Tensor:
-    """Allocate the output of the shrink kernel: (T, K * r) in x's dtype, or (SPLIT_K, T, K * r), whose sum is h."""
+    """Allocate the output of the shrink kernel: (T, K * r), or (SPLIT_K, T, K * r), whose sum is h."""
     splits = split_k(*x.shape)
-    if splits == 1:
-        return x.new_empty(x.shape[0], columns)
-    return x.new_empty(splits, x.shape[0], columns, dtype=_accumulator(x.dtype))
+    shape = x.shape[:1] if splits == 1 else (splits, x.shape[0])
+    return x.new_empty(*shape, columns, dtype=_accumulator(x.dtype))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
