@@ -74,7 +74,7 @@ def released_gates(config: SlideLoRAConfig, modalities: Sequence[str]) -> Tensor
         ValueError: If a name is not modality-specific.
     """
     shared = config.shared or ()
-    weights = torch.zeros(len(modalities), len(config.experts))
+    weights = torch.zeros(len(modalities), len(config.experts), dtype=torch.float32)
     for row, modality in zip(weights, modalities):
         members = config.members(modality)
         if not members or members[0] in shared:
@@ -106,7 +106,8 @@ def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
             if not isinstance(weight, (int, float)):
                 raise ValueError(f"gate of {name!r} is {weight!r}, expected a number")
         parts = [(weight / len(names), names) for name, weight in value.items() if (names := config.members(name))]
-        return torch.tensor([[sum((w for w, names in parts if name in names), 0.0) for name in config.experts]])
+        row = [sum((w for w, names in parts if name in names), 0.0) for name in config.experts]
+        return torch.tensor([row], dtype=torch.float32)
     if isinstance(value, str):
         return _named_gates(config, value)
     if isinstance(value, Sequence) and value and all(isinstance(name, str) for name in value):
@@ -126,7 +127,8 @@ def _named_gates(config: SlideLoRAConfig, name: str) -> Tensor:
         members = tuple(shared)
     elif shared:
         return released_gates(config, [name])
-    return torch.tensor([[float(other in members) / len(members) for other in config.experts]])
+    row = [float(other in members) / len(members) for other in config.experts]
+    return torch.tensor([row], dtype=torch.float32)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -223,8 +225,8 @@ class SequenceGate(Gate):
 
     def __init__(self, features: int, config: SlideLoRAConfig) -> None:
         super().__init__(features, config)
-        self.hidden = nn.Linear(features, config.gate_hidden)
-        self.out = nn.Linear(config.gate_hidden, len(config.experts))
+        self.hidden = nn.Linear(features, config.gate_hidden, dtype=torch.float32)
+        self.out = nn.Linear(config.gate_hidden, len(config.experts), dtype=torch.float32)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -289,8 +291,8 @@ class TokenGate(Gate):
 
     def __init__(self, features: int, config: SlideLoRAConfig) -> None:
         super().__init__(features, config)
-        self.weight = nn.Parameter(torch.empty(len(config.experts), features))
-        self.bias = nn.Parameter(torch.zeros(len(config.experts)))
+        self.weight = nn.Parameter(torch.empty(len(config.experts), features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(len(config.experts), dtype=torch.float32))
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(features))
 
     def forward(self, x: Tensor) -> GateOutput:

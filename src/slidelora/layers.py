@@ -172,7 +172,7 @@ class SlideLoRALinear(nn.Module):
 
 def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device, torch.dtype]:
     """Return the device on which a module computes, and the dtype of the parameters that train next to it."""
-    tensor = next(chain(module.parameters(), module.buffers()), torch.empty(0))
+    tensor = next(chain(module.parameters(), module.buffers()), torch.empty(0, dtype=torch.float32))
     # accelerate keeps offloaded weights on the meta device between calls.
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
