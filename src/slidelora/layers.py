@@ -61,7 +61,7 @@ class SlideLoRALinear(nn.Module):
         device, dtype = placement(base_layer, config)
         self.lora_A = nn.Parameter(torch.empty(0, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(0, self.out_features, dtype=dtype, device=device))
-        self.register_buffer("scales", None, persistent=False)
+        self.scales: Tensor | None = None  # no buffer: a loader of a meta model would leave it without values
         self.arrange(config, config.init)
         kind = kind_of(config)
         self.gate = kind(self.in_features, config).to(device, dtype) if kind.in_layers else None
@@ -150,6 +150,9 @@ class SlideLoRALinear(nn.Module):
         gates, experts = self.routing.weigh(active, self.path, self.gate, x)
         if self.scaling is None:
             assert self.scales is not None
+            if self.scales.device != x.device:  # a loader or an offload hook exchanged the parameters
+                with torch.inference_mode(False):  # else a later training step could not use them
+                    self._set_scales()
             gates = gates * (self.scales if experts is None else self.scales[experts])
         if self.frozen:
             lora_A, lora_B = self._stacked(lora_A, self.frozen_A), self._stacked(lora_B, self.frozen_B)
