@@ -212,6 +212,15 @@ class GivenGate(Gate):
     learned = False
 
 
+class _FullPrecisionLinear(nn.Linear):
+    """A linear map in fp32 whatever its dtype; it is called as a module, so that hooks may bring offloaded weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features) on the device of the weights."""
+        with full_precision(self.weight.device):
+            return F.linear(x.to(self.weight.device), self.weight.float(), self.bias.float())
+
+
 class SequenceGate(Gate):
     """A learned gate that weighs each expert once per sequence, from the mean of the prompt's embeddings, in fp32.
 
@@ -225,8 +234,8 @@ class SequenceGate(Gate):
 
     def __init__(self, features: int, config: SlideLoRAConfig) -> None:
         super().__init__(features, config)
-        self.hidden = nn.Linear(features, config.gate_hidden, dtype=torch.float32)
-        self.out = nn.Linear(config.gate_hidden, len(config.experts), dtype=torch.float32)
+        self.hidden = _FullPrecisionLinear(features, config.gate_hidden, dtype=torch.float32)
+        self.out = _FullPrecisionLinear(config.gate_hidden, len(config.experts), dtype=torch.float32)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -239,15 +248,12 @@ class SequenceGate(Gate):
             raise ValueError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected (batch, time, {self.features})")
         if mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(inputs_embeds.shape[:2])}")
-        device = self.hidden.weight.device
-        with full_precision(device):
-            prompt = mask.to(device)[..., None].bool()
-            total = torch.where(prompt, inputs_embeds.to(device).float(), 0.0).sum(1)  # (B, D)
+        with full_precision(inputs_embeds.device):
+            prompt = mask.to(inputs_embeds.device)[..., None].bool()
+            total = torch.where(prompt, inputs_embeds.float(), 0.0).sum(1)  # (B, D)
             mean = total / prompt.sum(1).clamp(min=1)
-            hidden = F.linear(
-                F.layer_norm(mean, mean.shape[-1:]), self.hidden.weight.float(), self.hidden.bias.float()
-            )  # (B, H)
-            logits = F.linear(F.silu(hidden), self.out.weight.float(), self.out.bias.float())  # (B, E)
+            hidden = self.hidden(F.layer_norm(mean, mean.shape[-1:]))  # (B, H)
+            logits: Tensor = self.out(F.silu(hidden))  # (B, E)
             logits = _add_noise(logits, self.config, self.training)
         return GateOutput(dense_weights(logits, self.config), None, logits[:, : len(self.config.specific)])
 

@@ -185,6 +185,16 @@ def test_device_maps(weights: str) -> None:
     assert torch.equal(run_frozen(model, inputs), run_frozen(expected, inputs))
 
 
+@pytest.mark.parametrize("gate", ["sequence", "token"])
+@pytest.mark.parametrize("r", [2, {"text": 1, "image": 2, "shared": 3}])
+def test_a_model_offloaded_after_injection(gate: str, r: Any) -> None:
+    model, inputs = make_host("llama")
+    randomise(slidelora.inject(model, r=r, gate=gate))
+    expected = run_frozen(model, inputs)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(run_frozen(model, inputs), expected)
+
+
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         output = model(**inputs)
