@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.gating import GateValue, given_gates
-from slidelora.injection import Injection, attach, detach, slide_layers, thaw
+from slidelora.injection import Injection, attach, detach, plain_modules, slide_layers, thaw
 from slidelora.layers import SlideLoRALinear
 from slidelora.routing_state import MERGED, injected, routing
 
@@ -61,8 +61,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     if len(hosts) != 1:
         raise ValueError(f"{type(model).__name__} holds {len(hosts)} merged models, expected one: see slidelora.merge")
     injection, before = cast(_Merged, getattr(hosts[0], MERGED))
+    modules = dict(plain_modules(hosts[0]))
     for name, layer in injection.layers.items():
-        if hosts[0].get_submodule(name) is not layer.base_layer:
+        if modules.get(name) is not layer.base_layer:
             raise ValueError(f"{name} was replaced since the merge, expected the layer that was merged")
         if layer.weight.dtype != before[name].dtype:
             raise ValueError(f"{name} is {layer.weight.dtype} now, expected {before[name].dtype} as before the merge")

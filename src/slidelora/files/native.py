@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gating import kind_of
-from slidelora.injection import find_targets, first_names, gate_input, inject, require_plain, slide_layers
+from slidelora.injection import (
+    find_targets,
+    first_names,
+    gate_input,
+    inject,
+    plain_parameters,
+    require_plain,
+    slide_layers,
+)
 from slidelora.layers import linear_features
 from slidelora.routing_state import GATE, injected, routing
 
@@ -70,7 +78,7 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
         tensors = read_tensors(file, expected, setup, directory / WEIGHTS)
     inject(model, config)
     with torch.no_grad():
-        for name, tensor in _parameters(model).items():
+        for name, tensor in _parameters(injected(model)).items():
             tensor.copy_(tensors[name])
     return model
 
@@ -85,10 +93,10 @@ def _parameters(host: nn.Module) -> dict[str, Tensor]:
             found[f"{PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)
             found[f"{PREFIX}{name}.lora_B.{expert}.weight"] = B.T  # (d_out, r)
         if layer.gate is not None:
-            found |= {f"{PREFIX}{name}.gate.{key}": tensor for key, tensor in layer.gate.named_parameters()}
+            found |= {f"{PREFIX}{name}.gate.{key}": tensor for key, tensor in plain_parameters(layer.gate)}
     gate: nn.Module | None = getattr(host, GATE, None)
     if gate is not None:
-        found |= {f"{PREFIX}{GATE}.{key}": tensor for key, tensor in gate.named_parameters()}
+        found |= {f"{PREFIX}{GATE}.{key}": tensor for key, tensor in plain_parameters(gate)}
     return found
 
 

@@ -16,7 +16,7 @@ from slidelora.config import SlideLoRAConfig
 from slidelora.files import native
 from slidelora.files.native import CONFIG, PREFIX, WEIGHTS, replace_file
 from slidelora.gating import GateValue, kind_of
-from slidelora.injection import find_targets, first_names, inject, require_plain, slide_layers
+from slidelora.injection import find_targets, first_names, inject, plain_modules, require_plain, slide_layers
 from slidelora.layers import Expert, linear_features
 from slidelora.merging import constant_gates, fold
 from slidelora.routing_state import injected, routing
@@ -99,7 +99,7 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
 def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
     """Return the names that the modules of an injected model have in its base."""
     added = (*(f"{name}." for name in layers), "slidelora_")
-    names = [name for name, _ in host.named_modules()]
+    names = [name for name, _ in plain_modules(host)]
     inside = [name.replace(".base_layer.", ".") for name in names if ".base_layer." in name]
     return inside + [name for name in names if not name.startswith(added)]
 
@@ -162,7 +162,7 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {error}") from None
     # PEFT adapts a module that has two names under the first.
-    names = [name for name, module in model.named_modules() if targets.get(name) is module]
+    names = list(first_names(targets))
     with native.open_weights(directory) as file:
         if values.get("layers_to_transform") is not None:  # some of the targets: the file says which
             stored = set(file.keys())
@@ -202,7 +202,7 @@ def _joint_config(
     model: nn.Module, loras: Mapping[str, Mapping[str, Expert]], fields: Mapping[str, Any]
 ) -> SlideLoRAConfig:
     """Return a configuration in which each expert has the ranks and scalings that were read."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for name, _ in plain_modules(model)]
     layers = {name for by_layer in loras.values() for name in by_layer}
     sizes: dict[str, Any] = {"r": {}, "lora_alpha": {}, "rank_pattern": {}, "alpha_pattern": {}}
     for expert, by_layer in loras.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.files.peft_lora import exact_targets
-from slidelora.injection import inject, require_plain, slide_layers
+from slidelora.injection import inject, plain_modules, require_plain, slide_layers
 from slidelora.layers import linear_features
 
 
@@ -47,6 +47,7 @@ def import_textharmony(model: nn.Module, path: str | Path | Sequence[str | Path]
     require_plain(model)
     paths = [Path(part) for part in ([path] if isinstance(path, (str, Path)) else path)]
     layers = _released_layers(model)
+    modules = dict(plain_modules(model))
     keys = {f"mm_decoder.{short}.lora_moe_{factor}.default": (short, factor) for short in layers for factor in "AB"}
     tensors: dict[str, Tensor] = {}
     unexpected: list[str] = []
@@ -63,10 +64,9 @@ def import_textharmony(model: nn.Module, path: str | Path | Sequence[str | Path]
     r = ranks.most_common(1)[0][0]
     for key, tensor in tensors.items():
         short, factor = keys[key]
-        d_in, d_out = linear_features(model.get_submodule(layers[short])) or (0, 0)
+        d_in, d_out = linear_features(modules[layers[short]]) or (0, 0)
         if tensor.shape != (shape := (3, d_in, r) if factor == "A" else (3, r, d_out)):
             raise ValueError(f"{where} has {key} of shape {tuple(tensor.shape)}, expected {shape}")
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     targets = exact_targets(layers.values(), modules)
     config = SlideLoRAConfig(
         experts=("image", "text", "shared"), r=r, lora_alpha=r, lora_dropout=0.1, init="zero", target_modules=targets,
@@ -89,7 +89,7 @@ def _released_layers(model: nn.Module) -> dict[str, str]:
     """Map layers.{i}.self_attn.{q,k,v,o}_proj to the names in the model."""
     found = [
         match
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if (match := re.fullmatch(r"(.*\.|)(layers\.\d+\.self_attn\.[qkvo]_proj)", name)) and linear_features(module)
     ]
     prefixes = sorted({match[1] for match in found})
