@@ -101,6 +101,8 @@ def attach(model: nn.Module, injection: Injection) -> None:
         *(block.register_forward_pre_hook(_no_fast_path) for block in model.modules() if _has_fast_path(block)),
         *_encoder_hooks(model, injection.state),
     )
+    for module, name in _fusions(model):
+        setattr(module, name, _refuse_fusion)
     setattr(model, STATE, injection.state)
     setattr(model, _UNDO, (handles, injection.trainable))
 
@@ -120,6 +122,10 @@ def _encoder_hooks(model: nn.Module, state: Routing) -> list[Any]:
 def detach(host: nn.Module) -> Injection:
     """Undo `attach`: the modules are those of the base again, its parameters stay frozen."""
     handles, trainable = getattr(host, _UNDO)
+    for module in host.modules():
+        for name in (*_FUSE, *_UNFUSE):
+            if module.__dict__.get(name) is _refuse_fusion:
+                delattr(module, name)
     injection = Injection(getattr(host, STATE), getattr(host, GATE, None), slide_layers(host), trainable)
     _replace(host, {name: layer.base_layer for name, layer in injection.layers.items()})
     for handle in handles:
@@ -144,6 +150,29 @@ def _has_fast_path(block: nn.Module) -> bool:
 
 def _no_fast_path(block: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing: torch avoids the fast path of a block that has a hook."""
+
+
+# Methods of diffusers' attention and models that join the weights of projections without their experts, and undo it.
+_FUSE, _UNFUSE = ("fuse_projections", "fuse_qkv_projections"), ("unfuse_projections", "unfuse_qkv_projections")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+_FUSED_PROJECTIONS = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
+
+
+def _fusions(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the methods of modules that would drop the experts of a projection inside."""
+    for module in model.modules():
+        for methods, projections in ((_FUSE, _PROJECTIONS), (_UNFUSE, _FUSED_PROJECTIONS)):
+            present = [name for name in methods if hasattr(module, name)]
+            if present and any(name.rpartition(".")[2] in projections for name in slide_layers(module)):
+                yield from ((module, name) for name in present)
+
+
+def _refuse_fusion(*args: Any, **kwargs: Any) -> None:
+    """Raise ValueError in the stead of such a method."""
+    raise ValueError(
+        "the projections have experts, expected none: fused or unfused projections would lose them; call "
+        "slidelora.remove, or slidelora.merge_and_unload, first"
+    )
 
 
 def require_plain(model: nn.Module) -> None:
