@@ -67,15 +67,17 @@ def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue |
 
 def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    target_modules = exact_targets(loras, _plain_names(host, loras))
-    ranks = {name: lora.A.shape[0] for name, lora in loras.items()}
+    targets = _peft_targets(host, list(loras))
+    weights = {f"{name}.weight": lora for name, lora in loras.items()}
+    targeted = loras | {name: weights[name] for name in targets.get("target_parameters", [])}
+    ranks = {name: lora.A.shape[0] for name, lora in targeted.items()}
     r, rank_pattern = _most_common(ranks)
-    alphas = {name: _number(lora.scaling * ranks[name]) for name, lora in loras.items()}
+    alphas = {name: _number(lora.scaling * ranks[name]) for name, lora in targeted.items()}
     lora_alpha, alpha_pattern = _most_common(alphas)
-    sizes = {"r": r, "rank_pattern": rank_pattern, "target_modules": target_modules}
+    sizes = {"r": r, "rank_pattern": rank_pattern, **targets}
     config = {
         "peft_type": "LORA", **sizes, "lora_alpha": lora_alpha, "alpha_pattern": alpha_pattern,
-        "lora_dropout": routing(host).config.lora_dropout, "bias": "none",
+        "lora_dropout": 0.0 if "target_parameters" in targets else routing(host).config.lora_dropout, "bias": "none",
         "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in slide_layers(host).values()),
         "inference_mode": True,
     }  # fmt: skip
@@ -94,6 +96,24 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
         values = sizes | {"lora_alpha": r, "alpha_pattern": rank_pattern}
         metadata = json.dumps({f"{prefix}.{name}": value for name, value in values.items()})
         replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, {"lora_adapter_metadata": metadata}))
+
+
+# PEFT takes layers with these names for fused experts in some MoE models of transformers, a shared expert's layers too,
+# and whatever their whole names are. It leaves target_parameters alone, but allows no dropout for them.
+_MOE_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def _peft_targets(host: nn.Module, layers: list[str]) -> dict[str, Any]:
+    """Return fields of a PEFT configuration that target these layers and no other module."""
+    config: Any = getattr(host, "config", None)
+    if not hasattr(config, "model_type") or "expert" not in str(config.to_dict()):
+        return {"target_modules": exact_targets(layers, _plain_names(host, layers))}
+    renamed = [name for name in layers if name.rpartition(".")[2] in _MOE_NAMES]
+    others = [name for name in layers if name.rpartition(".")[2] not in _MOE_NAMES]
+    targets = exact_targets(others, _plain_names(host, layers))
+    if isinstance(targets, str):
+        targets = others  # PEFT would keep only the last parts of what a regex matches
+    return {"target_modules": targets} | ({"target_parameters": [f"{n}.weight" for n in renamed]} if renamed else {})
 
 
 def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
@@ -182,6 +202,14 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
 
 def _plain_config(values: Mapping[str, Any]) -> SlideLoRAConfig:
     """Turn a PEFT configuration into that of one expert; raises ValueError if it is more than plain LoRA."""
+    modules, parameters = values.get("target_modules"), values.get("target_parameters")
+    if (
+        isinstance(modules, list)
+        and isinstance(parameters, list)
+        and all(str(n).endswith(".weight") for n in parameters)
+    ):
+        weights = [str(name).removesuffix(".weight") for name in parameters]
+        values = {**values, "target_modules": [*modules, *weights], "target_parameters": None}
     if values.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {values.get('peft_type')!r}, expected 'LORA'")
     if (bias := values.get("bias", "none")) != "none":
