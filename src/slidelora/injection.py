@@ -228,7 +228,8 @@ def _is_targeted(name: str, config: SlideLoRAConfig, linear: bool) -> bool:
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
+    suffixes = {name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))}
+    return not suffixes.isdisjoint(patterns)
 
 
 def _require_untied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:

@@ -9,9 +9,11 @@ adapter_config.json        the fields of SlideLoRAConfig
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.files.bounds import MOST_BYTES, is_bounded, require_bounded
 from slidelora.gating import kind_of
 from slidelora.injection import (
     find_targets,
@@ -47,7 +50,7 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     configuration file that they replace, so a save that is interrupted between the two files still loads.
     """
     host = injected(model)
-    config = json.dumps(routing(host).config.to_dict(), indent=2) + "\n"
+    config = json.dumps(_savable(host).to_dict(), indent=2) + "\n"
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / CONFIG
@@ -56,6 +59,18 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     metadata = {"format": "pt", "config": config, "replaces": replaced}
     replace_file(directory / WEIGHTS, lambda partial: save_file(tensors, partial, metadata))
     replace_file(path, lambda partial: Path(partial).write_text(config))
+
+
+def _savable(host: nn.Module) -> SlideLoRAConfig:
+    """Return a model's configuration, with names instead of regular expressions that no loader would accept."""
+    config = routing(host).config
+    if is_bounded(config.to_dict()):
+        return config
+    layers = first_names(slide_layers(host))
+    ranks = {f"^{re.escape(name)}": dict(zip(config.experts, config.ranks(name))) for name in layers}
+    alphas = {f"^{re.escape(name)}": dict(zip(config.experts, config.alphas(name))) for name in layers}
+    exact: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return replace(config, target_modules=list(slide_layers(host)), exclude_modules=None, **exact)
 
 
 def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
@@ -153,8 +168,16 @@ def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str,
     return {name: file.get_tensor(name) for name in expected}
 
 
+def read_config_bytes(path: Path) -> bytes:
+    """Read a configuration file; of one that is too long for `read_object`, only a part."""
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
+
+
 def read_object(path: Path, content: bytes) -> dict[str, Any]:
     """Return the JSON object that a file holds; raises ValueError for anything else."""
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is too long, expected at most {MOST_BYTES} bytes")
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -165,11 +188,12 @@ def read_object(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _read_config(path: Path, metadata: dict[str, str]) -> SlideLoRAConfig:
-    content = path.read_bytes()
+    content = read_config_bytes(path)
     if "config" in metadata and metadata.get("replaces") == _digest(content):
         content = metadata["config"].encode()  # the save was interrupted after the weights
     values = read_object(path, content)
     try:
+        require_bounded(values)
         return SlideLoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a Slide-LoRA configuration: {error}") from None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.files import native
+from slidelora.files.bounds import require_bounded
 from slidelora.files.native import CONFIG, PREFIX, WEIGHTS, replace_file
 from slidelora.gating import GateValue, kind_of
 from slidelora.injection import find_targets, first_names, inject, plain_modules, require_plain, slide_layers
@@ -175,7 +176,7 @@ def import_peft(model: nn.Module, adapters: Mapping[str, str | Path], **fields: 
 def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
     """Read the LoRA of an adapter by layer, on the CPU."""
     native.require_files(directory)
-    values = native.read_object(directory / CONFIG, (directory / CONFIG).read_bytes())
+    values = native.read_object(directory / CONFIG, native.read_config_bytes(directory / CONFIG))
     try:
         config = _plain_config(values)
         targets = find_targets(model, config)
@@ -210,6 +211,7 @@ def _plain_config(values: Mapping[str, Any]) -> SlideLoRAConfig:
     ):
         weights = [str(name).removesuffix(".weight") for name in parameters]
         values = {**values, "target_modules": [*modules, *weights], "target_parameters": None}
+    require_bounded(values)
     if values.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {values.get('peft_type')!r}, expected 'LORA'")
     if (bias := values.get("bias", "none")) != "none":
@@ -246,9 +248,9 @@ def _joint_config(
 def exact_targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
     """Return target_modules that match these layers and no other module: suffixes if that works, else a regex."""
     wanted = set(layers)
-    last = sorted({name.rpartition(".")[2] for name in wanted})
+    last = {name.rpartition(".")[2] for name in wanted}
     if {name for name in modules if name.rpartition(".")[2] in last} == wanted:
-        return last
+        return sorted(last)
     return "|".join(re.escape(name) for name in sorted(wanted))
 
 
