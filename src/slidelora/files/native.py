@@ -6,6 +6,7 @@ adapter_model.safetensors  base_model.model.<layer>.lora_A.<expert>.weight (r, d
 adapter_config.json        the fields of SlideLoRAConfig
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -46,7 +47,8 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     """Write the experts, gate and configuration of an injected model to a directory, over an adapter that is there.
 
-    Each file is replaced as a whole, the weights first. The weights contain their configuration and the digest of the
+    Each file is replaced as a whole, the weights first. The weights contain the SHA-256 of each tensor, which the
+    loader checks, their configuration and the digest of the
     configuration file that they replace, so a save that is interrupted between the two files still loads.
     """
     host = injected(model)
@@ -56,7 +58,7 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     path = directory / CONFIG
     replaced = _digest(path.read_bytes()) if path.exists() else ""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _parameters(host).items()}
-    metadata = {"format": "pt", "config": config, "replaces": replaced}
+    metadata = {"format": "pt", "config": config, "replaces": replaced, **digests(tensors)}
     replace_file(directory / WEIGHTS, lambda partial: save_file(tensors, partial, metadata))
     replace_file(path, lambda partial: Path(partial).write_text(config))
 
@@ -78,7 +80,8 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged or does not fit the model. In both cases the model is as before.
+        ValueError: If a file is damaged, has NaN or infinite weights, or does not fit the model. In both cases the
+            model is as before.
     """
     require_plain(model)
     directory = Path(save_directory)
@@ -165,7 +168,28 @@ def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str,
             raise ValueError(f"{path} has {name} of shape {found}, expected {shape} {setup}")
         if (dtype := slices[name].get_dtype()) not in _DTYPES:
             raise ValueError(f"{path} has {name} of dtype {dtype}, expected one of {list(_DTYPES)}")
-    return {name: file.get_tensor(name) for name in expected}
+    metadata = file.metadata() or {}
+    tensors = {name: file.get_tensor(name) for name in expected}
+    for name, tensor in tensors.items():
+        key, digest = next(iter(digests({name: tensor}).items()))
+        if metadata.get(key, digest) != digest:  # files of other programs and of older versions have none
+            raise ValueError(f"{path} has {name} with other bytes than were saved, expected a file without damage")
+        require_finite(tensor, name, path)
+    return tensors
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the SHA-256 of each contiguous CPU tensor's bytes, as metadata of a safetensors file."""
+    return {
+        f"sha256 {name}": _digest(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))  # numpy has no bfloat16
+        for name, tensor in tensors.items()
+    }
+
+
+def require_finite(tensor: Tensor, name: str, path: object) -> None:
+    """Raise ValueError if a tensor of a file has NaN or infinity."""
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{path} has {name} with NaN or infinite weights, expected finite ones")
 
 
 def read_config_bytes(path: Path) -> bytes:

@@ -86,7 +86,7 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
     for name, lora in loras.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.A  # (r, d_in)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.B.T  # (d_out, r)
-    replace_file(directory / WEIGHTS, _writer(tensors, {}))
+    replace_file(directory / WEIGHTS, _writer(tensors))
     replace_file(directory / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
     if hasattr(host, "load_lora_adapter"):  # a model of diffusers: other names, and no configuration file
         prefix = "unet" if type(host).__name__.startswith("UNet") else "transformer"
@@ -96,7 +96,7 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
             scaled[f"{prefix}.{name}.lora_B.weight"] = lora.B.T * lora.scaling
         values = sizes | {"lora_alpha": r, "alpha_pattern": rank_pattern}
         metadata = json.dumps({f"{prefix}.{name}": value for name, value in values.items()})
-        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, {"lora_adapter_metadata": metadata}))
+        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, lora_adapter_metadata=metadata))
 
 
 # PEFT takes layers with these names for fused experts in some MoE models of transformers, a shared expert's layers too,
@@ -125,9 +125,9 @@ def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
     return inside + [name for name in names if not name.startswith(added)]
 
 
-def _writer(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Callable[[str], None]:
+def _writer(tensors: dict[str, Tensor], **metadata: str) -> Callable[[str], None]:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return lambda path: save_file(contiguous, path, {"format": "pt", **metadata})
+    return lambda path: save_file(contiguous, path, {"format": "pt", **native.digests(contiguous), **metadata})
 
 
 # Fields of a PEFT configuration that we read, fields that do not change the output of a trained adapter, and values of

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.files.native import require_finite
 from slidelora.files.peft_lora import exact_targets
 from slidelora.injection import inject, plain_modules, require_plain, slide_layers
 from slidelora.layers import linear_features
@@ -42,7 +43,8 @@ def import_textharmony(model: nn.Module, path: str | Path | Sequence[str | Path]
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, has none of the keys, or does not fit the model. The model is then as before.
+        ValueError: If a file is damaged, has NaN or infinite weights or none of the keys, or does not fit the model.
+            The model is then as before.
     """
     require_plain(model)
     paths = [Path(part) for part in ([path] if isinstance(path, (str, Path)) else path)]
@@ -120,4 +122,5 @@ def _read_tensors(path: Path, keys: Container[str]) -> tuple[dict[str, Tensor], 
         if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
             kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"{path} has {kind} under {name}, expected floating-point numbers of three dimensions")
+        require_finite(tensor, name, path)
     return found, [str(name) for name in names if name not in found]

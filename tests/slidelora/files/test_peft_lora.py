@@ -437,3 +437,25 @@ def test_other_bad_imports_are_named(make_base: Make, make_model: Make, tmp_path
     assert not slide_layers(model)
     with pytest.raises(ValueError, match="expected a plain model"):
         slidelora.import_peft(make_model(), {"text": tmp_path})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(make_base: Make, tmp_path: Path, number: float) -> None:
+    get_peft_model(make_base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name][0, 0] = number
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"has {name} with NaN or infinite weights, expected finite ones"):
+        slidelora.import_peft(make_base(), {"text": tmp_path})
+
+
+def test_a_flipped_bit_in_an_export_is_noticed(make_base: Make, tmp_path: Path) -> None:
+    slidelora.export_peft(make_llama(make_base, r=2), tmp_path, gates="text")
+    path = tmp_path / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="with other bytes than were saved"):
+        slidelora.import_peft(make_base(), {"text": tmp_path})
