@@ -34,6 +34,11 @@ class Expert(NamedTuple):
     scaling: float
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that FSDP2 (fully_shard) divides; all processes must call this in the same order."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return,operator]
+
+
 class SlideLoRALinear(nn.Module):
     """A base layer plus the outputs of its experts, weighed by the gates in force.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from slidelora.gating import GateValue, given_gates
 from slidelora.injection import Injection, attach, detach, plain_modules, slide_layers, thaw
-from slidelora.layers import SlideLoRALinear
+from slidelora.layers import SlideLoRALinear, gathered
 from slidelora.routing_state import MERGED, injected, routing
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -110,10 +110,11 @@ def fold(layer: SlideLoRALinear, gates: dict[str, float]) -> tuple[Tensor, Tenso
     """
     experts = [(layer.expert(name), weight) for name, weight in gates.items() if weight]
     dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
-    A = [expert.A.detach().to(dtype) for expert, _ in experts]
-    B = [expert.B.detach().to(dtype) * (weight * expert.scaling) for expert, weight in experts]
-    empty_A = layer.lora_A.new_empty(0, layer.in_features, dtype=dtype)
-    empty_B = layer.lora_B.new_empty(0, layer.out_features, dtype=dtype)
+    A = [gathered(expert.A.detach()).to(dtype) for expert, _ in experts]
+    B = [gathered(expert.B.detach()).to(dtype) * (weight * expert.scaling) for expert, weight in experts]
+    device = layer.lora_A.device
+    empty_A = torch.empty(0, layer.in_features, dtype=dtype, device=device)
+    empty_B = torch.empty(0, layer.out_features, dtype=dtype, device=device)
     return torch.cat([empty_A, *A]), torch.cat([empty_B, *B])
 
 

@@ -35,7 +35,7 @@ from slidelora.injection import (
     require_plain,
     slide_layers,
 )
-from slidelora.layers import linear_features
+from slidelora.layers import gathered, linear_features
 from slidelora.routing_state import GATE, injected, routing
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,6 +50,8 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     Each file is replaced as a whole, the weights first. The weights contain the SHA-256 of each tensor, which the
     loader checks, their configuration and the digest of the
     configuration file that they replace, so a save that is interrupted between the two files still loads.
+
+    Under FSDP2 (fully_shard) call this in all processes, since it gathers the weights; each process writes all of them.
     """
     host = injected(model)
     config = json.dumps(_savable(host).to_dict(), indent=2) + "\n"
@@ -57,7 +59,7 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / CONFIG
     replaced = _digest(path.read_bytes()) if path.exists() else ""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _parameters(host).items()}
+    tensors = {name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in _parameters(host).items()}
     metadata = {"format": "pt", "config": config, "replaces": replaced, **digests(tensors)}
     replace_file(directory / WEIGHTS, lambda partial: save_file(tensors, partial, metadata))
     replace_file(path, lambda partial: Path(partial).write_text(config))
@@ -106,6 +108,11 @@ def _parameters(host: nn.Module) -> dict[str, Tensor]:
     config = routing(host).config
     found: dict[str, Tensor] = {}
     for name, layer in first_names(slide_layers(host)).items():
+        if layer.lora_A.ndim != 2:
+            raise ValueError(
+                f"{name} has lora_A of shape {tuple(layer.lora_A.shape)}, expected two dimensions: FSDP flattened it; "
+                "save inside FullyShardedDataParallel.summon_full_params(model)"
+            )
         for expert in config.experts:
             A, B, _ = layer.expert(expert)
             found[f"{PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)

@@ -18,7 +18,7 @@ from slidelora.files.bounds import require_bounded
 from slidelora.files.native import CONFIG, PREFIX, WEIGHTS, replace_file
 from slidelora.gating import GateValue, kind_of
 from slidelora.injection import find_targets, first_names, inject, plain_modules, require_plain, slide_layers
-from slidelora.layers import Expert, linear_features
+from slidelora.layers import Expert, gathered, linear_features
 from slidelora.merging import constant_gates, fold
 from slidelora.routing_state import injected, routing
 
@@ -126,7 +126,7 @@ def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def _writer(tensors: dict[str, Tensor], **metadata: str) -> Callable[[str], None]:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
     return lambda path: save_file(contiguous, path, {"format": "pt", **native.digests(contiguous), **metadata})
 
 
