@@ -124,7 +124,12 @@ class SlideLoRALinear(nn.Module):
         return cast("Tensor | None", getattr(self.base_layer, "bias", None))
 
     def expert(self, name: str) -> Expert:
-        """Return an expert by its name."""
+        """Return an expert by its name; ValueError if FSDP flattened the layer's parameters."""
+        if self.lora_A.ndim != 2:
+            raise ValueError(
+                f"{self.path} has lora_A of shape {tuple(self.lora_A.shape)}, expected two dimensions: FSDP flattened "
+                "it; make the call inside of FullyShardedDataParallel.summon_full_params(model)"
+            )
         index = self.names.index(name)
         frozen = name in self.frozen
         start = self.r * sum((other in self.frozen) == frozen for other in self.names[:index])

@@ -108,11 +108,6 @@ def _parameters(host: nn.Module) -> dict[str, Tensor]:
     config = routing(host).config
     found: dict[str, Tensor] = {}
     for name, layer in first_names(slide_layers(host)).items():
-        if layer.lora_A.ndim != 2:
-            raise ValueError(
-                f"{name} has lora_A of shape {tuple(layer.lora_A.shape)}, expected two dimensions: FSDP flattened it; "
-                "save inside FullyShardedDataParallel.summon_full_params(model)"
-            )
         for expert in config.experts:
             A, B, _ = layer.expert(expert)
             found[f"{PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)
