@@ -35,7 +35,7 @@ from slidelora.injection import (
     require_plain,
     slide_layers,
 )
-from slidelora.layers import gathered, linear_features
+from slidelora.layers import gathered, linear_features, placement
 from slidelora.routing_state import GATE, injected, routing
 
 WEIGHTS = "adapter_model.safetensors"
@@ -123,7 +123,9 @@ def _parameters(host: nn.Module) -> dict[str, Tensor]:
 def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes that a configuration needs on a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in first_names(find_targets(model, config)).items():
+    targets = find_targets(model, config)
+    require_weights(targets, config)
+    for name, module in first_names(targets).items():
         d_in, d_out = linear_features(module) or (0, 0)
         for expert, rank in zip(config.experts, config.ranks(name)):
             shapes[f"{PREFIX}{name}.lora_A.{expert}.weight"] = (rank, d_in)
@@ -139,6 +141,13 @@ def _gate_shapes(prefix: str, features: int, config: SlideLoRAConfig) -> dict[st
     with torch.device("meta"):  # a file may claim any width, so nothing of that size is allocated
         gate = kind_of(config)(features, config)
     return {f"{prefix}.{name}": tuple(parameter.shape) for name, parameter in gate.named_parameters()}
+
+
+def require_weights(layers: Mapping[str, nn.Module], config: SlideLoRAConfig) -> None:
+    """Raise ValueError if a layer is on the meta device, where loaded experts would have no values."""
+    for name, module in layers.items():
+        if placement(module, config)[0].type == "meta":
+            raise ValueError(f"{name} is on the meta device, expected weights: load those of the base model first")
 
 
 def require_files(directory: Path) -> None:

@@ -180,6 +180,7 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
     try:
         config = _plain_config(values)
         targets = find_targets(model, config)
+        native.require_weights(targets, config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {error}") from None
     # PEFT adapts a module that has two names under the first.

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.files.native import require_finite
+from slidelora.files.native import require_finite, require_weights
 from slidelora.files.peft_lora import exact_targets
 from slidelora.injection import inject, plain_modules, require_plain, slide_layers
 from slidelora.layers import linear_features
@@ -74,6 +74,7 @@ def import_textharmony(model: nn.Module, path: str | Path | Sequence[str | Path]
         experts=("image", "text", "shared"), r=r, lora_alpha=r, lora_dropout=0.1, init="zero", target_modules=targets,
         gate=gate,
     )  # fmt: skip
+    require_weights({name: modules[name] for name in layers.values()}, config)
     injected_layers = slide_layers(inject(model, config))
     with torch.no_grad():
         for key, tensor in tensors.items():

@@ -170,6 +170,18 @@ def test_saving_over_a_damaged_adapter(make_model: Make, make_base: Make, saved:
     slidelora.load_pretrained(make_base(), saved)
 
 
+def test_loading_onto_the_meta_device_is_refused(make_base: Make, saved: Path) -> None:
+    base = make_base().to("meta")
+    with pytest.raises(
+        ValueError, match="q_proj is on the meta device, expected weights: load those of the base model"
+    ):
+        slidelora.load_pretrained(base, saved)
+    assert not slide_layers(base)
+    slidelora.export_peft(slidelora.load_pretrained(make_base(), saved), saved / "peft", gates="text")
+    with pytest.raises(ValueError, match="is on the meta device, expected weights"):
+        slidelora.import_peft(base, {"text": saved / "peft"})
+
+
 def test_loading_onto_an_injected_model(make_model: Make, saved: Path) -> None:
     with pytest.raises(ValueError, match="expected a plain model"):
         slidelora.load_pretrained(make_model(), saved)
