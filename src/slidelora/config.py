@@ -4,11 +4,13 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 GATES: dict[str, type[Any]] = {}  # the kinds of gates by name; slidelora.gating enters them
 INITS = ("default", "textharmony", "zero")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+_MOST_EXPERTS = 1024  # checks of names take quadratic time
 BACKENDS = ("auto", "reference", "stacked", "fused")
 
 
@@ -66,6 +68,8 @@ class SlideLoRAConfig:
         experts = _names("experts", self.experts)
         if not experts:
             raise ValueError("experts is empty, expected at least one name")
+        if len(experts) > _MOST_EXPERTS:
+            raise ValueError(f"experts has {len(experts)} names, expected at most {_MOST_EXPERTS}")
         if duplicates := sorted({name for name in experts if experts.count(name) > 1}):
             raise ValueError(f"experts has duplicate {duplicates}, expected unique names")
         if dotted := [name for name in experts if not re.fullmatch(r"[\w-]+", name)]:
@@ -157,12 +161,16 @@ class SlideLoRAConfig:
 
     def scalings(self, module: str) -> tuple[float, ...]:
         """Return the scaling of each expert in the module of that name."""
-        alphas = self._sizes(module, self.lora_alpha, self.alpha_pattern)
-        return tuple(alpha / (r**0.5 if self.use_rslora else r) for alpha, r in zip(alphas, self.ranks(module)))
+        sizes = zip(self.alphas(module), self.ranks(module))
+        return tuple(alpha / (r**0.5 if self.use_rslora else r) for alpha, r in sizes)
+
+    def alphas(self, module: str) -> tuple[float, ...]:
+        """Return the lora_alpha of each expert in the module of that name."""
+        return tuple(self._sizes(module, self.lora_alpha, self.alpha_pattern))
 
     def _sizes(self, module: str, size: Any, patterns: Mapping[str, Any]) -> list[Any]:
         """Return for each expert the value of the first matching pattern that sets it, else the default `size`."""
-        matches = [patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)]
+        matches = [patterns[key] for key in patterns if _pattern(key).match(module)]
         by_name = [v if isinstance(v, Mapping) else dict.fromkeys(self.experts, v) for v in (*matches, size)]
         return [next(value[name] for value in by_name if name in value) for name in self.experts]
 
@@ -178,7 +186,7 @@ class SlideLoRAConfig:
                 raise TypeError(f"{name} is {patterns!r}, expected a mapping from patterns of module names to values")
             for key in patterns:
                 _targets(f"{name} key", key)
-                _compiled(f"{name} key", key, rf"(.*\.)?({key})$")
+                _compiled(f"{name} key", key, _pattern)
             values = {key: self._by_expert(f"{name}[{key!r}]", value, check) for key, value in patterns.items()}
             object.__setattr__(self, name, values)
 
@@ -228,7 +236,7 @@ def _members(experts: Mapping[str, Any]) -> dict[str, Any]:
     groups = {}
     for group, members in experts.items():
         if isinstance(members, int):
-            _check_integer(f"experts[{group!r}]", members, most=1024)
+            _check_integer(f"experts[{group!r}]", members, most=_MOST_EXPERTS)
             members = [group] if members == 1 else [f"{group}{index}" for index in range(members)]
         groups[group] = _names(f"experts[{group!r}]", members)
     return groups
@@ -250,12 +258,18 @@ def _targets(field: str, value: object) -> str | tuple[str, ...] | None:
         if not names:
             raise ValueError(f"{field} is empty, expected suffixes of module names")
         return names
-    _compiled(field, value, value)
+    _compiled(field, value, re.compile)
     return value
 
 
-def _compiled(field: str, value: str, regex: str) -> None:
+@lru_cache(maxsize=2**15)
+def _pattern(key: str) -> re.Pattern[str]:
+    """Compile a key of rank_pattern or alpha_pattern; an adapter may have one for each layer."""
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def _compiled(field: str, value: str, compile: Callable[[str], object]) -> None:
     try:
-        re.compile(regex)
+        compile(value)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{field} is {value!r}, expected a regular expression: {error}") from None

@@ -74,7 +74,7 @@ def released_gates(config: SlideLoRAConfig, modalities: Sequence[str]) -> Tensor
         ValueError: If a name is not modality-specific.
     """
     shared = config.shared or ()
-    weights = torch.zeros(len(modalities), len(config.experts))
+    weights = torch.zeros(len(modalities), len(config.experts), dtype=torch.float32)
     for row, modality in zip(weights, modalities):
         members = config.members(modality)
         if not members or members[0] in shared:
@@ -106,7 +106,8 @@ def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
             if not isinstance(weight, (int, float)):
                 raise ValueError(f"gate of {name!r} is {weight!r}, expected a number")
         parts = [(weight / len(names), names) for name, weight in value.items() if (names := config.members(name))]
-        return torch.tensor([[sum((w for w, names in parts if name in names), 0.0) for name in config.experts]])
+        row = [sum((w for w, names in parts if name in names), 0.0) for name in config.experts]
+        return torch.tensor([row], dtype=torch.float32)
     if isinstance(value, str):
         return _named_gates(config, value)
     if isinstance(value, Sequence) and value and all(isinstance(name, str) for name in value):
@@ -126,7 +127,8 @@ def _named_gates(config: SlideLoRAConfig, name: str) -> Tensor:
         members = tuple(shared)
     elif shared:
         return released_gates(config, [name])
-    return torch.tensor([[float(other in members) / len(members) for other in config.experts]])
+    row = [float(other in members) / len(members) for other in config.experts]
+    return torch.tensor([row], dtype=torch.float32)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -210,6 +212,15 @@ class GivenGate(Gate):
     learned = False
 
 
+class _FullPrecisionLinear(nn.Linear):
+    """A linear map in fp32 whatever its dtype; it is called as a module, so that hooks may bring offloaded weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features) on the device of the weights."""
+        with full_precision(self.weight.device):
+            return F.linear(x.to(self.weight.device), self.weight.float(), self.bias.float())
+
+
 class SequenceGate(Gate):
     """A learned gate that weighs each expert once per sequence, from the mean of the prompt's embeddings, in fp32.
 
@@ -223,8 +234,8 @@ class SequenceGate(Gate):
 
     def __init__(self, features: int, config: SlideLoRAConfig) -> None:
         super().__init__(features, config)
-        self.hidden = nn.Linear(features, config.gate_hidden)
-        self.out = nn.Linear(config.gate_hidden, len(config.experts))
+        self.hidden = _FullPrecisionLinear(features, config.gate_hidden, dtype=torch.float32)
+        self.out = _FullPrecisionLinear(config.gate_hidden, len(config.experts), dtype=torch.float32)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -237,15 +248,12 @@ class SequenceGate(Gate):
             raise ValueError(f"inputs_embeds are {tuple(inputs_embeds.shape)}, expected (batch, time, {self.features})")
         if mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(inputs_embeds.shape[:2])}")
-        device = self.hidden.weight.device
-        with full_precision(device):
-            prompt = mask.to(device)[..., None].bool()
-            total = torch.where(prompt, inputs_embeds.to(device).float(), 0.0).sum(1)  # (B, D)
+        with full_precision(inputs_embeds.device):
+            prompt = mask.to(inputs_embeds.device)[..., None].bool()
+            total = torch.where(prompt, inputs_embeds.float(), 0.0).sum(1)  # (B, D)
             mean = total / prompt.sum(1).clamp(min=1)
-            hidden = F.linear(
-                F.layer_norm(mean, mean.shape[-1:]), self.hidden.weight.float(), self.hidden.bias.float()
-            )  # (B, H)
-            logits = F.linear(F.silu(hidden), self.out.weight.float(), self.out.bias.float())  # (B, E)
+            hidden = self.hidden(F.layer_norm(mean, mean.shape[-1:]))  # (B, H)
+            logits: Tensor = self.out(F.silu(hidden))  # (B, E)
             logits = _add_noise(logits, self.config, self.training)
         return GateOutput(dense_weights(logits, self.config), None, logits[:, : len(self.config.specific)])
 
@@ -289,8 +297,8 @@ class TokenGate(Gate):
 
     def __init__(self, features: int, config: SlideLoRAConfig) -> None:
         super().__init__(features, config)
-        self.weight = nn.Parameter(torch.empty(len(config.experts), features))
-        self.bias = nn.Parameter(torch.zeros(len(config.experts)))
+        self.weight = nn.Parameter(torch.empty(len(config.experts), features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(len(config.experts), dtype=torch.float32))
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(features))
 
     def forward(self, x: Tensor) -> GateOutput:

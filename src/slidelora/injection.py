@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -15,6 +15,8 @@ from slidelora.routing_state import GATE, MERGED, STATE, Routing, injected
 from slidelora.scopes import Layout
 
 Module = TypeVar("Module", bound=nn.Module)
+# The names under which wrappers hold a module: torch.compile, checkpoint_wrapper, FSDP; DDP holds it as "module".
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
 
 
@@ -24,7 +26,7 @@ class Injection(NamedTuple):
     state: Routing
     gate: Gate | None
     layers: dict[str, SlideLoRALinear]  # by name; a layer with two names is there twice
-    trainable: list[str]  # parameters of the base that were trainable before
+    trainable: set[str]  # parameters of the base that were trainable before
 
 
 def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: Any) -> nn.Module:
@@ -47,32 +49,64 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     elif not isinstance(config, SlideLoRAConfig) or fields:
         raise TypeError(f"config is {config!r} with {sorted(fields)}, expected a SlideLoRAConfig or its fields by name")
     require_plain(model)
-    targets = find_targets(model, config)
+    host = unwrap(model)
+    targets, modules = find_targets(host, config), dict(plain_modules(host))
     state = Routing(config)
-    gate = _model_gate(model, config).train(model.training) if kind_of(config).in_model else None
+    gate = _model_gate(host, config).train(host.training) if kind_of(config).in_model else None
     wrappers: dict[int, SlideLoRALinear] = {}
     for name, module in targets.items():
         if id(module) not in wrappers:
             wrappers[id(module)] = SlideLoRALinear(module, config, state, name).train(module.training)
-            wrappers[id(module)].layout = _layout(model, name)
-    if skipped := _fused_experts(model, config):
+            wrappers[id(module)].layout = _layout(modules, name)
+    if skipped := _fused_experts(host, config):
         warnings.warn(f"no linear layer holds {', '.join(skipped)}: skipped", stacklevel=2)
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    attach(model, Injection(state, gate, {name: wrappers[id(module)] for name, module in targets.items()}, trainable))
+    trainable = {name for name, parameter in plain_parameters(host) if parameter.requires_grad}
+    host.requires_grad_(False)
+    attach(host, Injection(state, gate, {name: wrappers[id(module)] for name, module in targets.items()}, trainable))
+    for module in model.modules():
+        if (
+            type(module).__name__ == "OptimizedModule" and unwrap(module) is host
+        ):  # it holds the call of the class before
+            module.forward = module.dynamo_ctx(host.__call__)  # type: ignore[operator]
     return model
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module with each of its names, without the names of wrappers; a wrapper comes before its content."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    plain = {"": ""}
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules[name] = module
+        if name:
+            parent, _, child = name.rpartition(".")
+            wrapped = child in _WRAPPED or (child == "module" and isinstance(modules[parent], parallel))
+            plain[name] = plain[parent] if wrapped else f"{plain[parent]}.{child}".lstrip(".")
+        yield plain[name], module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside of any wrappers."""
+    return dict(plain_modules(model))[""]
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield each parameter with each of its names, without the names of wrappers."""
+    for path, module in plain_modules(model):
+        yield from module.named_parameters(prefix=path, recurse=False)
 
 
 def attach(model: nn.Module, injection: Injection) -> None:
     """Put the layers, the gate and the hooks of an injection on a model."""
-    for name, layer in injection.layers.items():
-        _replace(model, name, layer)
+    _replace(model, injection.layers)
     if injection.gate is not None:
         model.add_module(GATE, injection.gate)
     for host, call in [(model, HostCall(injection.state)), *_encoder_call(model, injection.state)]:
         host.slidelora_call = call  # type: ignore[assignment]
         host.__class__ = host_class(type(host))  # type: ignore[arg-type]
     handles = [block.register_forward_pre_hook(_no_fast_path) for block in model.modules() if _has_fast_path(block)]
+    for module, name in _fusions(model):
+        setattr(module, name, _refuse_fusion)
     setattr(model, STATE, injection.state)
     setattr(model, _UNDO, (handles, injection.trainable))
 
@@ -87,9 +121,12 @@ def _encoder_call(model: nn.Module, state: Routing) -> list[tuple[nn.Module, Hos
 def detach(host: nn.Module) -> Injection:
     """Undo `attach`: the modules are those of the base again, its parameters stay frozen."""
     handles, trainable = getattr(host, _UNDO)
+    for module in host.modules():
+        for name in (*_FUSE, *_UNFUSE):
+            if module.__dict__.get(name) is _refuse_fusion:
+                delattr(module, name)
     injection = Injection(getattr(host, STATE), getattr(host, GATE, None), slide_layers(host), trainable)
-    for name, layer in injection.layers.items():
-        _replace(host, name, layer.base_layer)
+    _replace(host, {name: layer.base_layer for name, layer in injection.layers.items()})
     for handle in handles:
         handle.remove()
     for module in host.modules():
@@ -106,22 +143,22 @@ def detach(host: nn.Module) -> Injection:
 
 def thaw(host: nn.Module, injection: Injection) -> None:
     """Make the parameters trainable that were trainable before an injection."""
-    for name, parameter in host.named_parameters():
+    for name, parameter in plain_parameters(host):
         parameter.requires_grad_(name in injection.trainable)
 
 
 _VISION = re.compile(r"vision|visual|image|picture|projector|connector|qformer|resampler", re.I)
 
 
-def _layout(model: nn.Module, name: str) -> Layout:
+def _layout(modules: Mapping[str, nn.Module], name: str) -> Layout:
     """Tell from the modules around a layer what the rows of its input may be."""
     names = name.split(".")
-    around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    around = [modules[".".join(names[:depth])] for depth in range(len(names))]
     # torch's own blocks say so in the attention inside them.
     time_first = any(getattr(child, "batch_first", True) is False for module in around for child in module.children())
     kinds = [f"{part} {type(module).__name__}".lower() for part, module in zip(names, around[1:])]
     subset = any("expert" in kind and "shared_expert" not in kind for kind in kinds) or "experts" in names[-1]
-    known = type(model).__module__.split(".")[0] in ("transformers", "diffusers")
+    known = type(around[0]).__module__.split(".")[0] in ("transformers", "diffusers")
     listed = not known and any(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in around)
     return Layout(time_first, subset, listed, any(_VISION.search(part) for part in names))
 
@@ -133,6 +170,29 @@ def _has_fast_path(block: nn.Module) -> bool:
 
 def _no_fast_path(block: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing: torch avoids the fast path of a block that has a hook."""
+
+
+# Methods of diffusers' attention and models that join the weights of projections without their experts, and undo it.
+_FUSE, _UNFUSE = ("fuse_projections", "fuse_qkv_projections"), ("unfuse_projections", "unfuse_qkv_projections")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+_FUSED_PROJECTIONS = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
+
+
+def _fusions(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the methods of modules that would drop the experts of a projection inside."""
+    for module in model.modules():
+        for methods, projections in ((_FUSE, _PROJECTIONS), (_UNFUSE, _FUSED_PROJECTIONS)):
+            present = [name for name in methods if hasattr(module, name)]
+            if present and any(name.rpartition(".")[2] in projections for name in slide_layers(module)):
+                yield from ((module, name) for name in present)
+
+
+def _refuse_fusion(*args: Any, **kwargs: Any) -> None:
+    """Raise ValueError in the stead of such a method."""
+    raise ValueError(
+        "the projections have experts, expected none: fused or unfused projections would lose them; call "
+        "slidelora.remove, or slidelora.merge_and_unload, first"
+    )
 
 
 def require_plain(model: nn.Module) -> None:
@@ -150,15 +210,17 @@ def find_targets(model: nn.Module, config: SlideLoRAConfig) -> dict[str, nn.Modu
     """
     linears = {}
     wrong = []
-    get_output: Any = getattr(model, "get_output_embeddings", None)
+    content = dict(plain_modules(model))
+    get_output: Any = getattr(content[""], "get_output_embeddings", None)
     output = get_output() if get_output is not None else None
+    output = unwrap(output) if isinstance(output, nn.Module) else None
     # A module with two names is one layer, and it is replaced under both names.
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not _is_targeted(name, config, _is_linear(module) and module is not output):
+    for name, module in plain_modules(model):
+        if not _is_targeted(name, config, _is_linear(content[name]) and content[name] is not output):
             continue
-        if not name or any(name[: dot.start()] in linears for dot in re.finditer(r"\.", name)):
-            continue  # the model itself cannot be replaced, and a target keeps what is inside it
-        if linear_features(module) is None:
+        if not name or any(name[: dot.start()] in linears for dot in re.finditer(r"\.|$", name)):
+            continue  # the model itself cannot be replaced, and a target keeps what is inside it, or what it wraps
+        if linear_features(content[name]) is None:
             wrong.append(f"{name} ({type(module).__name__})")
         linears[name] = module
     if wrong:
@@ -186,7 +248,8 @@ def _is_targeted(name: str, config: SlideLoRAConfig, linear: bool) -> bool:
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
+    suffixes = {name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))}
+    return not suffixes.isdisjoint(patterns)
 
 
 def _require_untied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
@@ -207,7 +270,7 @@ def _require_untied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
 def _fused_experts(model: nn.Module, config: SlideLoRAConfig) -> list[str]:
     """Name the targeted 3-D parameters that hold the experts of a MoE block, with * for the number of a layer."""
     found: dict[str, None] = {}
-    for path, module in model.named_modules():
+    for path, module in plain_modules(model):
         if config.exclude_modules is not None and _matches(path, config.exclude_modules):
             continue
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
@@ -226,6 +289,7 @@ def gate_input(model: nn.Module, config: SlideLoRAConfig) -> tuple[nn.Module, in
     """Return the input embeddings that feed a model's gate and their width, or (model, 0) if it reads no prompt."""
     if not kind_of(config).reads_prompt:
         return model, 0
+    model = unwrap(model)
     try:
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         return embeddings, embeddings.weight.shape[-1]
@@ -236,15 +300,17 @@ def gate_input(model: nn.Module, config: SlideLoRAConfig) -> tuple[nn.Module, in
         ) from None
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules on a model by their names, in the stead of wrappers, too."""
+    content = dict(plain_modules(model))
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(content[parent], child, module)
 
 
 def slide_layers(model: nn.Module) -> dict[str, SlideLoRALinear]:
     """Return the injected layers by name; a layer with two names is there twice."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, SlideLoRALinear)}
+    return {name: module for name, module in plain_modules(model) if isinstance(module, SlideLoRALinear)}
 
 
 def first_names(modules: dict[str, Module]) -> dict[str, Module]:

@@ -35,6 +35,11 @@ class Expert(NamedTuple):
     scaling: float
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that FSDP2 (fully_shard) divides; all processes must call this in the same order."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return,operator]
+
+
 class SlideLoRALinear(nn.Module):
     """A base layer plus the outputs of its experts, weighed by the gates in force.
 
@@ -63,7 +68,7 @@ class SlideLoRALinear(nn.Module):
         device, dtype = placement(base_layer, config)
         self.lora_A = nn.Parameter(torch.empty(0, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(0, self.out_features, dtype=dtype, device=device))
-        self.register_buffer("scales", None, persistent=False)
+        self.scales: Tensor | None = None  # no buffer: a loader of a meta model would leave it without values
         self.arrange(config, config.init)
         kind = kind_of(config)
         self.gate = kind(self.in_features, config).to(device, dtype) if kind.in_layers else None
@@ -121,7 +126,12 @@ class SlideLoRALinear(nn.Module):
         return cast("Tensor | None", getattr(self.base_layer, "bias", None))
 
     def expert(self, name: str) -> Expert:
-        """Return an expert by its name."""
+        """Return an expert by its name; ValueError if FSDP flattened the layer's parameters."""
+        if self.lora_A.ndim != 2:
+            raise ValueError(
+                f"{self.path} has lora_A of shape {tuple(self.lora_A.shape)}, expected two dimensions: FSDP flattened "
+                "it; make the call inside of FullyShardedDataParallel.summon_full_params(model)"
+            )
         index = self.names.index(name)
         frozen = name in self.frozen
         start = self.r * sum((other in self.frozen) == frozen for other in self.names[:index])
@@ -153,6 +163,9 @@ class SlideLoRALinear(nn.Module):
         gates, experts = self.routing.weigh(active, self.path, self.gate, x, self.layout)
         if self.scaling is None:
             assert self.scales is not None
+            if self.scales.device != x.device:  # a loader or an offload hook exchanged the parameters
+                with torch.inference_mode(False):  # else a later training step could not use them
+                    self._set_scales()
             gates = gates * (self.scales if experts is None else self.scales[experts])
         if self.frozen:
             lora_A, lora_B = self._stacked(lora_A, self.frozen_A), self._stacked(lora_B, self.frozen_B)
@@ -175,7 +188,7 @@ class SlideLoRALinear(nn.Module):
 
 def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device, torch.dtype]:
     """Return the device on which a module computes, and the dtype of the parameters that train next to it."""
-    tensor = next(chain(module.parameters(), module.buffers()), torch.empty(0))
+    tensor = next(chain(module.parameters(), module.buffers()), torch.empty(0, dtype=torch.float32))
     # accelerate keeps offloaded weights on the meta device between calls.
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.gating import GateValue, given_gates
-from slidelora.injection import Injection, attach, detach, slide_layers, thaw
-from slidelora.layers import SlideLoRALinear
+from slidelora.injection import Injection, attach, detach, plain_modules, slide_layers, thaw
+from slidelora.layers import SlideLoRALinear, gathered
 from slidelora.routing_state import MERGED, injected, routing
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,8 +61,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     if len(hosts) != 1:
         raise ValueError(f"{type(model).__name__} holds {len(hosts)} merged models, expected one: see slidelora.merge")
     injection, before = cast(_Merged, getattr(hosts[0], MERGED))
+    modules = dict(plain_modules(hosts[0]))
     for name, layer in injection.layers.items():
-        if hosts[0].get_submodule(name) is not layer.base_layer:
+        if modules.get(name) is not layer.base_layer:
             raise ValueError(f"{name} was replaced since the merge, expected the layer that was merged")
         if layer.weight.dtype != before[name].dtype:
             raise ValueError(f"{name} is {layer.weight.dtype} now, expected {before[name].dtype} as before the merge")
@@ -109,10 +110,11 @@ def fold(layer: SlideLoRALinear, gates: dict[str, float]) -> tuple[Tensor, Tenso
     """
     experts = [(layer.expert(name), weight) for name, weight in gates.items() if weight]
     dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
-    A = [expert.A.detach().to(dtype) for expert, _ in experts]
-    B = [expert.B.detach().to(dtype) * (weight * expert.scaling) for expert, weight in experts]
-    empty_A = layer.lora_A.new_empty(0, layer.in_features, dtype=dtype)
-    empty_B = layer.lora_B.new_empty(0, layer.out_features, dtype=dtype)
+    A = [gathered(expert.A.detach()).to(dtype) for expert, _ in experts]
+    B = [gathered(expert.B.detach()).to(dtype) * (weight * expert.scaling) for expert, weight in experts]
+    device = layer.lora_A.device
+    empty_A = torch.empty(0, layer.in_features, dtype=dtype, device=device)
+    empty_B = torch.empty(0, layer.out_features, dtype=dtype, device=device)
     return torch.cat([empty_A, *A]), torch.cat([empty_B, *B])
 
 

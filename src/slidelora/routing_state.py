@@ -337,7 +337,7 @@ def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) ->
     host = injected(model)
     state = routing(host)
     loss = auxiliary_loss(state.records.values(), state.config, targets)
-    return torch.zeros((), device=next(host.parameters()).device) if loss is None else loss
+    return torch.zeros((), dtype=torch.float32, device=next(host.parameters()).device) if loss is None else loss
 
 
 def checkpoint_kwargs(model: nn.Module) -> dict[str, Any]:

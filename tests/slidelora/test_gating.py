@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -70,6 +71,38 @@ def test_a_group_divides_its_weight() -> None:
 def test_bad_values_are_named(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         given_gates(CONFIG, value)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("value", ["text", "shared", ["text", "image"], {"text": 0.3, "image": 0.2, "shared": 0.7}])
+def test_given_gates_do_not_depend_on_the_default_dtype(default_dtype: torch.dtype, value: Any) -> None:
+    under_default = given_gates(CONFIG, value)
+    torch.set_default_dtype(torch.float32)
+    assert under_default.dtype == torch.float32 and torch.equal(under_default, given_gates(CONFIG, value))
+
+
+@pytest.mark.parametrize("gate", ["sequence", "token", "given"])
+def test_experts_and_learned_gates_do_not_depend_on_the_default_dtype(default_dtype: torch.dtype, gate: str) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Embedding(5, 4, dtype=torch.float32), nn.Linear(4, 3, dtype=torch.float32))
+        base.get_input_embeddings = lambda: base[0]
+        return slidelora.inject(base, experts=["a", "b", "c"], shared=["c"], r=2, gate=gate)
+
+    under_default = make()
+    torch.set_default_dtype(torch.float32)
+    expected = dict(make().named_parameters())
+    for name, parameter in under_default.named_parameters():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, expected[name])
+    torch.set_default_dtype(default_dtype)
+    assert slidelora.aux_loss(under_default).dtype == released_gates(CONFIG, ["text"]).dtype == torch.float32
 
 
 def test_sequence_gate_starts_uniform() -> None:

@@ -1,5 +1,6 @@
 """Every family of hosts: injected, trained, saved, loaded, merged, exported, imported and made plain again."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -185,6 +186,16 @@ def test_device_maps(weights: str) -> None:
     assert torch.equal(run_frozen(model, inputs), run_frozen(expected, inputs))
 
 
+@pytest.mark.parametrize("gate", ["sequence", "token"])
+@pytest.mark.parametrize("r", [2, {"text": 1, "image": 2, "shared": 3}])
+def test_a_model_offloaded_after_injection(gate: str, r: Any) -> None:
+    model, inputs = make_host("llama")
+    randomise(slidelora.inject(model, r=r, gate=gate))
+    expected = run_frozen(model, inputs)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(run_frozen(model, inputs), expected)
+
+
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         output = model(**inputs)
@@ -201,6 +212,46 @@ PIPELINES: dict[str, Callable[[nn.Module], Any]] = {
     "sd3": lambda transformer: diffusers.StableDiffusion3Pipeline(transformer, *[None] * 8),
     "flux": lambda transformer: diffusers.FluxPipeline(*[None] * 6, transformer),
 }
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_fusing_projections_with_experts_is_refused(name: str) -> None:
+    model, inputs = make_host(name)
+    base = run_frozen(model, inputs)
+    randomise(slidelora.inject(model, r=2, gate="given", target_modules=["to_k", "to_out.0"]))
+    with slidelora.gates(model, "text"):
+        expected = run_frozen(model, inputs)
+    modules = list(map(id, model.modules()))
+    attention = next(module for module in model.modules() if hasattr(module, "to_k"))
+    pipelines = [PIPELINES[name](model)] if name == "unet" else []  # no other one fuses projections
+    for host in (model, attention, copy.deepcopy(model), *pipelines):
+        fuse = host.fuse_projections if host is attention else host.fuse_qkv_projections
+        with pytest.raises(ValueError, match=r"have experts, expected none: .*slidelora.remove, or .*merge_and_unload"):
+            fuse()
+    with slidelora.gates(model, "text"):
+        assert torch.equal(run_frozen(model, inputs), expected) and list(map(id, model.modules())) == modules
+    with torch.no_grad():
+        slidelora.remove(model).fuse_qkv_projections()
+    fused = run_frozen(model, inputs)
+    assert (fused - base).norm() < 1e-5 * base.norm() and list(map(id, model.modules())) != modules
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_fused_projections_with_experts_stay_fused(name: str) -> None:
+    model, inputs = make_host(name)
+    with torch.no_grad():
+        model.fuse_qkv_projections()
+    base = run_frozen(model, inputs)
+    slidelora.inject(model, r=2, gate="given", target_modules=["to_qkv"])
+    with pytest.raises(ValueError, match="have experts, expected none"):
+        model.unfuse_qkv_projections()
+    slidelora.remove(model)
+    assert torch.equal(run_frozen(model, inputs), base)
+    model.unfuse_qkv_projections()
+    slidelora.inject(model, r=2, gate="given", target_modules=["to_out.0"])
+    with torch.no_grad():
+        model.fuse_qkv_projections()
+    model.unfuse_qkv_projections()
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -1,11 +1,16 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from accelerate.utils import set_module_tensor_to_device
 from closeness import assert_close
+from injected_models import randomise
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -126,6 +131,57 @@ def test_another_dtype_and_the_meta_device_keep_the_scalings() -> None:
     empty = with_mixed_ranks(nn.Linear(6, 5, device="meta"), lora_alpha={"text": 1, "image": 1, "shared": 1.1})
     assert torch.equal(empty.to_empty(device="cpu")[0].scales, exact)
     assert "0.scales" not in model.state_dict()
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.out = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.out(self.fc(self.embed(input_ids)))
+
+
+def words(gate: str, frozen: tuple[str, ...]) -> nn.Module:
+    experts = {"experts": ["a", "b", "shared"], "frozen": frozen, "r": {"a": 2, "b": 4, "shared": 3}}
+    return slidelora.inject(Words(), **experts, lora_alpha=8, gate=gate)
+
+
+def run_words(model: nn.Module, gate: str) -> Tensor:
+    input_ids = torch.arange(6).view(2, 3)
+    with torch.no_grad(), slidelora.gates(model, ["a", "b"]) if gate == "given" else nullcontext():
+        return model(input_ids)
+
+
+@pytest.mark.parametrize("frozen", [(), ("b",)])
+@pytest.mark.parametrize("gate", ["sequence", "token", "given"])
+@pytest.mark.parametrize("fill", ["assign", "to_empty", "one by one", "load_checkpoint_and_dispatch"])
+@pytest.mark.parametrize("made_by", ["torch", "accelerate"])
+def test_a_model_that_was_injected_on_the_meta_device(
+    made_by: str, fill: str, gate: str, frozen: tuple[str, ...], tmp_path: Path
+) -> None:
+    full = randomise(words(gate, frozen))
+    with torch.device("meta") if made_by == "torch" else init_empty_weights():
+        model = words(gate, frozen)
+    if fill == "assign":
+        model.load_state_dict(full.state_dict(), assign=True)
+    elif fill == "to_empty":
+        model.to_empty(device="cpu").load_state_dict(full.state_dict())
+    elif fill == "one by one":
+        for name, tensor in full.state_dict().items():
+            set_module_tensor_to_device(model, name, "cpu", tensor)
+    else:
+        save_file(full.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+        model = load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), {"": "cpu"}, force_hooks=True)
+    with torch.inference_mode():
+        run_words(model, gate)
+    assert torch.equal(run_words(model, gate), run_words(full, gate))
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in full.parameters()]
+    with slidelora.gates(model, torch.rand(2, 3, requires_grad=True)):
+        model(torch.arange(6).view(2, 3)).sum().backward()
 
 
 def test_initialisations() -> None:

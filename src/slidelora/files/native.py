@@ -6,12 +6,15 @@ adapter_model.safetensors  base_model.model.<layer>.lora_A.<expert>.weight (r, d
 adapter_config.json        the fields of SlideLoRAConfig
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.files.bounds import MOST_BYTES, is_bounded, require_bounded
 from slidelora.gating import kind_of
-from slidelora.injection import find_targets, first_names, gate_input, inject, require_plain, slide_layers
-from slidelora.layers import linear_features
+from slidelora.injection import (
+    find_targets,
+    first_names,
+    gate_input,
+    inject,
+    plain_parameters,
+    require_plain,
+    slide_layers,
+)
+from slidelora.layers import gathered, linear_features, placement
 from slidelora.routing_state import GATE, injected, routing
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,19 +47,34 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     """Write the experts, gate and configuration of an injected model to a directory, over an adapter that is there.
 
-    Each file is replaced as a whole, the weights first. The weights contain their configuration and the digest of the
+    Each file is replaced as a whole, the weights first. The weights contain the SHA-256 of each tensor, which the
+    loader checks, their configuration and the digest of the
     configuration file that they replace, so a save that is interrupted between the two files still loads.
+
+    Under FSDP2 (fully_shard) call this in all processes, since it gathers the weights; each process writes all of them.
     """
     host = injected(model)
-    config = json.dumps(routing(host).config.to_dict(), indent=2) + "\n"
+    config = json.dumps(_savable(host).to_dict(), indent=2) + "\n"
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / CONFIG
     replaced = _digest(path.read_bytes()) if path.exists() else ""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _parameters(host).items()}
-    metadata = {"format": "pt", "config": config, "replaces": replaced}
+    tensors = {name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in _parameters(host).items()}
+    metadata = {"format": "pt", "config": config, "replaces": replaced, **digests(tensors)}
     replace_file(directory / WEIGHTS, lambda partial: save_file(tensors, partial, metadata))
     replace_file(path, lambda partial: Path(partial).write_text(config))
+
+
+def _savable(host: nn.Module) -> SlideLoRAConfig:
+    """Return a model's configuration, with names instead of regular expressions that no loader would accept."""
+    config = routing(host).config
+    if is_bounded(config.to_dict()):
+        return config
+    layers = first_names(slide_layers(host))
+    ranks = {f"^{re.escape(name)}": dict(zip(config.experts, config.ranks(name))) for name in layers}
+    alphas = {f"^{re.escape(name)}": dict(zip(config.experts, config.alphas(name))) for name in layers}
+    exact: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
+    return replace(config, target_modules=list(slide_layers(host)), exclude_modules=None, **exact)
 
 
 def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
@@ -55,7 +82,8 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged or does not fit the model. In both cases the model is as before.
+        ValueError: If a file is damaged, has NaN or infinite weights, or does not fit the model. In both cases the
+            model is as before.
     """
     require_plain(model)
     directory = Path(save_directory)
@@ -70,7 +98,7 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
         tensors = read_tensors(file, expected, setup, directory / WEIGHTS)
     inject(model, config)
     with torch.no_grad():
-        for name, tensor in _parameters(model).items():
+        for name, tensor in _parameters(injected(model)).items():
             tensor.copy_(tensors[name])
     return model
 
@@ -85,17 +113,19 @@ def _parameters(host: nn.Module) -> dict[str, Tensor]:
             found[f"{PREFIX}{name}.lora_A.{expert}.weight"] = A  # (r, d_in)
             found[f"{PREFIX}{name}.lora_B.{expert}.weight"] = B.T  # (d_out, r)
         if layer.gate is not None:
-            found |= {f"{PREFIX}{name}.gate.{key}": tensor for key, tensor in layer.gate.named_parameters()}
+            found |= {f"{PREFIX}{name}.gate.{key}": tensor for key, tensor in plain_parameters(layer.gate)}
     gate: nn.Module | None = getattr(host, GATE, None)
     if gate is not None:
-        found |= {f"{PREFIX}{GATE}.{key}": tensor for key, tensor in gate.named_parameters()}
+        found |= {f"{PREFIX}{GATE}.{key}": tensor for key, tensor in plain_parameters(gate)}
     return found
 
 
 def _expected(model: nn.Module, config: SlideLoRAConfig) -> dict[str, tuple[int, ...]]:
     """Return the keys and shapes that a configuration needs on a plain model."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in first_names(find_targets(model, config)).items():
+    targets = find_targets(model, config)
+    require_weights(targets, config)
+    for name, module in first_names(targets).items():
         d_in, d_out = linear_features(module) or (0, 0)
         for expert, rank in zip(config.experts, config.ranks(name)):
             shapes[f"{PREFIX}{name}.lora_A.{expert}.weight"] = (rank, d_in)
@@ -111,6 +141,13 @@ def _gate_shapes(prefix: str, features: int, config: SlideLoRAConfig) -> dict[st
     with torch.device("meta"):  # a file may claim any width, so nothing of that size is allocated
         gate = kind_of(config)(features, config)
     return {f"{prefix}.{name}": tuple(parameter.shape) for name, parameter in gate.named_parameters()}
+
+
+def require_weights(layers: Mapping[str, nn.Module], config: SlideLoRAConfig) -> None:
+    """Raise ValueError if a layer is on the meta device, where loaded experts would have no values."""
+    for name, module in layers.items():
+        if placement(module, config)[0].type == "meta":
+            raise ValueError(f"{name} is on the meta device, expected weights: load those of the base model first")
 
 
 def require_files(directory: Path) -> None:
@@ -142,11 +179,40 @@ def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str,
             raise ValueError(f"{path} has {name} of shape {found}, expected {shape} {setup}")
         if (dtype := slices[name].get_dtype()) not in _DTYPES:
             raise ValueError(f"{path} has {name} of dtype {dtype}, expected one of {list(_DTYPES)}")
-    return {name: file.get_tensor(name) for name in expected}
+    metadata = file.metadata() or {}
+    tensors = {name: file.get_tensor(name) for name in expected}
+    for name, tensor in tensors.items():
+        key, digest = next(iter(digests({name: tensor}).items()))
+        if metadata.get(key, digest) != digest:  # files of other programs and of older versions have none
+            raise ValueError(f"{path} has {name} with other bytes than were saved, expected a file without damage")
+        require_finite(tensor, name, path)
+    return tensors
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the SHA-256 of each contiguous CPU tensor's bytes, as metadata of a safetensors file."""
+    return {
+        f"sha256 {name}": _digest(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))  # numpy has no bfloat16
+        for name, tensor in tensors.items()
+    }
+
+
+def require_finite(tensor: Tensor, name: str, path: object) -> None:
+    """Raise ValueError if a tensor of a file has NaN or infinity."""
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{path} has {name} with NaN or infinite weights, expected finite ones")
+
+
+def read_config_bytes(path: Path) -> bytes:
+    """Read a configuration file; of one that is too long for `read_object`, only a part."""
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def read_object(path: Path, content: bytes) -> dict[str, Any]:
     """Return the JSON object that a file holds; raises ValueError for anything else."""
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is too long, expected at most {MOST_BYTES} bytes")
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -157,11 +223,12 @@ def read_object(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _read_config(path: Path, metadata: dict[str, str]) -> SlideLoRAConfig:
-    content = path.read_bytes()
+    content = read_config_bytes(path)
     if "config" in metadata and metadata.get("replaces") == _digest(content):
         content = metadata["config"].encode()  # the save was interrupted after the weights
     values = read_object(path, content)
     try:
+        require_bounded(values)
         return SlideLoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a Slide-LoRA configuration: {error}") from None

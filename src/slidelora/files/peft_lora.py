@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.files import native
+from slidelora.files.bounds import require_bounded
 from slidelora.files.native import CONFIG, PREFIX, WEIGHTS, replace_file
 from slidelora.gating import GateValue, kind_of
-from slidelora.injection import find_targets, first_names, inject, require_plain, slide_layers
-from slidelora.layers import Expert, linear_features
+from slidelora.injection import find_targets, first_names, inject, plain_modules, require_plain, slide_layers
+from slidelora.layers import Expert, gathered, linear_features
 from slidelora.merging import constant_gates, fold
 from slidelora.routing_state import injected, routing
 
@@ -67,15 +68,17 @@ def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue |
 
 def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    target_modules = exact_targets(loras, _plain_names(host, loras))
-    ranks = {name: lora.A.shape[0] for name, lora in loras.items()}
+    targets = _peft_targets(host, list(loras))
+    weights = {f"{name}.weight": lora for name, lora in loras.items()}
+    targeted = loras | {name: weights[name] for name in targets.get("target_parameters", [])}
+    ranks = {name: lora.A.shape[0] for name, lora in targeted.items()}
     r, rank_pattern = _most_common(ranks)
-    alphas = {name: _number(lora.scaling * ranks[name]) for name, lora in loras.items()}
+    alphas = {name: _number(lora.scaling * ranks[name]) for name, lora in targeted.items()}
     lora_alpha, alpha_pattern = _most_common(alphas)
-    sizes = {"r": r, "rank_pattern": rank_pattern, "target_modules": target_modules}
+    sizes = {"r": r, "rank_pattern": rank_pattern, **targets}
     config = {
         "peft_type": "LORA", **sizes, "lora_alpha": lora_alpha, "alpha_pattern": alpha_pattern,
-        "lora_dropout": routing(host).config.lora_dropout, "bias": "none",
+        "lora_dropout": 0.0 if "target_parameters" in targets else routing(host).config.lora_dropout, "bias": "none",
         "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in slide_layers(host).values()),
         "inference_mode": True,
     }  # fmt: skip
@@ -83,7 +86,7 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
     for name, lora in loras.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.A  # (r, d_in)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.B.T  # (d_out, r)
-    replace_file(directory / WEIGHTS, _writer(tensors, {}))
+    replace_file(directory / WEIGHTS, _writer(tensors))
     replace_file(directory / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
     if hasattr(host, "load_lora_adapter"):  # a model of diffusers: other names, and no configuration file
         prefix = "unet" if type(host).__name__.startswith("UNet") else "transformer"
@@ -93,20 +96,38 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
             scaled[f"{prefix}.{name}.lora_B.weight"] = lora.B.T * lora.scaling
         values = sizes | {"lora_alpha": r, "alpha_pattern": rank_pattern}
         metadata = json.dumps({f"{prefix}.{name}": value for name, value in values.items()})
-        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, {"lora_adapter_metadata": metadata}))
+        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, lora_adapter_metadata=metadata))
+
+
+# PEFT takes layers with these names for fused experts in some MoE models of transformers, a shared expert's layers too,
+# and whatever their whole names are. It leaves target_parameters alone, but allows no dropout for them.
+_MOE_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def _peft_targets(host: nn.Module, layers: list[str]) -> dict[str, Any]:
+    """Return fields of a PEFT configuration that target these layers and no other module."""
+    config: Any = getattr(host, "config", None)
+    if not hasattr(config, "model_type") or "expert" not in str(config.to_dict()):
+        return {"target_modules": exact_targets(layers, _plain_names(host, layers))}
+    renamed = [name for name in layers if name.rpartition(".")[2] in _MOE_NAMES]
+    others = [name for name in layers if name.rpartition(".")[2] not in _MOE_NAMES]
+    targets = exact_targets(others, _plain_names(host, layers))
+    if isinstance(targets, str):
+        targets = others  # PEFT would keep only the last parts of what a regex matches
+    return {"target_modules": targets} | ({"target_parameters": [f"{n}.weight" for n in renamed]} if renamed else {})
 
 
 def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
     """Return the names that the modules of an injected model have in its base."""
     added = (*(f"{name}." for name in layers), "slidelora_")
-    names = [name for name, _ in host.named_modules()]
+    names = [name for name, _ in plain_modules(host)]
     inside = [name.replace(".base_layer.", ".") for name in names if ".base_layer." in name]
     return inside + [name for name in names if not name.startswith(added)]
 
 
-def _writer(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Callable[[str], None]:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return lambda path: save_file(contiguous, path, {"format": "pt", **metadata})
+def _writer(tensors: dict[str, Tensor], **metadata: str) -> Callable[[str], None]:
+    contiguous = {name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    return lambda path: save_file(contiguous, path, {"format": "pt", **native.digests(contiguous), **metadata})
 
 
 # Fields of a PEFT configuration that we read, fields that do not change the output of a trained adapter, and values of
@@ -155,14 +176,15 @@ def import_peft(model: nn.Module, adapters: Mapping[str, str | Path], **fields: 
 def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
     """Read the LoRA of an adapter by layer, on the CPU."""
     native.require_files(directory)
-    values = native.read_object(directory / CONFIG, (directory / CONFIG).read_bytes())
+    values = native.read_object(directory / CONFIG, native.read_config_bytes(directory / CONFIG))
     try:
         config = _plain_config(values)
         targets = find_targets(model, config)
+        native.require_weights(targets, config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {error}") from None
     # PEFT adapts a module that has two names under the first.
-    names = [name for name, module in model.named_modules() if targets.get(name) is module]
+    names = list(first_names(targets))
     with native.open_weights(directory) as file:
         if values.get("layers_to_transform") is not None:  # some of the targets: the file says which
             stored = set(file.keys())
@@ -182,6 +204,15 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
 
 def _plain_config(values: Mapping[str, Any]) -> SlideLoRAConfig:
     """Turn a PEFT configuration into that of one expert; raises ValueError if it is more than plain LoRA."""
+    modules, parameters = values.get("target_modules"), values.get("target_parameters")
+    if (
+        isinstance(modules, list)
+        and isinstance(parameters, list)
+        and all(str(n).endswith(".weight") for n in parameters)
+    ):
+        weights = [str(name).removesuffix(".weight") for name in parameters]
+        values = {**values, "target_modules": [*modules, *weights], "target_parameters": None}
+    require_bounded(values)
     if values.get("peft_type") != "LORA":
         raise ValueError(f"peft_type is {values.get('peft_type')!r}, expected 'LORA'")
     if (bias := values.get("bias", "none")) != "none":
@@ -202,7 +233,7 @@ def _joint_config(
     model: nn.Module, loras: Mapping[str, Mapping[str, Expert]], fields: Mapping[str, Any]
 ) -> SlideLoRAConfig:
     """Return a configuration in which each expert has the ranks and scalings that were read."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for name, _ in plain_modules(model)]
     layers = {name for by_layer in loras.values() for name in by_layer}
     sizes: dict[str, Any] = {"r": {}, "lora_alpha": {}, "rank_pattern": {}, "alpha_pattern": {}}
     for expert, by_layer in loras.items():
@@ -218,9 +249,9 @@ def _joint_config(
 def exact_targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
     """Return target_modules that match these layers and no other module: suffixes if that works, else a regex."""
     wanted = set(layers)
-    last = sorted({name.rpartition(".")[2] for name in wanted})
+    last = {name.rpartition(".")[2] for name in wanted}
     if {name for name in modules if name.rpartition(".")[2] in last} == wanted:
-        return last
+        return sorted(last)
     return "|".join(re.escape(name) for name in sorted(wanted))
 
 

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.files.native import require_finite, require_weights
 from slidelora.files.peft_lora import exact_targets
-from slidelora.injection import inject, require_plain, slide_layers
+from slidelora.injection import inject, plain_modules, require_plain, slide_layers
 from slidelora.layers import linear_features
 
 
@@ -42,11 +43,13 @@ def import_textharmony(model: nn.Module, path: str | Path | Sequence[str | Path]
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, has none of the keys, or does not fit the model. The model is then as before.
+        ValueError: If a file is damaged, has NaN or infinite weights or none of the keys, or does not fit the model.
+            The model is then as before.
     """
     require_plain(model)
     paths = [Path(part) for part in ([path] if isinstance(path, (str, Path)) else path)]
     layers = _released_layers(model)
+    modules = dict(plain_modules(model))
     keys = {f"mm_decoder.{short}.lora_moe_{factor}.default": (short, factor) for short in layers for factor in "AB"}
     tensors: dict[str, Tensor] = {}
     unexpected: list[str] = []
@@ -63,15 +66,15 @@ def import_textharmony(model: nn.Module, path: str | Path | Sequence[str | Path]
     r = ranks.most_common(1)[0][0]
     for key, tensor in tensors.items():
         short, factor = keys[key]
-        d_in, d_out = linear_features(model.get_submodule(layers[short])) or (0, 0)
+        d_in, d_out = linear_features(modules[layers[short]]) or (0, 0)
         if tensor.shape != (shape := (3, d_in, r) if factor == "A" else (3, r, d_out)):
             raise ValueError(f"{where} has {key} of shape {tuple(tensor.shape)}, expected {shape}")
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     targets = exact_targets(layers.values(), modules)
     config = SlideLoRAConfig(
         experts=("image", "text", "shared"), r=r, lora_alpha=r, lora_dropout=0.1, init="zero", target_modules=targets,
         gate=gate,
     )  # fmt: skip
+    require_weights({name: modules[name] for name in layers.values()}, config)
     injected_layers = slide_layers(inject(model, config))
     with torch.no_grad():
         for key, tensor in tensors.items():
@@ -89,7 +92,7 @@ def _released_layers(model: nn.Module) -> dict[str, str]:
     """Map layers.{i}.self_attn.{q,k,v,o}_proj to the names in the model."""
     found = [
         match
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if (match := re.fullmatch(r"(.*\.|)(layers\.\d+\.self_attn\.[qkvo]_proj)", name)) and linear_features(module)
     ]
     prefixes = sorted({match[1] for match in found})
@@ -120,4 +123,5 @@ def _read_tensors(path: Path, keys: Container[str]) -> tuple[dict[str, Tensor], 
         if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
             kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"{path} has {kind} under {name}, expected floating-point numbers of three dimensions")
+        require_finite(tensor, name, path)
     return found, [str(name) for name in names if name not in found]

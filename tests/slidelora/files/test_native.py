@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from injected_models import is_unchanged, snapshot
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -168,6 +170,60 @@ def test_saving_over_a_damaged_adapter(make_model: Make, make_base: Make, saved:
     slidelora.load_pretrained(make_base(), saved)
 
 
+def test_loading_onto_the_meta_device_is_refused(make_base: Make, saved: Path) -> None:
+    base = make_base().to("meta")
+    with pytest.raises(
+        ValueError, match="q_proj is on the meta device, expected weights: load those of the base model"
+    ):
+        slidelora.load_pretrained(base, saved)
+    assert not slide_layers(base)
+    slidelora.export_peft(slidelora.load_pretrained(make_base(), saved), saved / "peft", gates="text")
+    with pytest.raises(ValueError, match="is on the meta device, expected weights"):
+        slidelora.import_peft(base, {"text": saved / "peft"})
+
+
 def test_loading_onto_an_injected_model(make_model: Make, saved: Path) -> None:
     with pytest.raises(ValueError, match="expected a plain model"):
         slidelora.load_pretrained(make_model(), saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("gate", ["sequence", "token", "given"])
+def test_a_flipped_bit_is_noticed(
+    make_model: Make, make_base: Make, tmp_path: Path, gate: str, dtype: torch.dtype
+) -> None:
+    model = make_model(gate=gate, adapter_dtype=str(dtype).removeprefix("torch."), target_modules=["q_proj"])
+    slidelora.save_pretrained(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    slidelora.load_pretrained(make_base(), tmp_path)
+    for offset in (1, 300, 1000):
+        content = bytearray(whole)
+        content[-offset] ^= 1
+        path.write_bytes(content)
+        fails(make_base, tmp_path, ValueError, "has base_model.* with other bytes than were saved, expected a file wi")
+
+
+def test_a_folder_of_an_older_version_has_no_digests(make_base: Make, saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = {name: value for name, value in file.metadata().items() if not name.startswith("sha256 ")}
+    assert set(metadata) == {"format", "config", "replaces"}
+    save_file(load_file(path), path, metadata)
+    slidelora.load_pretrained(make_base(), saved)
+    save_file(load_file(path), path)
+    slidelora.load_pretrained(make_base(), saved)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("gate", ["sequence", "token", "given"])
+def test_weights_that_are_not_finite_are_refused(
+    make_model: Make, make_base: Make, tmp_path: Path, number: float, gate: str
+) -> None:
+    for part in ("lora_A", "lora_B", "gate"):
+        model = make_model(gate=gate)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and part in name]
+        if names:
+            model.get_parameter(names[-1]).detach().flatten()[-1] = number
+            slidelora.save_pretrained(model, tmp_path)
+            fails(make_base, tmp_path, ValueError, f"has base_model.*{part}.* with NaN or infinite weights, expected")

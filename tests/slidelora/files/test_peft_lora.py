@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from closeness import relative_error
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -118,6 +119,51 @@ def test_export_of_conv1d_layers(input_ids: Tensor, tmp_path: Path) -> None:
     loaded = load_peft(make_gpt2(), tmp_path)
     assert relative_error(loaded(input_ids).logits, expected) < 1e-5
     assert relative_error(loaded.merge_and_unload()(input_ids).logits, expected) < 1e-5
+
+
+MOE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+}  # fmt: skip
+MOE_HOSTS: dict[str, dict[str, Any]] = {
+    "DeepseekV3": {
+        "n_routed_experts": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
+    "Qwen3Next": {
+        "num_experts": 2, "head_dim": 8, "shared_expert_intermediate_size": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "Qwen2Moe": {"num_experts": 2, "shared_expert_intermediate_size": 8},
+    "Glm4Moe": {"n_routed_experts": 2, "head_dim": 8, "first_k_dense_replace": 1},
+    "Mixtral": {"num_local_experts": 2},
+}  # fmt: skip
+
+
+def make_moe(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**{**MOE, **MOE_HOSTS[name]})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:no linear layer holds", "ignore::FutureWarning")
+@pytest.mark.parametrize("targets", ["all", "shared experts", "one layer"])
+@pytest.mark.parametrize("host", MOE_HOSTS)
+def test_peft_loads_a_moe_host(host: str, targets: str, input_ids: Tensor, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"rank_pattern": {"down_proj": {"text": 2}}, "alpha_pattern": {r".*layers\.1\..*": 3}}
+    if targets != "all":
+        last = "(gate_proj|up_proj|down_proj)" if targets == "shared experts" and host != "Mixtral" else "(o|up)_proj"
+        fields["target_modules"] = rf".*layers\.1\..*{last}"
+    model = randomise(slidelora.inject(make_moe(host), experts=EXPERTS, gate="given", r=3, lora_dropout=0.1, **fields))
+    slidelora.export_peft(model.eval(), tmp_path, gates=GATES)
+    with slidelora.gates(model, GATES):
+        expected = model(input_ids).logits
+    assert relative_error(load_peft(make_moe(host), tmp_path)(input_ids).logits, expected) < 1e-5
+    imported = slidelora.import_peft(make_moe(host), {"mixture": tmp_path}, shared=[], gate="given")
+    assert set(slide_layers(imported)) == set(slide_layers(model))
+    with slidelora.gates(imported, {"mixture": 1.0}):
+        assert relative_error(imported(input_ids).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", ["uniform", "differing"])
@@ -391,3 +437,25 @@ def test_other_bad_imports_are_named(make_base: Make, make_model: Make, tmp_path
     assert not slide_layers(model)
     with pytest.raises(ValueError, match="expected a plain model"):
         slidelora.import_peft(make_model(), {"text": tmp_path})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(make_base: Make, tmp_path: Path, number: float) -> None:
+    get_peft_model(make_base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[-1]
+    tensors[name][0, 0] = number
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=f"has {name} with NaN or infinite weights, expected finite ones"):
+        slidelora.import_peft(make_base(), {"text": tmp_path})
+
+
+def test_a_flipped_bit_in_an_export_is_noticed(make_base: Make, tmp_path: Path) -> None:
+    slidelora.export_peft(make_llama(make_base, r=2), tmp_path, gates="text")
+    path = tmp_path / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="with other bytes than were saved"):
+        slidelora.import_peft(make_base(), {"text": tmp_path})

@@ -139,3 +139,13 @@ def test_other_bad_imports_are_named(make_base: Make, tmp_path: Path) -> None:
         slidelora.import_textharmony(towers, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"of shape \(3, 32, 5\), expected \(3, 64, 5\)"):
         slidelora.import_textharmony(make_base(hidden_size=64), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(make_base: Make, tmp_path: Path, kind: str, number: float) -> None:
+    tensors = released(make_base())
+    name = sorted(tensors)[3]
+    tensors[name].flatten()[-1] = number
+    with pytest.raises(ValueError, match=f"has {name} with NaN or infinite weights, expected finite ones"):
+        slidelora.import_textharmony(make_base(), write_released(tensors, tmp_path, kind))

@@ -1,0 +1,145 @@
+"""Two processes with gloo on the CPU: DistributedDataParallel and FSDP2 do what one process does with both batches."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from closeness import relative_error
+from injected_models import gradients, randomise
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import slidelora
+
+GATES = ("sequence", "token")
+INPUT_IDS = torch.arange(24).view(4, 6) % 7
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.out = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.out(self.fc(self.embed(input_ids)))
+
+
+def make_base() -> nn.Module:
+    torch.manual_seed(0)
+    return Words()
+
+
+def make_model(gate: str) -> nn.Module:
+    return randomise(slidelora.inject(make_base(), experts=["a", "b", "shared"], r=3, gate=gate), std=0.2)
+
+
+def backward(model: nn.Module, input_ids: Tensor) -> None:
+    model(input_ids).square().mean().backward()
+
+
+def train(model: nn.Module, input_ids: Tensor) -> None:
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    backward(model, input_ids)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def shard(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (model.fc, model.out, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def work(rank: int, directory: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/processes", rank=rank, world_size=2)
+    part = INPUT_IDS[2 * rank : 2 * rank + 2]
+    for gate in GATES:
+        parallel = DistributedDataParallel(make_model(gate), find_unused_parameters=True)
+        with slidelora.gates(parallel, "a"):
+            backward(parallel, part)
+        given = gradients(parallel.module)
+        backward(parallel, part)
+        torch.save([given, gradients(parallel.module)], directory / f"{gate}.pt")
+        sharded = shard(make_model(gate))
+        train(sharded, part)
+        slidelora.save_pretrained(sharded, directory / gate)
+        slidelora.export_peft(sharded, directory / gate / "experts")
+        slidelora.export_peft(sharded, directory / gate / "mixture", gates={"a": 0.5, "shared": 2})
+        dist.barrier()
+        resumed = shard(slidelora.load_pretrained(make_base(), directory / gate))
+        train(resumed, part)
+        slidelora.save_pretrained(resumed, directory / f"{gate} resumed")
+        flat = FullyShardedDataParallel(make_model(gate), use_orig_params=True, device_id=torch.device("cpu"))
+        for save in (slidelora.save_pretrained, slidelora.export_peft):
+            with pytest.raises(ValueError, match=r"two dimensions: FSDP flattened it; make the call inside of"):
+                save(flat, directory / "nowhere")
+        with FullyShardedDataParallel.summon_full_params(flat):
+            slidelora.save_pretrained(flat, directory / f"{gate} flat")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, str(path)]
+    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    yield path
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_given_and_learned_gates_under_ddp(directory: Path, gate: str) -> None:
+    model = make_model(gate)
+    with slidelora.gates(model, "a"):
+        backward(model, INPUT_IDS)
+    expected = [gradients(model)]
+    backward(model, INPUT_IDS)
+    expected.append(gradients(model))
+    for found, reference in zip(torch.load(directory / f"{gate}.pt"), expected):
+        for name, gradient in reference.items():
+            assert torch.equal(found[name], gradient) or relative_error(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.filterwarnings("ignore:the .* gate is not exported")
+def test_a_model_that_fsdp2_shards_is_saved_exported_and_resumed(directory: Path, tmp_path: Path, gate: str) -> None:
+    model = make_model(gate)
+    slidelora.save_pretrained(model, tmp_path / f"{gate} flat")
+    train(model, INPUT_IDS)
+    slidelora.save_pretrained(model, tmp_path / gate)
+    slidelora.export_peft(copy.deepcopy(model), tmp_path / gate / "experts")
+    slidelora.export_peft(model, tmp_path / gate / "mixture", gates={"a": 0.5, "shared": 2})
+    train(model, INPUT_IDS)
+    slidelora.save_pretrained(model, tmp_path / f"{gate} resumed")
+    paths = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.safetensors"))
+    assert len(paths) == 7
+    for path in paths:
+        assert (directory / path).with_name("adapter_config.json").read_text() == (
+            (tmp_path / path).with_name("adapter_config.json").read_text()
+        )
+        found, expected = load_file(directory / path), load_file(tmp_path / path)
+        assert found.keys() == expected.keys()
+        assert all(relative_error(found[name], expected[name]) < 1e-5 for name in expected)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[2]), Path(sys.argv[1]))
