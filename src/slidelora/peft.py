@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gating import Gate, GateValue
-from slidelora.injection import inject, remove, slide_layers
-from slidelora.layers import SlideLoRALinear
+from slidelora.injection import gate_input, inject, remove, slide_layers
+from slidelora.layers import SlideLoRALinear, placement
 from slidelora.merging import merge_and_unload
-from slidelora.routing_state import GATE, Routing, injected, routing
+from slidelora.routing_state import GATE, Routing, routing
 
 try:  # PEFT has no public interface for a method of one's own
     from peft import PeftConfig
@@ -51,38 +51,37 @@ _Fields: Any = make_dataclass(
 class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
     """The fields of slidelora.SlideLoRAConfig, checked in the same way, and those of peft.PeftConfig.
 
-    Once a model has it, it follows the model: slidelora.freeze and slidelora.add_expert change what is saved.
+    Its fields never change, but what is saved follows the model: slidelora.freeze and slidelora.add_expert change it.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SlideLoRAType.SLIDELORA
-        self._adopt(self.slidelora_config())
+        config = self.slidelora_config()
+        for one in fields(config):
+            setattr(self, one.name, getattr(config, one.name))
 
     def slidelora_config(self) -> SlideLoRAConfig:
         """Return the same configuration without PEFT's fields; raises as SlideLoRAConfig does."""
         return SlideLoRAConfig(**{one.name: getattr(self, one.name) for one in fields(SlideLoRAConfig)})
 
-    def _adopt(self, config: SlideLoRAConfig) -> None:
-        for one in fields(config):
-            setattr(self, one.name, getattr(config, one.name))
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
+        """Return the fields as plain JSON values, those of the model that got or saved this configuration last."""
         state: Routing | None = self.__dict__.get("routing")
-        if state is not None:
-            self._adopt(state.config)
-        return {**super().to_dict(), **self.slidelora_config().to_dict()}
+        return {**super().to_dict(), **(self.slidelora_config() if state is None else state.config).to_dict()}
 
 
 class _Adapted(BaseTunerLayer):
     """A module with parameters of the adapter, as PEFT, transformers and diffusers know it."""
 
     routing: Routing
+    switches: dict[str, bool]  # whether each part of the adapter is enabled; all parts share it
 
-    def adopt(self, routing: Routing, adapter_name: str) -> None:
+    def adopt(self, routing: Routing, adapter_name: str, part: str, switches: dict[str, bool]) -> None:
         """Become a part of the model's only adapter."""
         self.routing, self._active_adapter = routing, [adapter_name]
+        self.part, self.switches, self._disable_adapters = part, switches, False
+        switches[part] = True
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         """Let the experts, except the frozen ones, and the gates train, or not."""
@@ -101,13 +100,9 @@ class _Adapted(BaseTunerLayer):
             raise ValueError(f"adapters are {names}, expected {self.active_adapters}, the model's only Slide-LoRA")
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable the experts, or disable them as `slidelora.disabled` does; what trains stays the same."""
-        self.routing.set_disabled(not enabled)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the model is its base model now."""
-        return self.routing.scope.disabled
+        """Enable this part of the adapter or disable it; what trains stays the same."""
+        self.switches[self.part], self._disable_adapters = enabled, not enabled
+        self.routing.set_disabled(not any(self.switches.values()))  # then the model needs no gates either
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Refuse any scale except 1, as `scale_layer` does."""
@@ -133,6 +128,12 @@ class _Adapted(BaseTunerLayer):
 
 class PeftSlideLoRALinear(SlideLoRALinear, _Adapted):
     """A SlideLoRALinear that is a layer of PEFT, too."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map (..., d_in) to (..., d_out), as the base layer does if this layer is disabled."""
+        if self._disable_adapters:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().forward(x, *args, **kwargs)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Keep frozen experts frozen when a loader replaces their parameters."""
@@ -177,7 +178,7 @@ class SlideLoRATuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Inject as slidelora.inject does; raises ValueError if the model has an adapter already."""
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         try:
             if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 others = [name for name in self.peft_config if name != adapter_name]
@@ -198,11 +199,27 @@ class SlideLoRATuner(BaseTuner):
         gate: Gate | None = getattr(model, GATE, None)
         if gate is not None:
             gate.__class__ = _adapted_kind(type(gate))
-        for module in model.modules():
+        switches: dict[str, bool] = {}
+        for name, module in model.named_modules():
             if isinstance(module, _Adapted):
-                module.adopt(config.routing, adapter_name)
+                module.adopt(config.routing, adapter_name, name, switches)
         self.targeted_module_names = list(layers)
         self.set_adapter([adapter_name], inference_mode=config.inference_mode)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast experts and gates to fp32 or to the dtype of their base, unless adapter_dtype says another one."""
+        config = routing(self.model).config
+        if config.adapter_dtype is not None:
+            return
+        embeddings, width = gate_input(self.model, config)
+        first = next(iter(slide_layers(self.model).values())).base_layer
+        for module in self.model.modules():
+            if isinstance(module, _Adapted):
+                base = getattr(module, "base_layer", embeddings if width else first)
+                _, dtype = placement(base, config, autocast_adapter_dtype)
+                for name, parameter in module.named_parameters():
+                    if not name.startswith("base_layer."):
+                        parameter.data = parameter.data.to(dtype)
 
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -224,7 +241,7 @@ class SlideLoRATuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Raise ValueError if the experts are merged or removed, when PEFT would save nothing."""
-        injected(model)
+        config.routing = routing(model)  # several models may share a configuration
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

@@ -15,6 +15,7 @@ import torch
 from closeness import assert_close
 from injected_models import is_unchanged, snapshot
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -154,11 +155,46 @@ def test_changes_by_freeze_and_add_expert_are_saved(
     loaded = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True).eval()
     assert torch.equal(loaded(input_ids).logits, expected) and trained(loaded) == trained(model)
     assert slidelora.routing(loaded).config == slidelora.routing(model).config
+
+
+def test_models_that_share_a_configuration_save_their_own(make_base: Make, tmp_path: Path) -> None:
     config = SlideLoRAPeftConfig(r=2)
     first, second = get_peft_model(make_base(), config), get_peft_model(make_base(), config)
+    assert first.peft_config["default"] is second.peft_config["default"] is config
     slidelora.freeze(first, ["text"])
-    assert first.peft_config["default"].to_dict()["frozen"] == ["text"]
-    assert second.peft_config["default"].to_dict()["frozen"] == [] == config.to_dict()["frozen"]
+    for model, frozen in ((first, ["text"]), (second, []), (first, ["text"])):
+        model.save_pretrained(tmp_path)
+        assert config.to_dict()["frozen"] == PeftConfig.from_pretrained(tmp_path).to_dict()["frozen"] == frozen
+    assert slidelora.routing(get_peft_model(make_base(), config)).config.frozen == ()
+    stored = PeftConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path, config=stored)
+    assert loaded.peft_config["default"] is stored and slidelora.routing(loaded).config.frozen == ("text",)
+
+
+@pytest.mark.parametrize("gate", ["sequence", "token"])
+def test_the_dtype_is_that_of_peft_lora(make_base: Make, tmp_path: Path, gate: str) -> None:
+    def dtypes(model: nn.Module) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+
+    for base in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for cast in (True, False):
+            models = (
+                get_peft_model(make_base().to(base), config, autocast_adapter_dtype=cast)
+                for config in (LoraConfig(target_modules=["q_proj"]), SlideLoRAPeftConfig(gate=gate))
+            )
+            assert (
+                dtypes(next(models)) == dtypes(next(models)) == {torch.float32 if cast and base.itemsize == 2 else base}
+            )
+    config = SlideLoRAPeftConfig(gate=gate, adapter_dtype="float64")
+    model = get_peft_model(make_base().bfloat16(), config, autocast_adapter_dtype=False)
+    assert dtypes(model) == {torch.float64}
+    model = get_peft_model(make_base().bfloat16(), SlideLoRAPeftConfig(gate=gate), autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    for cast in (True, False):
+        loaded = PeftModel.from_pretrained(
+            make_base().bfloat16(), tmp_path, is_trainable=True, autocast_adapter_dtype=cast
+        )
+        assert dtypes(loaded) == {torch.float32 if cast else torch.bfloat16}
 
 
 def test_peft_and_transformers_share_one_layout(
@@ -200,6 +236,30 @@ def test_a_disabled_adapter_leaves_the_base_model(make_base: Make, make_peft: An
     assert trained(model) == set()
     model.set_requires_grad("default")
     assert trained(model) == trains
+
+
+def test_one_disabled_layer_leaves_the_others(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    model, base = make_peft(gate="given"), make_base()(input_ids).logits
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    whole = logits(model, input_ids)
+    layers[0].enable_adapters(False)
+    assert [layer.disable_adapters for layer in layers] == [True] + [False] * (len(layers) - 1)
+    one_off = logits(model, input_ids)
+    with torch.no_grad():
+        layers[0].lora_B.zero_()
+    layers[0].enable_adapters(True)
+    zeroed = logits(model, input_ids)
+    assert_close(zeroed, one_off)
+    assert not torch.equal(one_off, whole) and not torch.equal(one_off, base)
+    with slidelora.gates(model, "text"), model.disable_adapter():
+        assert torch.equal(model(input_ids).logits, base)
+    with slidelora.gates(model, "text"):
+        model.base_model.disable_adapter_layers()
+    with slidelora.gates(model, "image"):
+        assert torch.equal(model(input_ids).logits, base)
+    assert torch.equal(model(input_ids).logits, base)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model, input_ids), zeroed)
 
 
 def test_generate(make_base: Make, make_peft: Any, make_model: Make, input_ids: Tensor) -> None:
