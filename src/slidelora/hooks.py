@@ -29,7 +29,7 @@ class GateHook:
         if scope.disabled or (self.model is not None and scope.gates is not None):
             return
         inputs = _by_name(module, args, kwargs)
-        tokens, given = _token_shape(inputs), scope.gates
+        tokens, given = _token_shape(inputs), scope.gates or routing.default
         if given is not None and given.weights is not None:
             batch = _batch(inputs)
             if batch is not None and given.weights.shape[0] not in (1, batch):

@@ -91,9 +91,14 @@ def _encoder_hooks(model: nn.Module, state: Routing) -> list[Any]:
 
 
 def detach(host: nn.Module) -> Injection:
-    """Undo `attach`: the modules are those of the base again, its parameters stay frozen."""
+    """Undo `attach`: the modules are those of the base again, its parameters stay frozen.
+
+    Raises ValueError if PEFT merged a layer; the model is then as before.
+    """
     handles, trainable = getattr(host, _UNDO)
     injection = Injection(getattr(host, STATE), getattr(host, GATE, None), slide_layers(host), trainable)
+    if merged := [name for name, layer in injection.layers.items() if layer.merged_adapters]:
+        raise ValueError(f"{merged[0]} is merged by PEFT, expected separate experts: call unmerge_adapter() first")
     for name, layer in injection.layers.items():
         _replace(host, name, layer.base_layer)
     for handle in handles:

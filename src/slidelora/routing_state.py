@@ -96,12 +96,20 @@ class Routing:
     """
 
     def __init__(self, config: SlideLoRAConfig) -> None:
-        self.config, self.kind = config, kind_of(config)
-        self.names: tuple[str, ...] = tuple(config.experts)
+        self.kind = kind_of(config)
+        self.adopt(config)
         self.scope = Scope()
         self.recorded: Tensor | None = None  # the last weights, (1 or B, E) or (B, T, E)
         self.batch: int | None = None  # B of the forward that used them
         self.records: dict[str, list[GateRun]] = {}  # the learned gates' last runs, by layer, or under GATE
+
+    def adopt(self, config: SlideLoRAConfig) -> None:
+        """Follow a configuration of the same gate."""
+        self.config, self.names = config, tuple(config.experts)
+        self.default: ActiveGates | None = None  # in force where the caller gives no gates
+        if config.default_gates is not None:
+            weights = given_gates(config, config.default_gates)
+            self.default = ActiveGates(weights, compact_form(weights))
 
     @property
     def weights(self) -> Tensor | dict[str, Tensor] | None:
@@ -185,10 +193,12 @@ class Routing:
             return None
         if self.scope.gates is None and self.kind.in_layers:
             return ActiveGates(None)  # someone calls a part of the model by itself
+        if self.scope.gates is None and self.default is not None:
+            return self.default
         if self.scope.gates is None:
             raise RuntimeError(
                 f"no gate is in force for experts {list(self.names)}; expected `with slidelora.gates(model, ...):` "
-                "around the call, or gate='sequence' and a call of the injected model itself"
+                "around the call, default_gates, or gate='sequence' and a call of the injected model itself"
             )
         return self.scope.gates
 
