@@ -54,7 +54,7 @@ _Fields: Any = make_dataclass(
 class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
     """The fields of slidelora.SlideLoRAConfig, checked in the same way, and those of peft.PeftConfig.
 
-    Its fields never change, but what is saved follows the model: slidelora.freeze and slidelora.add_expert change it.
+    Its fields stay, but what is saved follows the model: slidelora.freeze and slidelora.add_expert change it.
     """
 
     modules_to_save: list[str] | None = None  # ends of names of modules to train and save as a whole, as in PEFT
@@ -245,6 +245,9 @@ class SlideLoRATuner(BaseTuner):
             if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 others = [name for name in self.peft_config if name != adapter_name]
                 raise ValueError(f"the model has adapters {others}, expected none, since a Slide-LoRA is the only one")
+            ends = tuple(config.modules_to_save or [""])
+            if not any(name.endswith(ends) for name, _ in model.named_modules()):
+                raise ValueError(f"modules_to_save is {config.modules_to_save}, expected ends of names of modules")
             inject(model, config.targets())
         except Exception:
             del self.peft_config[adapter_name]

@@ -532,6 +532,8 @@ def test_other_bad_calls_are_named(make_base: Make, make_peft: Any, input_ids: T
     before = snapshot(base)
     with pytest.raises(ValueError, match="matches no module"):
         get_peft_model(base, SlideLoRAPeftConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"modules_to_save is \['score'\], expected ends of names of modules"):
+        get_peft_model(base, SlideLoRAPeftConfig(modules_to_save=["score"]))
     assert is_unchanged(base, before) and not hasattr(base, "peft_config")
     model = make_peft()
     expected = model(input_ids).logits
