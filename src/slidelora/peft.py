@@ -244,7 +244,10 @@ class SlideLoRATuner(BaseTuner):
         try:
             if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 others = [name for name in self.peft_config if name != adapter_name]
-                raise ValueError(f"the model has adapters {others}, expected none, since a Slide-LoRA is the only one")
+                raise ValueError(
+                    f"the model has adapters {others}, expected none, since a Slide-LoRA is the only one: see "
+                    "slidelora.add_expert for more experts, or delete_adapter and unload"
+                )
             ends = tuple(config.modules_to_save or [""])
             if not any(name.endswith(ends) for name, _ in model.named_modules()):
                 raise ValueError(f"modules_to_save is {config.modules_to_save}, expected ends of names of modules")

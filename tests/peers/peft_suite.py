@@ -240,6 +240,8 @@ def main() -> int:
     parser.add_argument("--gate", default="given", choices=("given", "sequence", "token"), help=help_gate)
     parser.add_argument("-v", action="store_true", help="print tracebacks and the names of failed cases")
     arguments = parser.parse_args()
+    if not (arguments.sdist / "tests" / "testing_common.py").is_file():
+        parser.error(f"sdist is {arguments.sdist}, expected the folder of PEFT's source distribution, which has tests/")
     if importlib.util.find_spec("datasets") is None:  # the tests import it, but no case that runs here uses it
         stub: Any = types.ModuleType("datasets")
         stub.__spec__, stub.load_dataset = importlib.machinery.ModuleSpec("datasets", None), None

@@ -363,7 +363,9 @@ def test_default_gates_act_where_none_are_given(
 
 
 @pytest.mark.parametrize("weights", ["text", {"text": 0.5, "shared": 0.5}])
-def test_merge_adapter_and_back(make_base: Make, make_peft: Any, input_ids: Tensor, weights: Any) -> None:
+def test_merge_adapter_and_back(
+    make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path, weights: Any
+) -> None:
     model, base = make_peft(gate="given", default_gates=weights), make_base()(input_ids).logits
     before, expected = snapshot(model), model(input_ids).logits
     model.merge_adapter()
