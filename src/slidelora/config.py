@@ -49,6 +49,9 @@ class SlideLoRAConfig:
     target_modules: str | Sequence[str] = "all-linear"
     exclude_modules: str | Sequence[str] | None = None  # suffixes or a regular expression
     gate: str = "sequence"  # learned once per "sequence" or, in each layer, for each "token", or "given" by the caller
+    # What gate="given" applies where the caller gives no gates, and what a merge takes then: the name of an expert or
+    # weights by name, as in `slidelora.gates`. None: the caller must give gates.
+    default_gates: str | Mapping[str, float] | None = None
     gate_hidden: int = 64  # width of the hidden layer of the sequence gate
     top_k: int | None = None  # how many modality-specific experts a learned gate keeps; None: all
     gate_temperature: float = 1.0  # divides the logits of a learned gate
@@ -102,6 +105,7 @@ class SlideLoRAConfig:
                 raise ValueError(f"adapter_dtype is {self.adapter_dtype!r}, expected one of {list(DTYPES)}")
         if GATES[self.gate].learned and not self.specific:
             raise ValueError(f"shared has all experts, expected a modality-specific expert for gate={self.gate!r}")
+        self._set_default_gates()
         _check_number("gate_temperature", self.gate_temperature)
         if self.gate_temperature == 0:
             raise ValueError(f"gate_temperature is {self.gate_temperature!r}, expected a number above 0")
@@ -154,6 +158,23 @@ class SlideLoRAConfig:
         if duplicates := sorted({name for name in found if found.count(name) > 1}):
             raise ValueError(f"{field} has duplicate {duplicates}, expected unique names")
         return tuple(name for name in self.experts if name in found)
+
+    def _set_default_gates(self) -> None:
+        value = self.default_gates
+        if value is None:
+            return
+        if GATES[self.gate].learned:
+            raise ValueError(f"default_gates is {value!r} for gate={self.gate!r}, expected None, or gate='given'")
+        weights = dict(value) if isinstance(value, Mapping) else {value: 1.0}
+        if not weights or not all(isinstance(name, str) for name in weights):
+            raise TypeError(f"default_gates is {value!r}, expected the name of an expert or weights by name")
+        if unknown := [name for name in weights if not self.members(name)]:
+            raise ValueError(
+                f"default_gates has unknown expert {unknown}, expected some of {[*self.experts, *self.groups]}"
+            )
+        for name, weight in weights.items():
+            _check_number(f"default_gates[{name!r}]", weight)
+        object.__setattr__(self, "default_gates", weights if isinstance(value, Mapping) else value)
 
     def ranks(self, module: str) -> tuple[int, ...]:
         """Return the rank of each expert in the module of that name."""

@@ -104,7 +104,7 @@ def freeze(model: nn.Module, experts: Sequence[str]) -> None:
 
 def _arrange(host: nn.Module, config: SlideLoRAConfig, init: str) -> None:
     state = routing(host)
-    state.config, state.names = config, tuple(config.experts)
+    state.adopt(config)
     for layer in first_names(slide_layers(host)).values():
         layer.arrange(config, init)
     for gate in _learned_gates(host):

@@ -147,7 +147,7 @@ class HostCall:
                 "torch.utils.checkpoint.checkpoint(..., **slidelora.checkpoint_kwargs(model)) around it"
             )
         inputs = by_name(host, args, kwargs)
-        given, batch = scope.given, batch_size(inputs)
+        given, batch = scope.given or routing.default, batch_size(inputs)
         if given is not None and given.weights is not None:
             weights, compact = given.weights, None if torch.compiler.is_compiling() else given.compact
             # A row for all prompts serves any batch, but a cache keeps a row for each of its own.
@@ -171,7 +171,7 @@ class HostCall:
             gates = ActiveGates(weights, from_prompt=routing.kind.reads_prompt)
         else:
             return None
-        gates.tokens = token_shape(inputs)
+        gates.tokens, gates.with_grad = token_shape(inputs), torch.is_grad_enabled()
         if gates.weights is not None and len(gates.weights) > 1 and gates.weights.ndim == 2:
             gates.pictures = find_pictures(host, inputs)
         entry = Entry(gates)

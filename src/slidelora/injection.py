@@ -119,13 +119,18 @@ def _encoder_call(model: nn.Module, state: Routing) -> list[tuple[nn.Module, Hos
 
 
 def detach(host: nn.Module) -> Injection:
-    """Undo `attach`: the modules are those of the base again, its parameters stay frozen."""
+    """Undo `attach`: the modules are those of the base again, its parameters stay frozen.
+
+    Raises ValueError if PEFT merged a layer; the model is then as before.
+    """
     handles, trainable = getattr(host, _UNDO)
+    injection = Injection(getattr(host, STATE), getattr(host, GATE, None), slide_layers(host), trainable)
+    if merged := [name for name, layer in injection.layers.items() if layer.merged_adapters]:
+        raise ValueError(f"{merged[0]} is merged by PEFT, expected separate experts: call unmerge_adapter() first")
     for module in host.modules():
         for name in (*_FUSE, *_UNFUSE):
             if module.__dict__.get(name) is _refuse_fusion:
                 delattr(module, name)
-    injection = Injection(getattr(host, STATE), getattr(host, GATE, None), slide_layers(host), trainable)
     _replace(host, {name: layer.base_layer for name, layer in injection.layers.items()})
     for handle in handles:
         handle.remove()

@@ -1,6 +1,7 @@
 """SlideLoRALinear: a frozen base layer with a gated mixture of experts."""
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -52,6 +53,7 @@ class SlideLoRALinear(nn.Module):
     scales: Tensor | None
     frozen_A: nn.Parameter | None
     frozen_B: nn.Parameter | None
+    merged_adapters: Sequence[str] = ()  # not empty while PEFT has merged the experts into the base weight
 
     def __init__(self, base_layer: nn.Module, config: SlideLoRAConfig, routing: Routing, name: str = "") -> None:
         super().__init__()
@@ -186,12 +188,16 @@ class SlideLoRALinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, experts={self.names}, r={r}"
 
 
-def placement(module: nn.Module, config: SlideLoRAConfig) -> tuple[torch.device, torch.dtype]:
-    """Return the device on which a module computes, and the dtype of the parameters that train next to it."""
+def placement(module: nn.Module, config: SlideLoRAConfig, full: bool = True) -> tuple[torch.device, torch.dtype]:
+    """Return the device on which a module computes, and the dtype of the parameters that train next to it.
+
+    Next to half-precision weights they are fp32, or if not `full` of the same dtype.
+    """
     tensor = next(chain(module.parameters(), module.buffers()), torch.empty(0, dtype=torch.float32))
     # accelerate keeps offloaded weights on the meta device between calls.
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    same = (torch.float64,) if full else (torch.float64, torch.bfloat16, torch.float16)
+    dtype = tensor.dtype if tensor.dtype in same else torch.float32
     if config.adapter_dtype is not None:
         dtype = getattr(torch, config.adapter_dtype)
     return tensor.device if device is None else torch.device(device), dtype

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from slidelora.gating import GateValue, given_gates
 from slidelora.injection import Injection, attach, detach, plain_modules, slide_layers, thaw
 from slidelora.layers import SlideLoRALinear, gathered
-from slidelora.routing_state import MERGED, injected, routing
+from slidelora.routing_state import MERGED, Routing, injected, routing
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,8 +26,8 @@ def merge(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
 
     Args:
         model: An injected model, or one that holds it.
-        gates: As in `slidelora.gates`, and the same for every sample. A gate that depends on the input cannot be
-            merged.
+        gates: As in `slidelora.gates`, and the same for every sample. None takes the `default_gates` of the model. A
+            gate that depends on the input cannot be merged.
 
     Raises:
         ValueError: If there are no gates or they differ between samples, if a base layer is not a Linear or Conv1D with
@@ -35,11 +35,9 @@ def merge(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
             then as before.
     """
     host = injected(model)
-    weights = constant_gates(host, gates)
+    weights = constant_gates(routing(host), gates)
     layers = slide_layers(host)
-    for name, layer in layers.items():
-        _require_mergeable(name, layer.base_layer)
-    merged = {id(layer): _merged_weight(name, layer, weights) for name, layer in layers.items()}
+    merged = {id(layer): merged_weight(name, layer, weights) for name, layer in layers.items()}
     injection = detach(host)
     before = {name: layer.weight.data for name, layer in layers.items()}
     for layer in layers.values():
@@ -89,13 +87,14 @@ def merge_and_unload(model: nn.Module, gates: GateValue | None = None) -> nn.Mod
     return model
 
 
-def constant_gates(host: nn.Module, gates: GateValue | None) -> dict[str, float]:
+def constant_gates(state: Routing, gates: GateValue | None) -> dict[str, float]:
     """Turn the value of a caller into one weight for each expert; ValueError if it differs between samples."""
-    state = routing(host)
+    gates = state.config.default_gates if gates is None else gates
     if gates is None:
         raise ValueError(
             f"no gates are given and the model's gate is {state.config.gate!r}, which may differ between inputs; "
-            f"expected constant gates, as in gates={state.names[0]!r} or a mapping from experts to weights"
+            f"expected constant gates, as in gates={state.names[0]!r} or a mapping from experts to weights; a "
+            "configuration with gate='given' may state default_gates"
         )
     rows = given_gates(state.config, gates).detach().flatten(0, -2)  # (B, E)
     if not len(rows) or not bool((rows == rows[:1]).all()):
@@ -132,12 +131,18 @@ def _require_mergeable(name: str, base: nn.Module) -> None:
         )
 
 
-def _merged_weight(name: str, layer: SlideLoRALinear, gates: dict[str, float]) -> Tensor:
+def delta_weight(layer: SlideLoRALinear, gates: dict[str, float]) -> Tensor:
+    """Return what a layer's experts add to its weight under constant gates, in the layout of the weight."""
     A, B = fold(layer, gates)
-    weight = layer.weight.detach()
     delta = B.T @ A  # (d_out, d_in)
-    if type(layer.base_layer).__name__ == "Conv1D":
-        delta = delta.T
+    return delta.T if type(layer.base_layer).__name__ == "Conv1D" else delta
+
+
+def merged_weight(name: str, layer: SlideLoRALinear, gates: dict[str, float]) -> Tensor:
+    """Return the weight of a layer with its experts under constant gates; ValueError if it cannot be merged."""
+    _require_mergeable(name, layer.base_layer)
+    weight = layer.weight.detach()
+    delta = delta_weight(layer, gates)
     merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
     if not bool(merged.isfinite().all()):
         raise ValueError(f"{name} has a merged weight that is not finite in {weight.dtype}, expected finite numbers")

@@ -8,8 +8,10 @@ by name. slidelora.save_pretrained of the same model writes the layout of slidel
 """
 
 import copy
+import re
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from enum import Enum
 from functools import cache
 from typing import Any, ClassVar
@@ -19,15 +21,17 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.gating import Gate, GateValue
-from slidelora.injection import inject, remove, slide_layers
-from slidelora.layers import SlideLoRALinear
-from slidelora.merging import merge_and_unload
+from slidelora.injection import gate_input, inject, remove, slide_layers
+from slidelora.layers import SlideLoRALinear, placement
+from slidelora.merging import constant_gates, delta_weight, merge_and_unload, merged_weight
 from slidelora.routing_state import GATE, Routing, injected, routing
+from slidelora.scopes import in_backward
 
 try:  # PEFT has no public interface for a method of one's own
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+    from peft.utils import AuxiliaryTrainingWrapper, set_additional_trainable_modules
     from peft.utils.integrations import skip_init_on_device
 
     for _name in ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load"):
@@ -51,38 +55,58 @@ _Fields: Any = make_dataclass(
 class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
     """The fields of slidelora.SlideLoRAConfig, checked in the same way, and those of peft.PeftConfig.
 
-    Once a model has it, it follows the model: slidelora.freeze and slidelora.add_expert change what is saved.
+    Its fields stay, but what is saved follows the model: slidelora.freeze and slidelora.add_expert change it.
     """
+
+    modules_to_save: list[str] | None = None  # ends of names of modules to train and save as a whole, as in PEFT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SlideLoRAType.SLIDELORA
-        self._adopt(self.slidelora_config())
+        config = self.slidelora_config()
+        for one in fields(config):
+            setattr(self, one.name, getattr(config, one.name))
+        if not isinstance(config.target_modules, str):
+            self.target_modules = list(config.target_modules)  # PEFT's functions know no tuple
 
     def slidelora_config(self) -> SlideLoRAConfig:
         """Return the same configuration without PEFT's fields; raises as SlideLoRAConfig does."""
         return SlideLoRAConfig(**{one.name: getattr(self, one.name) for one in fields(SlideLoRAConfig)})
 
-    def _adopt(self, config: SlideLoRAConfig) -> None:
-        for one in fields(config):
-            setattr(self, one.name, getattr(config, one.name))
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
+        """Return the fields as plain JSON values, those of the model that got or saved this configuration last."""
         state: Routing | None = self.__dict__.get("routing")
-        if state is not None:
-            self._adopt(state.config)
-        return {**super().to_dict(), **self.slidelora_config().to_dict()}
+        own = self.slidelora_config()
+        followed = {
+            **(own if state is None else state.config).to_dict(),
+            "exclude_modules": own.to_dict()["exclude_modules"],
+        }
+        return {**super().to_dict(), **followed}
+
+    def targets(self) -> SlideLoRAConfig:
+        """Return the same configuration without PEFT's fields, which excludes the modules to save."""
+        config = self.slidelora_config()
+        if not self.modules_to_save:
+            return config
+        excluded = [rf"(.*\.)?({'|'.join(self.modules_to_save)})(\..*)?"]
+        if isinstance(config.exclude_modules, str):
+            excluded.append(config.exclude_modules)
+        elif config.exclude_modules:
+            excluded.append(rf"(.*\.)?({'|'.join(map(re.escape, config.exclude_modules))})")
+        return replace(config, exclude_modules="|".join(f"({pattern})" for pattern in excluded))
 
 
 class _Adapted(BaseTunerLayer):
     """A module with parameters of the adapter, as PEFT, transformers and diffusers know it."""
 
     routing: Routing
+    switches: dict[str, bool]  # whether each part of the adapter is enabled; all parts share it
 
-    def adopt(self, routing: Routing, adapter_name: str) -> None:
+    def adopt(self, routing: Routing, adapter_name: str, part: str, switches: dict[str, bool]) -> None:
         """Become a part of the model's only adapter."""
         self.routing, self._active_adapter = routing, [adapter_name]
+        self.part, self.switches, self._disable_adapters = part, switches, False
+        switches[part] = True
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         """Let the experts, except the frozen ones, and the gates train, or not."""
@@ -101,13 +125,9 @@ class _Adapted(BaseTunerLayer):
             raise ValueError(f"adapters are {names}, expected {self.active_adapters}, the model's only Slide-LoRA")
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable the experts, or disable them as `slidelora.disabled` does; what trains stays the same."""
-        self.routing.base_only = not enabled
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the model is its base model now."""
-        return self.routing.base_only or self.routing.scope.disabled
+        """Enable this part of the adapter or disable it; what trains stays the same."""
+        self.switches[self.part], self._disable_adapters = enabled, not enabled
+        self.routing.base_only = not any(self.switches.values())  # then the model needs no gates either
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Refuse any scale except 1, as `scale_layer` does."""
@@ -127,12 +147,58 @@ class _Adapted(BaseTunerLayer):
         raise ValueError(f"adapter {adapter_name!r} cannot be deleted from a layer, see slidelora.remove for the model")
 
     def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
-        """Refuse: a layer does not know constant gates."""
-        raise ValueError("a mixture merges under constant gates only, as in slidelora.merge(model, gates='text')")
+        """Refuse: a learned gate depends on the input."""
+        constant_gates(self.routing, None)
+
+    def unmerge(self) -> None:
+        """Do nothing: a gate is never merged."""
 
 
 class PeftSlideLoRALinear(SlideLoRALinear, _Adapted):
     """A SlideLoRALinear that is a layer of PEFT, too."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map (..., d_in) to (..., d_out), as the base layer does if this layer is merged or disabled."""
+        # A recomputation is of a forward before the whole adapter was disabled, or `scope` says that it was.
+        disabled = self._disable_adapters and not (in_backward() and self.routing.base_only)
+        if disabled:
+            if self.merged:
+                self.unmerge()
+        elif self.merged:
+            active = self.routing.active_gates(self.path)
+            if active is not None and (
+                self.routing.default is None or active.weights is not self.routing.default.weights
+            ):
+                raise ValueError(f"{self.path} is merged, expected no gates: call unmerge_adapter() first")
+        if disabled or self.merged:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().forward(x, *args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the experts under default_gates into the weight of the base layer; keep the earlier weight."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            self._require_own(name)
+            merged = merged_weight(self.path, self, constant_gates(self.routing, None))
+            self.weight_before, self.weight.data = self.weight.data, merged
+            self.merged_adapters = [name]
+
+    def unmerge(self) -> None:
+        """Bring back the weight of the base layer, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.weight.data = self.weight_before.to(self.weight.device, self.weight.dtype)
+        self.merged_adapters = []
+        del self.weight_before
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether peft.convert_to_lora can make one LoRA of the experts: under default_gates it can."""
+        return self.routing.default is not None
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what a merge under default_gates adds to the weight of the base layer, in the layout of the weight."""
+        self._require_own(adapter)
+        return delta_weight(self, constant_gates(self.routing, None))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Keep frozen experts frozen when a loader replaces their parameters."""
@@ -167,7 +233,7 @@ def _new_gate(kind: type[Gate]) -> _AdaptedGate:
 class SlideLoRATuner(BaseTuner):
     """The part between a PeftModel and a model that slidelora injected; PEFT makes it."""
 
-    prefix = "slidelora_adapter_"  # in no parameter's name, because no name contains that of the adapter
+    prefix = "lora_"  # in the names of the experts that train
     tuner_layer_cls = _Adapted
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
@@ -177,17 +243,18 @@ class SlideLoRATuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Inject as slidelora.inject does; raises ValueError if the model has an adapter already."""
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         try:
             if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
                 others = [name for name in self.peft_config if name != adapter_name]
-                raise ValueError(f"the model has adapters {others}, expected none, since a Slide-LoRA is the only one")
-            if config.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
                 raise ValueError(
-                    f"task_type is {config.task_type!r}, for which PEFT trains and saves a new head, too; expected "
-                    "another one or None, since a Slide-LoRA has experts and gates only"
+                    f"the model has adapters {others}, expected none, since a Slide-LoRA is the only one: see "
+                    "slidelora.add_expert for more experts, or delete_adapter and unload"
                 )
-            inject(model, config.slidelora_config())
+            ends = tuple(config.modules_to_save or [""])
+            if not any(name.endswith(ends) for name, _ in model.named_modules()):
+                raise ValueError(f"modules_to_save is {config.modules_to_save}, expected ends of names of modules")
+            inject(model, config.targets())
         except Exception:
             del self.peft_config[adapter_name]
             raise
@@ -198,11 +265,34 @@ class SlideLoRATuner(BaseTuner):
         gate: Gate | None = getattr(model, GATE, None)
         if gate is not None:
             gate.__class__ = _adapted_kind(type(gate))
-        for module in model.modules():
+        switches: dict[str, bool] = {}
+        for name, module in model.named_modules():
             if isinstance(module, _Adapted):
-                module.adopt(config.routing, adapter_name)
+                module.adopt(config.routing, adapter_name, name, switches)
         self.targeted_module_names = list(layers)
         self.set_adapter([adapter_name], inference_mode=config.inference_mode)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=self.get_model_config(model),
+            adapter_name=adapter_name,
+            activate_adapter=True,
+        )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast experts and gates to fp32 or to the dtype of their base, unless adapter_dtype says another one."""
+        config = routing(self.model).config
+        if config.adapter_dtype is not None:
+            return
+        embeddings, width = gate_input(self.model, config)
+        first = next(iter(slide_layers(self.model).values())).base_layer
+        for module in self.model.modules():
+            if isinstance(module, _Adapted):
+                base = getattr(module, "base_layer", embeddings if width else first)
+                _, dtype = placement(base, config, autocast_adapter_dtype)
+                for name, parameter in module.named_parameters():
+                    if not name.startswith("base_layer."):
+                        parameter.data = parameter.data.to(dtype)
 
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -224,7 +314,7 @@ class SlideLoRATuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Raise ValueError if the experts are merged or removed, when PEFT would save nothing."""
-        injected(model)
+        config.routing = routing(model)  # several models may share a configuration
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -248,30 +338,75 @@ class SlideLoRATuner(BaseTuner):
                 raise ValueError(f"the adapter has {name} of shape {tuple(tensor.shape)}, expected {tuple(shape)}")
         return {name: tensor.to(in_model[name]) for name, tensor in remapped.items()}  # device and dtype
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the experts into the base weights under default_gates; the model is as before if this fails.
+
+        Args:
+            adapter_names: None or the only adapter.
+            safe_merge: Has no effect: the merge is always a safe one.
+        """
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ValueError:
+            self._unmerge()
+            raise
+
+    def _unmerge(self) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, PeftSlideLoRALinear) and layer.merged:
+                layer.unmerge()
+
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None,
         gates: GateValue | None = None,
     ) -> nn.Module:  # fmt: skip
         """Merge the experts into the base weights and return the plain model, as slidelora.merge_and_unload does.
 
-        `gates` must be given. The other arguments are PEFT's and have no effect: the merge is always a safe one.
+        Args:
+            progressbar: Has no effect.
+            safe_merge: Has no effect: the merge is always a safe one.
+            adapter_names: None or the only adapter.
+            gates: The constant gates; None takes default_gates.
         """
-        return self._unloaded(merge_and_unload(self.model, gates))
+        if adapter_names is not None and list(adapter_names) != self.active_adapters:
+            raise ValueError(f"adapters are {adapter_names}, expected {self.active_adapters}, the only Slide-LoRA")
+        constant_gates(routing(self.model), gates)  # or it raises, before anything changes
+        self._unmerge()
+        return self._unloaded(merge_and_unload(self.model, gates), merge=True)
 
     def unload(self) -> nn.Module:
         """Take the adapter off and return the plain model, bit for bit as it was."""
-        return self._unloaded(remove(self.model))
+        injected(self.model)  # or it raises, before anything changes
+        self._unmerge()
+        return remove(self._unloaded(self.model, merge=False))
 
     @staticmethod
-    def _unloaded(model: nn.Module) -> nn.Module:
+    def _unloaded(model: nn.Module, merge: bool) -> nn.Module:
+        """Put the modules to save, or those that they replaced, in the positions of their wrappers."""
+        wrappers = {name: one for name, one in model.named_modules() if isinstance(one, AuxiliaryTrainingWrapper)}
+        for name, wrapper in wrappers.items():
+            parent, _, child = name.rpartition(".")
+            merged = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            module = merged if merge else wrapper.original_module
+            setattr(model.get_submodule(parent), child, module)
         del model.peft_config
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Refuse: the adapter is the only one of its PeftModel."""
-        raise ValueError(f"adapter {adapter_name!r} is the model's only one, expected unload() to take it off")
+        """Take the adapter off; the model is then its base model and may get another adapter."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter {adapter_name} does not exist, expected one of {list(self.peft_config)}")
+        if any(layer.merged_adapters for layer in slide_layers(self.model).values()):
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        self.unload()
+        del self.peft_config[adapter_name]
+        self.model.peft_config = self.peft_config
+        self.active_adapter: str | list[str] = []
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRAPeftConfig
 PEFT_TYPE_TO_TUNER_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRATuner
-PEFT_TYPE_TO_PREFIX_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRATuner.prefix
+# PEFT looks here for the part of a parameter's name before the name of the adapter, which no name contains.
+PEFT_TYPE_TO_PREFIX_MAPPING[SlideLoRAType.SLIDELORA] = "slidelora_adapter_"

@@ -49,8 +49,8 @@ class Routing:
     """
 
     def __init__(self, config: SlideLoRAConfig) -> None:
-        self.config, self.kind = config, kind_of(config)
-        self.names: tuple[str, ...] = tuple(config.experts)
+        self.kind = kind_of(config)
+        self.adopt(config)
         self.local = Local()
         self.last = Last()  # what compiled code writes: it cannot change what a thread-local variable holds
         self.everywhere = NOTHING  # in force in threads that entered nothing
@@ -79,6 +79,14 @@ class Routing:
         """The gates that are in force for the caller, None if there are none."""
         return self.scope.gates
 
+    def adopt(self, config: SlideLoRAConfig) -> None:
+        """Follow a configuration of the same gate."""
+        self.config, self.names = config, tuple(config.experts)
+        self.default: ActiveGates | None = None  # in force where the caller gives no gates
+        if config.default_gates is not None:
+            weights = given_gates(config, config.default_gates)
+            self.default = ActiveGates(weights, compact_form(weights))
+
     @property
     def weights(self) -> Tensor | dict[str, Tensor] | None:
         """The fp32 weights of the last forward or `compute_gates` in this thread, None before the first.
@@ -102,6 +110,11 @@ class Routing:
     def recorded(self) -> Tensor | None:
         """The weights of the model's gate as they were put in force last, (1 or B, E) or (B, T, E)."""
         return self._last.recorded
+
+    @property
+    def cut(self) -> bool:
+        """Whether a gate ran without autograd in a call with it, so that its auxiliary loss has no gradient."""
+        return self._last.cut
 
     @property
     def _last(self) -> Last:
@@ -202,7 +215,7 @@ class Routing:
         again = in_backward()
         if scope.disabled or (self.base_only and not again):
             return None
-        gates = scope.gates
+        gates = scope.gates if again or scope.gates is not None else self.default
         if not torch.compiler.is_compiling():
             if again:
                 if gates is None or (gates.leaf is not None and path in gates.without_grad and not gates.carried):
@@ -218,7 +231,7 @@ class Routing:
         if gates is None:
             raise RuntimeError(
                 f"no gate is in force for experts {list(self.names)}; expected `with slidelora.gates(model, ...):` "
-                "around the call, or gate='sequence' and a call of the injected model itself"
+                "around the call, default_gates, or gate='sequence' and a call of the injected model itself"
             )
         return gates
 
@@ -238,6 +251,7 @@ class Routing:
             # A layer may run several times in one forward of the injected model; outside of one, the last run counts.
             runs = [] if self.scope.gates is None else self.records.get(path, [])
             self.records[path] = [*runs, GateRun(logits, valid_tokens(active, path, x))]
+            self._last.cut |= active.with_grad and not torch.is_grad_enabled()
         return weights, experts
 
 
@@ -333,9 +347,15 @@ def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) ->
 
     Raises:
         ValueError: If an expert is unknown, the batch is another, or the gate makes no choice per sample ("token").
+        RuntimeError: If gates in layers ran without autograd, in reentrant activation checkpointing.
     """
     host = injected(model)
     state = routing(host)
+    if state.cut and torch.is_grad_enabled() and (state.config.balance_coef or state.config.z_coef):
+        raise RuntimeError(
+            "the gates ran where autograd is off, as in reentrant activation checkpointing, so the auxiliary loss has no "
+            "gradient; expected use_reentrant=False, or balance_coef and z_coef of 0"
+        )
     loss = auxiliary_loss(state.records.values(), state.config, targets)
     return torch.zeros((), dtype=torch.float32, device=next(host.parameters()).device) if loss is None else loss
 

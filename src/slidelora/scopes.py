@@ -23,6 +23,7 @@ class ActiveGates:
     masks: tuple[Tensor | None, Tensor | None] = (None, None)
     pictures: "Pictures | None" = None  # of the model's input
     from_prompt: bool = False  # the model's gate read the prompt, so that a KV cache must keep the weights
+    with_grad: bool = False  # autograd was on when the call began
     carried: bool = False  # a node at the model's input brings the gradient of `leaf` to the weights
     without_grad: set[str] = field(default_factory=set)  # layers that ran without autograd, by name
     copies: dict[torch.device, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by device
@@ -98,6 +99,7 @@ class Last:
     batch: int | None = None  # B of the forward that used them
     records: dict[str, list[GateRun]] = field(default_factory=dict)  # runs of learned gates, by layer, or under GATE
     compiled: bool = False  # in compiled code
+    cut: bool = False  # a gate ran without autograd in a call with it, as in a region of reentrant checkpointing
 
 
 class Local(threading.local):

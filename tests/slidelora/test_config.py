@@ -143,3 +143,18 @@ def test_sizes_of_each_expert() -> None:
 def test_bad_values_are_named(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SlideLoRAConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"gate": "sequence", "default_gates": "text"}, ValueError, r"gate='sequence', expected None, or gate='given'"),
+        ({"default_gates": "audio"}, ValueError, r"unknown expert \['audio'\], expected some of"),
+        ({"default_gates": {}}, TypeError, "expected the name of an expert or weights by name"),
+        ({"default_gates": 3}, TypeError, "expected the name of an expert or weights by name"),
+        ({"default_gates": {"text": -1}}, ValueError, r"default_gates\['text'\] is -1, expected a finite number"),
+    ],
+)
+def test_default_gates_are_checked(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SlideLoRAConfig(**{"gate": "given", **fields})

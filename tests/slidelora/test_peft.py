@@ -15,9 +15,11 @@ import torch
 from closeness import assert_close
 from injected_models import is_unchanged, snapshot
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import slidelora
 from slidelora.peft import SlideLoRAPeftConfig
@@ -85,8 +87,8 @@ def test_the_configuration_is_that_of_slidelora(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SLIDELORA"
     with pytest.raises(ValueError, match="r is -1, expected an integer of at least 1"):
         SlideLoRAPeftConfig(r=-1)
-    with pytest.raises(TypeError, match="modules_to_save"):
-        SlideLoRAPeftConfig(modules_to_save=["lm_head"])
+    with pytest.raises(TypeError, match="bias"):
+        SlideLoRAPeftConfig(bias="all")
 
 
 def test_get_peft_model_equals_inject(make_base: Make, input_ids: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,11 +156,46 @@ def test_changes_by_freeze_and_add_expert_are_saved(
     loaded = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True).eval()
     assert torch.equal(loaded(input_ids).logits, expected) and trained(loaded) == trained(model)
     assert slidelora.routing(loaded).config == slidelora.routing(model).config
+
+
+def test_models_that_share_a_configuration_save_their_own(make_base: Make, tmp_path: Path) -> None:
     config = SlideLoRAPeftConfig(r=2)
     first, second = get_peft_model(make_base(), config), get_peft_model(make_base(), config)
+    assert first.peft_config["default"] is second.peft_config["default"] is config
     slidelora.freeze(first, ["text"])
-    assert first.peft_config["default"].to_dict()["frozen"] == ["text"]
-    assert second.peft_config["default"].to_dict()["frozen"] == [] == config.to_dict()["frozen"]
+    for model, frozen in ((first, ["text"]), (second, []), (first, ["text"])):
+        model.save_pretrained(tmp_path)
+        assert config.to_dict()["frozen"] == PeftConfig.from_pretrained(tmp_path).to_dict()["frozen"] == frozen
+    assert slidelora.routing(get_peft_model(make_base(), config)).config.frozen == ()
+    stored = PeftConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path, config=stored)
+    assert loaded.peft_config["default"] is stored and slidelora.routing(loaded).config.frozen == ("text",)
+
+
+@pytest.mark.parametrize("gate", ["sequence", "token"])
+def test_the_dtype_is_that_of_peft_lora(make_base: Make, tmp_path: Path, gate: str) -> None:
+    def dtypes(model: nn.Module) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+
+    for base in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for cast in (True, False):
+            models = (
+                get_peft_model(make_base().to(base), config, autocast_adapter_dtype=cast)
+                for config in (LoraConfig(target_modules=["q_proj"]), SlideLoRAPeftConfig(gate=gate))
+            )
+            assert (
+                dtypes(next(models)) == dtypes(next(models)) == {torch.float32 if cast and base.itemsize == 2 else base}
+            )
+    config = SlideLoRAPeftConfig(gate=gate, adapter_dtype="float64")
+    model = get_peft_model(make_base().bfloat16(), config, autocast_adapter_dtype=False)
+    assert dtypes(model) == {torch.float64}
+    model = get_peft_model(make_base().bfloat16(), SlideLoRAPeftConfig(gate=gate), autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    for cast in (True, False):
+        loaded = PeftModel.from_pretrained(
+            make_base().bfloat16(), tmp_path, is_trainable=True, autocast_adapter_dtype=cast
+        )
+        assert dtypes(loaded) == {torch.float32 if cast else torch.bfloat16}
 
 
 def test_peft_and_transformers_share_one_layout(
@@ -200,6 +237,30 @@ def test_a_disabled_adapter_leaves_the_base_model(make_base: Make, make_peft: An
     assert trained(model) == set()
     model.set_requires_grad("default")
     assert trained(model) == trains
+
+
+def test_one_disabled_layer_leaves_the_others(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    model, base = make_peft(gate="given"), make_base()(input_ids).logits
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    whole = logits(model, input_ids)
+    layers[0].enable_adapters(False)
+    assert [layer.disable_adapters for layer in layers] == [True] + [False] * (len(layers) - 1)
+    one_off = logits(model, input_ids)
+    with torch.no_grad():
+        layers[0].lora_B.zero_()
+    layers[0].enable_adapters(True)
+    zeroed = logits(model, input_ids)
+    assert_close(zeroed, one_off)
+    assert not torch.equal(one_off, whole) and not torch.equal(one_off, base)
+    with slidelora.gates(model, "text"), model.disable_adapter():
+        assert torch.equal(model(input_ids).logits, base)
+    with slidelora.gates(model, "text"):
+        model.base_model.disable_adapter_layers()
+    with slidelora.gates(model, "image"):
+        assert torch.equal(model(input_ids).logits, base)
+    assert torch.equal(model(input_ids).logits, base)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model, input_ids), zeroed)
 
 
 def test_generate(make_base: Make, make_peft: Any, make_model: Make, input_ids: Tensor) -> None:
@@ -268,13 +329,160 @@ def test_merge_and_unload(make_base: Make, make_peft: Any, input_ids: Tensor) ->
     model = make_peft()
     with pytest.raises(ValueError, match="expected constant gates"):
         model.merge_and_unload()
-    with pytest.raises(ValueError, match=r"slidelora.merge\(model, gates"):
+    with pytest.raises(ValueError, match="may state default_gates"):
         model.merge_adapter()
     with slidelora.gates(model, "text"):
         expected = model(input_ids).logits
     merged = model.merge_and_unload(gates="text")
     assert_close(merged(input_ids).logits, expected)
     assert merged.state_dict().keys() == make_base().state_dict().keys() and not hasattr(merged, "peft_config")
+
+
+def test_default_gates_act_where_none_are_given(
+    make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path
+) -> None:
+    weights = {"text": 0.75, "image": 0.5}
+    model = make_peft(gate="given", default_gates=weights)
+    with slidelora.gates(model, weights):
+        expected = model(input_ids).logits
+    assert torch.equal(model(input_ids).logits, expected)
+    assert torch.equal(slidelora.routing(model).weights, torch.tensor([[0.75, 0.5, 0.0]]).expand(len(input_ids), 3))
+    with slidelora.gates(model, "image"):
+        assert not torch.equal(model(input_ids).logits, expected)
+    assert torch.equal(copy.deepcopy(model)(input_ids).logits, expected)
+    model.save_pretrained(tmp_path / "peft")
+    slidelora.save_pretrained(model, tmp_path / "own")
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path / "peft")
+    own = slidelora.load_pretrained(make_base(), tmp_path / "own")
+    for other in (loaded, own):
+        assert torch.equal(other(input_ids).logits, expected)
+    slidelora.add_expert(own, "layout")
+    assert_close(own(input_ids).logits, expected)  # a new expert counts nothing where the weights do not name it
+    assert_close(slidelora.merge(own)(input_ids).logits, expected)
+    assert_close(loaded.merge_and_unload()(input_ids).logits, expected)
+
+
+@pytest.mark.parametrize("weights", ["text", {"text": 0.5, "shared": 0.5}])
+def test_merge_adapter_and_back(
+    make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path, weights: Any
+) -> None:
+    model, base = make_peft(gate="given", default_gates=weights), make_base()(input_ids).logits
+    before, expected = snapshot(model), model(input_ids).logits
+    model.merge_adapter()
+    merged = model(input_ids).logits
+    assert_close(merged, expected)
+    assert not is_unchanged(model, before) and model.get_model_status().merged_adapters == ["default"]
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert torch.equal(copy.deepcopy(model)(input_ids).logits, merged)
+    with (
+        slidelora.gates(model, "image"),
+        pytest.raises(ValueError, match=r"is merged, expected no gates: call unmerge"),
+    ):
+        model(input_ids)
+    for call in (slidelora.merge, slidelora.remove):
+        with pytest.raises(ValueError, match=r"is merged by PEFT, .* call unmerge_adapter\(\) first"):
+            call(model)
+    with pytest.raises(ValueError, match="while they are merged"):
+        model.delete_adapter("default")
+    assert torch.equal(model(input_ids).logits, merged)
+    model.unmerge_adapter()
+    assert is_unchanged(model, before) and torch.equal(model(input_ids).logits, expected)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids).logits, base)
+    assert torch.equal(model(input_ids).logits, expected)
+    model.merge_adapter()
+    plain = copy.deepcopy(model).unload()
+    assert torch.equal(plain(input_ids).logits, base)
+    assert_close(model.merge_and_unload()(input_ids).logits, expected)
+
+
+def test_a_merge_that_fails_changes_nothing(make_peft: Any, input_ids: Tensor) -> None:
+    model = make_peft(gate="given", default_gates="text")
+    last = [module for module in model.modules() if isinstance(module, BaseTunerLayer)][-1]
+    with torch.no_grad():
+        last.lora_B.fill_(torch.nan)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_B" not in name}
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="not finite"):
+            call()
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
+
+
+def test_modules_to_save_train_and_are_saved(make_base: Make, input_ids: Tensor, tmp_path: Path) -> None:
+    config = SlideLoRAPeftConfig(
+        gate="given",
+        default_gates="text",
+        target_modules=["q_proj", "gate_proj"],
+        modules_to_save=["norm", "gate_proj"],
+    )
+    base = make_base()
+    expected_base, before = base(input_ids).logits, snapshot(base)
+    model = randomise(get_peft_model(base, config)).eval()
+    assert not any("gate_proj.lora" in name for name in trained(model))
+    assert "model.norm.modules_to_save.default.weight" in trained(model)
+    assert not any("original_module" in name for name in trained(model))
+    expected = model(input_ids).logits
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids).logits, expected_base)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["exclude_modules"] is None
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(loaded(input_ids).logits, expected) and trained(loaded) == trained(model)
+    assert_close(loaded.merge_and_unload()(input_ids).logits, expected)
+    assert is_unchanged(model.unload(), before)
+
+
+def test_a_classifier_gets_its_head(tmp_path: Path, make_base: Make, input_ids: Tensor) -> None:
+    make_base().save_pretrained(tmp_path / "base")
+
+    def classifier() -> nn.Module:
+        torch.manual_seed(1)
+        found = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+        found.config.pad_token_id = 0
+        return found.eval()
+
+    model = get_peft_model(classifier(), SlideLoRAPeftConfig(r=4, task_type="SEQ_CLS"))
+    assert "score.modules_to_save.default.weight" in trained(model) and "score.lora_A" not in trained(model)
+    expected = randomise(model).eval()(input_ids=input_ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(classifier(), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(input_ids=input_ids).logits, expected)
+
+
+def test_a_deleted_adapter_leaves_the_base_model(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    model = make_peft()
+    model.delete_adapter("default")
+    assert model.peft_config == {} and model.active_adapters == []
+    base = make_base()(input_ids).logits
+    assert torch.equal(model.base_model.model(input_ids).logits, base)  # PeftModel's own forward needs an adapter
+    model.add_adapter("other", SlideLoRAPeftConfig(r=2))
+    model.set_adapter("other")
+    assert not torch.equal(randomise(model)(input_ids).logits, base) and len(trained(model)) == 2 * 14 + 4
+
+
+def test_conversion_to_plain_lora(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
+    targets = ["q_proj", "up_proj"]
+    model = make_peft(gate="given", default_gates="text", target_modules=targets)
+    expected = model(input_ids).logits
+    config, stored = peft.convert_to_lora(model, rank=8)  # text and shared have rank 4 each
+    lora = get_peft_model(make_base(), config).eval()
+    peft.set_peft_model_state_dict(lora, stored)
+    assert_close(lora(input_ids).logits, expected)
+    assert not make_peft(gate="given").supports_lora_conversion()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        peft.convert_to_lora(make_peft(), rank=8)
+
+
+def test_hotswapping_is_refused(make_peft: Any, tmp_path: Path) -> None:
+    model = make_peft()
+    model.save_pretrained(tmp_path)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="only supports LORA but SLIDELORA"):
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+    assert is_unchanged(model, before)
 
 
 @pytest.mark.parametrize("second", ["add", "load", "inject", "lora", "onto lora"])
@@ -326,14 +534,13 @@ def test_other_bad_calls_are_named(make_base: Make, make_peft: Any, input_ids: T
     before = snapshot(base)
     with pytest.raises(ValueError, match="matches no module"):
         get_peft_model(base, SlideLoRAPeftConfig(target_modules=["query"]))
-    for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        with pytest.raises(ValueError, match=f"task_type is '{task}', for which PEFT trains"):
-            get_peft_model(base, SlideLoRAPeftConfig(task_type=task))
+    with pytest.raises(ValueError, match=r"modules_to_save is \['score'\], expected ends of names of modules"):
+        get_peft_model(base, SlideLoRAPeftConfig(modules_to_save=["score"]))
     assert is_unchanged(base, before) and not hasattr(base, "peft_config")
     model = make_peft()
     expected = model(input_ids).logits
-    with pytest.raises(ValueError, match=r"'default' is the model's only one, expected unload\(\)"):
-        model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"other does not exist"):
+        model.delete_adapter("other")
     plain = make_base()
     plain.add_adapter(SlideLoRAPeftConfig(r=4))
     with pytest.raises(ValueError, match=r"see slidelora.remove"):

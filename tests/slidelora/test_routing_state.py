@@ -215,13 +215,23 @@ def test_checkpointing_needs_no_arguments(make_model: Make, input_ids: Tensor, u
         assert given.grad is not None
         return {**gradients(model), "given": given.grad}
 
-    model = make_model(gate=gate, balance_coef=0.1, num_hidden_layers=3)
+    balance = 0.1 if gate == "sequence" or not use_reentrant else 0.0
+    model = make_model(gate=gate, balance_coef=balance, num_hidden_layers=3)
     expected = step()
     enable_checkpointing(model, {"use_reentrant": use_reentrant})
     found = step()
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_loss_without_a_gradient_is_refused(make_model: Make, input_ids: Tensor) -> None:
+    model = make_model(gate="token", balance_coef=0.1)
+    enable_checkpointing(model, {"use_reentrant": True})
+    logits(model, input_ids)
+    with pytest.raises(RuntimeError, match="auxiliary loss has no gradient; expected use_reentrant=False"):
+        slidelora.aux_loss(model)
 
 
 def test_checkpointing_of_a_function() -> None:

@@ -60,7 +60,7 @@ def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue |
         for expert in config.experts:
             _write_lora(directory / expert, host, {name: layer.expert(expert) for name, layer in layers.items()})
         return
-    weights = constant_gates(host, gates)
+    weights = constant_gates(routing(host), gates)
     if not any(weights.values()):
         raise ValueError(f"gates are {weights}, expected at least one expert with a weight other than 0")
     _write_lora(directory, host, {name: Expert(*fold(layer, weights), 1.0) for name, layer in layers.items()})
