@@ -353,8 +353,8 @@ def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) ->
     state = routing(host)
     if state.cut and torch.is_grad_enabled() and (state.config.balance_coef or state.config.z_coef):
         raise RuntimeError(
-            "the gates ran where autograd is off, as in reentrant activation checkpointing, so the auxiliary loss has no "
-            "gradient; expected use_reentrant=False, or balance_coef and z_coef of 0"
+            "the gates ran where autograd is off, as in reentrant activation checkpointing, so the auxiliary loss has "
+            "no gradient; expected use_reentrant=False, or balance_coef and z_coef of 0"
         )
     loss = auxiliary_loss(state.records.values(), state.config, targets)
     return torch.zeros((), dtype=torch.float32, device=next(host.parameters()).device) if loss is None else loss
