@@ -13,6 +13,7 @@ from slidelora.inputs import (
     WEIGHTS_KEY,
     batch_size,
     by_name,
+    find_embeddings,
     find_packed,
     find_pictures,
     generation_mask,
@@ -44,14 +45,14 @@ class Host(nn.Module):
         entry = None if call is None else call.begin(self, args, kwargs)
         if call is None or entry is None:
             return super().__call__(*args, **kwargs)
-        handle = None
+        handles: list[Any] = []
         try:
-            handle = None if torch.compiler.is_compiling() else call.carry(self, entry, kwargs)
+            handles = [] if torch.compiler.is_compiling() else call.carry(self, entry, kwargs)
             output = super().__call__(*args, **kwargs)
             call.finish(entry, kwargs, output)
         finally:
             call.routing.leave(entry)
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
         return output
 
@@ -251,26 +252,27 @@ class HostCall:
             self.warned.add(message)
             warnings.warn(message, stacklevel=5)
 
-    def carry(self, host: nn.Module, entry: Entry, kwargs: dict[str, Any]) -> Any:
-        """Let the hidden states carry gradients to the gates, for reentrant checkpointing, whose graph has none."""
+    def carry(self, host: nn.Module, entry: Entry, kwargs: dict[str, Any]) -> list[Any]:
+        """Let the hidden states carry gradients to the gates, for reentrant checkpointing, whose graph has none.
+
+        Returns the handles of hooks.
+        """
         gates = entry.gates
         if gates is None or gates.weights is None or not gates.weights.requires_grad or not torch.is_grad_enabled():
-            return None
+            return []
 
         def through(hidden: Any) -> Any:
-            if gates.carried or not isinstance(hidden, Tensor) or not hidden.requires_grad:
+            if not isinstance(hidden, Tensor) or not hidden.requires_grad:
                 return hidden
             gates.carried = True
             return _Carry.apply(hidden, gates.weights, gates)
 
         if isinstance(kwargs.get("inputs_embeds"), Tensor):
             kwargs["inputs_embeds"] = through(kwargs["inputs_embeds"])
-            return None
-        try:
-            embeddings: nn.Module = host.get_input_embeddings()  # type: ignore[operator]
-            return embeddings.register_forward_hook(lambda module, args, output: through(output))
-        except (AttributeError, NotImplementedError):
-            return None
+        return [
+            embeddings.register_forward_hook(lambda module, args, output: through(output))
+            for embeddings in find_embeddings(host)
+        ]
 
     def finish(self, entry: Entry, kwargs: dict[str, Any], output: Any) -> None:
         """Prepare for the backward, and give the caches of the call the weights of its prompt."""

@@ -144,3 +144,19 @@ def _last_columns(mask: Any, tokens: Sequence[Any]) -> Tensor | None:
         return None
     time = next((value.shape[1] for value in tokens if isinstance(value, Tensor) and value.ndim > 1), mask.shape[1])
     return mask[:, -time:].bool()
+
+
+def find_embeddings(host: nn.Module) -> list[nn.Module]:
+    """Return the modules that embed the tokens of a model and, if it has them, of its encoder and decoder."""
+    parts: list[Any] = [host]
+    if _is_encoder_decoder(host):
+        parts += [get() for name in ("get_encoder", "get_decoder") if (get := getattr(host, name, None)) is not None]
+    found: dict[int, nn.Module] = {}
+    for part in parts:
+        try:
+            embeddings = part.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embeddings, nn.Module):
+            found[id(embeddings)] = embeddings
+    return list(found.values())

@@ -11,7 +11,7 @@ from injected_models import gradients, logits, randomise
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
 import slidelora
 from slidelora.routing_state import injected
@@ -221,6 +221,25 @@ def test_checkpointing_needs_no_arguments(make_model: Make, input_ids: Tensor, u
     enable_checkpointing(model, {"use_reentrant": use_reentrant})
     found = step()
     assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_of_an_encoder_decoder(input_ids: Tensor, use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0))
+    model = randomise(slidelora.inject(base, experts=["text", "image", "shared"], r=2), std=0.2)
+
+    def step() -> dict[str, Tensor]:
+        model(input_ids=input_ids, labels=input_ids).loss.backward()
+        return gradients(model)
+
+    expected = step()
+    enable_checkpointing(model, {"use_reentrant": use_reentrant})
+    found = step()
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) < 1e-5, name
 
