@@ -42,17 +42,18 @@ class Host(nn.Module):
         if not isinstance(self, Host):  # torch.compile keeps this method of a model that is not injected any more
             return type(self).__call__(self, *args, **kwargs)
         call: HostCall | None = getattr(self, _CALL, None)
-        entry = None if call is None else call.begin(self, args, kwargs)
-        if call is None or entry is None:
+        if call is None:
             return super().__call__(*args, **kwargs)
-        handles: list[Any] = []
+        entry = Entry(call=True, pending=True)
+        if torch.compiler.is_compiling() or vars(self).get("_compiled_call_impl") is not None:
+            call.prepare(self, entry, args, kwargs)  # compiled code would not run the hook that does it
+        call.routing.enter(entry)
         try:
-            handles = [] if torch.compiler.is_compiling() else call.carry(self, entry, kwargs)
             output = super().__call__(*args, **kwargs)
             call.finish(entry, kwargs, output)
         finally:
             call.routing.leave(entry)
-            for handle in handles:
+            for handle in entry.handles:
                 handle.remove()
         return output
 
@@ -133,16 +134,28 @@ class HostCall:
         self.routing, self.model = routing, model
         self.warned: set[str] = set()
 
-    def begin(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry | None:
-        """Put the gates of a call in force: those that are given, or what the model's own gate says."""
+    def before(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Prepare the call that has just begun; a forward pre-hook, which FSDP's own comes before."""
+        entry = self.routing.pending
+        if entry is None or torch.compiler.is_compiling():
+            return None
+        self.prepare(host, entry, args, kwargs)
+        self.carry(host, entry, kwargs)
+        self.routing.renew()
+        return args, kwargs
+
+    def prepare(self, host: nn.Module, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the entry of a call say which gates act: those that are given, or what the model's own gate says."""
+        entry.pending = False
         routing, scope = self.routing, self.routing.scope
         if self.model is not None and scope.gates is not None:
-            return None
+            return
         if scope.disabled or routing.base_only:
-            routing.enter(entry := Entry(disabled=True))  # so that a recomputation knows it
-            return entry
+            entry.disabled = True  # so that a recomputation knows it
+            return
         again = in_backward()
-        if again and not routing.replayed and (not scope.entries or scope.given is not None):
+        forward = routing.recomputed if again and not routing.replayed else Scope()
+        if forward is None or forward.given is not None:
             raise RuntimeError(
                 "the model is called in backward, and the gates of its forward are not known; expected "
                 "torch.utils.checkpoint.checkpoint(..., **slidelora.checkpoint_kwargs(model)) around it"
@@ -171,13 +184,11 @@ class HostCall:
             weights = self.weigh(host if self.model is None else self.model, inputs, scope)
             gates = ActiveGates(weights, from_prompt=routing.kind.reads_prompt)
         else:
-            return None
+            return
         gates.tokens, gates.with_grad = token_shape(inputs), torch.is_grad_enabled()
         if gates.weights is not None and len(gates.weights) > 1 and gates.weights.ndim == 2:
             gates.pictures = find_pictures(host, inputs)
-        entry = Entry(gates)
-        routing.enter(entry)
-        return entry
+        entry.gates = gates
 
     def weigh(self, model: nn.Module, inputs: Mapping[str, Any], scope: Scope) -> Tensor:
         """Return the weights of the model's gate: for the prompt that was told, that filled the cache, or that is new.
@@ -205,12 +216,13 @@ class HostCall:
         if scope.prompt is not None and not told:
             raise ValueError(f"the prompt's mask is {tuple(scope.prompt.shape)}, expected {shape} as the input has")
         embeds, mask = read_prompt(model, inputs)
-        samples = None if torch.compiler.is_compiling() else find_packed(inputs, mask)
+        known = not torch.compiler.is_compiling() and mask.device.type != "meta"  # the values of the mask
+        samples = find_packed(inputs, mask) if known else None
         if scope.prompt is not None:
             mask = mask & scope.prompt.to(mask.device)
         else:
             mask = mask & self._before_answer(model, inputs, mask)
-        if not torch.compiler.is_compiling() and not bool(mask.any(1).all()):
+        if known and not bool(mask.any(1).all()):
             self._warn(
                 "a sequence has no prompt token: every token has a label or is padding, so the gate cannot tell it "
                 "from others; give the labels of the prompt -100, tell the prompt with slidelora.prompt(model, mask), "
@@ -252,14 +264,11 @@ class HostCall:
             self.warned.add(message)
             warnings.warn(message, stacklevel=5)
 
-    def carry(self, host: nn.Module, entry: Entry, kwargs: dict[str, Any]) -> list[Any]:
-        """Let the hidden states carry gradients to the gates, for reentrant checkpointing, whose graph has none.
-
-        Returns the handles of hooks.
-        """
+    def carry(self, host: nn.Module, entry: Entry, kwargs: dict[str, Any]) -> None:
+        """Let the hidden states carry gradients to the gates, for reentrant checkpointing, whose graph has none."""
         gates = entry.gates
         if gates is None or gates.weights is None or not gates.weights.requires_grad or not torch.is_grad_enabled():
-            return []
+            return
 
         def through(hidden: Any) -> Any:
             if not isinstance(hidden, Tensor) or not hidden.requires_grad:
@@ -269,10 +278,8 @@ class HostCall:
 
         if isinstance(kwargs.get("inputs_embeds"), Tensor):
             kwargs["inputs_embeds"] = through(kwargs["inputs_embeds"])
-        return [
-            embeddings.register_forward_hook(lambda module, args, output: through(output))
-            for embeddings in find_embeddings(host)
-        ]
+        for embeddings in find_embeddings(host):
+            entry.handles.append(embeddings.register_forward_hook(lambda module, args, output: through(output)))
 
     def finish(self, entry: Entry, kwargs: dict[str, Any], output: Any) -> None:
         """Prepare for the backward, and give the caches of the call the weights of its prompt."""

@@ -101,10 +101,12 @@ def attach(model: nn.Module, injection: Injection) -> None:
     _replace(model, injection.layers)
     if injection.gate is not None:
         model.add_module(GATE, injection.gate)
+    handles: list[Any] = []
     for host, call in [(model, HostCall(injection.state)), *_encoder_call(model, injection.state)]:
         host.slidelora_call = call  # type: ignore[assignment]
         host.__class__ = host_class(type(host))  # type: ignore[arg-type]
-    handles = [block.register_forward_pre_hook(_no_fast_path) for block in model.modules() if _has_fast_path(block)]
+        handles.append(host.register_forward_pre_hook(call.before, with_kwargs=True))
+    handles += [block.register_forward_pre_hook(_no_fast_path) for block in model.modules() if _has_fast_path(block)]
     for module, name in _fusions(model):
         setattr(module, name, _refuse_fusion)
     setattr(model, STATE, injection.state)

@@ -63,16 +63,20 @@ class Routing:
         if torch.compiler.is_compiling():
             return self.local.scope
         scope = _SCOPES.get().get(self, self.everywhere)
-        task = autograd_task()
-        if task == -1:
+        if autograd_task() == -1:
             return scope
         inside = tuple(entry for entry in scope.entries if entry.backward)
-        return fold(inside) if inside else self.backwards.get(task) or self.local.backward or NOTHING
+        return fold(inside) if inside else self.recomputed or NOTHING
 
     @property
     def replayed(self) -> bool:
-        """Whether something was put in force since the backward began that runs."""
-        return any(entry.backward for entry in self._entries())
+        """Whether a context was entered since the backward began that runs."""
+        return any(entry.backward and not entry.call for entry in self._entries())
+
+    @property
+    def recomputed(self) -> Scope | None:
+        """What was in force in the forward whose backward runs, if that is known."""
+        return self.backwards.get(autograd_task()) or self.local.backward
 
     @property
     def current(self) -> ActiveGates | None:
@@ -160,6 +164,16 @@ class Routing:
         """End an entry, in whatever order entries end."""
         self._set(tuple(other for other in self._entries() if other is not entry))
 
+    @property
+    def pending(self) -> Entry | None:
+        """The last entry, if it is of a call that does not know its gates yet."""
+        entries = self._entries()
+        return entries[-1] if entries and entries[-1].pending else None
+
+    def renew(self) -> None:
+        """Put in force what the entries say by now."""
+        self._set(self._entries())
+
     def _entries(self) -> tuple[Entry, ...]:
         if torch.compiler.is_compiling():
             return self.local.scope.entries
@@ -221,8 +235,8 @@ class Routing:
                 if gates is None or (gates.leaf is not None and path in gates.without_grad and not gates.carried):
                     raise RuntimeError(
                         f"layer {path} is recomputed in backward, and its gates, or where their gradient belongs, are "
-                        "not known; expected activation checkpointing with use_reentrant=False, and around a whole "
-                        "model with torch.utils.checkpoint.checkpoint(..., **slidelora.checkpoint_kwargs(model))"
+                        "not known; expected a call of the injected model itself, not of a part, and activation "
+                        "checkpointing with the arguments slidelora.checkpoint_kwargs(model)"
                     )
             elif gates is not None and not torch.is_grad_enabled():
                 gates.without_grad.add(path)

@@ -2,7 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ class Entry:
     disabled: bool | None = None  # None: nothing
     prompt: Tensor | None = None  # (B, T) bool, the prompt that the caller told; None: nothing
     backward: bool = False  # entered while a backward ran
+    call: bool = False  # of a call of the model, not of a context
+    pending: bool = False  # of a call that does not know its gates yet
+    handles: list[Any] = field(default_factory=list)  # of hooks that end with it
 
 
 @dataclass

@@ -283,6 +283,32 @@ def test_checkpointing_of_a_whole_model(make_model: Make, input_ids: Tensor) -> 
     assert slidelora.routing(model).scope.gates is None
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_of_a_whole_model_without_arguments(
+    make_model: Make, input_ids: Tensor, use_reentrant: bool
+) -> None:
+    model = make_model().train()
+    embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+
+    def call(embeds: Tensor) -> Tensor:
+        return model(inputs_embeds=embeds, use_cache=False).logits
+
+    call(embeds).square().mean().backward()
+    expected = gradients(model)
+    loss = checkpoint(call, embeds, use_reentrant=use_reentrant).square().mean()
+    if use_reentrant:
+        with pytest.raises(RuntimeError, match=r"called in backward, .* expected .*checkpoint_kwargs\(model\)"):
+            loss.backward()
+    else:
+        loss.backward()
+        assert_same_gradients(gradients(model), expected)
+    with slidelora.gates(model, "text"):
+        loss = checkpoint(call, embeds, use_reentrant=use_reentrant).square().mean()
+    with pytest.raises(RuntimeError, match=r"called in backward, .* expected .*checkpoint_kwargs\(model\)"):
+        loss.backward()
+    assert slidelora.routing(model).current is None
+
+
 def test_one_compiled_graph_serves_all_gates(make_model: Make, input_ids: Tensor) -> None:
     model = make_model(gate="given", num_hidden_layers=1)
     for kinds in (

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
+import slidelora
 from textharmony.config import LOSSES, ModelConfig, Stage, TrainConfig
 from textharmony.data.batch import Collator, stack_pixels
 from textharmony.data.loading import BatchLoader, RecordStream, Source, SourceStream
@@ -151,8 +152,12 @@ def select_parameters(model: nn.Module, stage: Stage) -> list[nn.Parameter]:
 
 def _checkpoint_activations(model: TextHarmony) -> None:
     """Let ViT, language model and UNet recompute their hidden states in backward."""
-    for transformer in (model.language, model.visual_tokenizer.vit):
-        transformer.gradient_checkpointing_enable({"use_reentrant": False})
+    for transformer, host, slide in (
+        (model.language, model.language, model.config.slide),
+        (model.visual_tokenizer.vit, model.visual_tokenizer, model.config.slide_vision),
+    ):
+        plain = {"use_reentrant": False}
+        transformer.gradient_checkpointing_enable(plain if slide is None else slidelora.checkpoint_kwargs(host))
     model.image_decoder.unet.enable_gradient_checkpointing()
 
 
