@@ -87,6 +87,7 @@ def train(directory: Path, kill_after: int | None = None, resume: bool = False) 
 
 
 def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
+    torch.set_num_threads(1)  # as the process that is killed does
     code = (
         f"import pathlib, runpy; runpy.run_path({__file__!r})['train'](pathlib.Path({str(tmp_path)!r}), kill_after=3)"
     )
