@@ -199,16 +199,16 @@ class HostCall:
             return _run_gate(model, self.routing)
         shape = token_shape(inputs)
         told = scope.prompt is not None and tuple(scope.prompt.shape) == shape
-        cache = next((inputs[name] for name in _CACHES if is_filled(inputs.get(name))), None)
-        if cache is not None and not told:
-            weights = getattr(cache, WEIGHTS_KEY, None)
+        filled = [name for name in _CACHES if is_filled(inputs.get(name))]
+        if filled and not told:
+            weights = getattr(inputs[filled[0]], WEIGHTS_KEY, None)
             if weights is None:
                 raise RuntimeError(
-                    "past_key_values were filled without this model's gate, expected those of a forward under it, or "
-                    "`with slidelora.gates(model, ...):` around the call"
+                    f"{filled[0]} was filled without this model's gate, or cannot keep its weights; expected that of a "
+                    "forward under it, or `with slidelora.gates(model, ...):` around the call"
                 )
             if (batch := batch_size(inputs)) is not None and batch != weights.shape[0]:
-                raise ValueError(f"past_key_values have batch {weights.shape[0]}, expected {batch} as the input has")
+                raise ValueError(f"{filled[0]} has batch {weights.shape[0]}, expected {batch} as the input has")
             return weights  # type: ignore[no-any-return]
         encoded = inputs.get("encoder_outputs")
         if isinstance(encoded, Mapping) and WEIGHTS_KEY in encoded:

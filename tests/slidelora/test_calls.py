@@ -141,7 +141,7 @@ def test_the_gates_of_a_cache_follow_its_rows(make_model: Make, input_ids: Tenso
 
 def test_another_cache_is_refused(make_model: Make, make_base: Make, input_ids: Tensor) -> None:
     cache = make_base()(input_ids).past_key_values
-    with pytest.raises(RuntimeError, match="past_key_values were filled without this model's gate"):
+    with pytest.raises(RuntimeError, match="past_key_values was filled without this model's gate"):
         make_model(gate="sequence")(input_ids[:, :1], past_key_values=cache)
 
 

@@ -124,7 +124,7 @@ def test_decoding_with_a_cache_equals_decoding_without(make_model: Make, input_i
         model(input_ids.flip(1))  # another prompt between two steps
         found.append(model(input_ids[:, column : column + 1], past_key_values=prefill.past_key_values).logits)
     assert_close(torch.cat(found, 1), expected)
-    with pytest.raises(ValueError, match="past_key_values have batch 3, expected 1 as the input has"):
+    with pytest.raises(ValueError, match="past_key_values has batch 3, expected 1 as the input has"):
         model(input_ids[:1, :1], past_key_values=prefill.past_key_values)
     with slidelora.disabled(model):
         plain = model(input_ids, past_key_values=DynamicCache()).past_key_values
