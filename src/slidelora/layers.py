@@ -154,10 +154,10 @@ class SlideLoRALinear(nn.Module):
         active = self.routing.active_gates(self.path)
         if active is None:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        flat = active.tokens is not None and len(x) == active.tokens[0] * active.tokens[1] != active.tokens[0]
-        if x.ndim == 2 and flat and active.tokens and not self.layout.subset:
+        if x.ndim == 2 and active.tokens and len(x) == active.tokens[0] * active.tokens[1] != active.tokens[0]:
             # The model flattens its tokens, as OPT and MoE blocks do.
-            return self.forward(x.unflatten(0, active.tokens), *args, **kwargs).flatten(0, 1)
+            if not self.layout.subset:
+                return self.forward(x.unflatten(0, active.tokens), *args, **kwargs).flatten(0, 1)
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         base_layer = self.base_layer
@@ -213,6 +213,8 @@ def _init_expert(A: Tensor, init: str) -> None:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Say whether a hook, of the module or of all modules, sees a call or its gradients."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    found = any(getattr(module, kind) for kind in kinds)  # torch has no public way to ask
-    return found or any(getattr(nn.modules.module, f"_global{kind}") for kind in kinds)
+    own, all_modules = vars(module), vars(nn.modules.module)  # torch has no public way to ask
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        if own[kind] or all_modules[f"_global{kind}"]:
+            return True
+    return False

@@ -225,21 +225,20 @@ class Routing:
 
         Raises RuntimeError if no gates are in force, or in a recomputation that does not know its gates.
         """
-        scope = self.scope
-        again = in_backward()
+        compiling = torch.compiler.is_compiling()
+        again = not compiling and autograd_task() != -1
+        scope = self.scope if compiling or again else _SCOPES.get().get(self, self.everywhere)
         if scope.disabled or (self.base_only and not again):
             return None
         gates = scope.gates if again or scope.gates is not None else self.default
-        if not torch.compiler.is_compiling():
-            if again:
-                if gates is None or (gates.leaf is not None and path in gates.without_grad and not gates.carried):
-                    raise RuntimeError(
-                        f"layer {path} is recomputed in backward, and its gates, or where their gradient belongs, are "
-                        "not known; expected a call of the injected model itself, not of a part, and activation "
-                        "checkpointing with the arguments slidelora.checkpoint_kwargs(model)"
-                    )
-            elif gates is not None and not torch.is_grad_enabled():
-                gates.without_grad.add(path)
+        if again and (gates is None or (gates.leaf is not None and path in gates.without_grad and not gates.carried)):
+            raise RuntimeError(
+                f"layer {path} is recomputed in backward, and its gates, or where their gradient belongs, are not "
+                "known; expected a call of the injected model itself, not of a part, and activation checkpointing with "
+                "the arguments slidelora.checkpoint_kwargs(model)"
+            )
+        if gates is not None and gates.with_grad and not compiling and not torch.is_grad_enabled():
+            gates.without_grad.add(path)
         if gates is None and self.kind.in_layers:
             return ActiveGates(None)  # someone calls a part of the model by itself
         if gates is None:

@@ -103,7 +103,7 @@ def _checked(x: Tensor, mixture: Mixture, backend: str) -> Mixture:
         raise ValueError(f"lora_A has {lora_A.shape[0]} rows, expected {gates.shape[-1]} experts of rank {rank}")
     gates = _rows("gates", gates, x)
     if experts is None:
-        return mixture._replace(gates=gates)
+        return mixture if gates is mixture.gates else mixture._replace(gates=gates)
     if experts.shape[-1] != gates.shape[-1]:
         raise ValueError(f"experts have {experts.shape[-1]} columns, expected {gates.shape[-1]} as gates have")
     by_token = experts.ndim > 2

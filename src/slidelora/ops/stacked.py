@@ -30,6 +30,10 @@ def _forward(base: Tensor, x: Tensor, mixture: Mixture, overwrite_base: bool) ->
     A, B = (_active_rows(weight.to(dtype), mixture) for weight in (mixture.lora_A, mixture.lora_B))
     h = _grouped(x, dtype, groups) @ A.mT
     gated = _gate(h, mixture)
+    if overwrite_base and base.dtype == dtype and base.is_contiguous():
+        rows = _grouped(base, dtype, groups)
+        rows.addmm_(gated, B) if groups == 1 else rows.baddbmm_(gated, B)
+        return base, h
     # Autograd lets nobody change a view in place that an autograd function returns, so y is not a view.
     y = base if overwrite_base and base.is_contiguous() else base.new_empty(base.shape)
     if base.dtype == dtype:
