@@ -237,7 +237,10 @@ class HostCall:
 
     def _before_answer(self, model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         """Say which tokens (B, T) are not the answer, as far as the call tells."""
-        everything = torch.ones_like(mask)
+        everything, positions = (
+            torch.ones_like(mask),
+            torch.arange(mask.shape[1], device=mask.device).expand(mask.shape),
+        )
         if not is_causal(model):
             return everything  # labels of tags, masked words or a decoder are not in the input
         labels = inputs.get("labels")
@@ -245,13 +248,13 @@ class HostCall:
             return (labels == -100).to(mask.device)
         kept = inputs.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # as trainers of policies score an answer: the last logit predicts it
-            return everything & (torch.arange(mask.shape[1], device=mask.device) < mask.shape[1] - kept + 1)
+            return positions < mask.shape[1] - kept + 1
         if torch.compiler.is_compiling() or (inputs.get("use_cache") and not model.training):
             return everything
         generated, ids = self.routing.local.generated, inputs.get("input_ids")
         if generated is not None and isinstance(ids, Tensor) and ids.shape == generated[0].shape:
             if torch.equal(ids, generated[0].to(ids.device)):  # what was generated is scored
-                return everything & (torch.arange(mask.shape[1], device=mask.device) < generated[1])
+                return positions < generated[1]
         if model.training:
             self._warn(
                 "the call has no labels, so the gate reads every token, an answer too; tell the prompt with "

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from closeness import relative_error
 from injected_models import gradients, randomise
 from safetensors.torch import load_file
+from tiny_hosts import Words
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -22,18 +23,6 @@ import slidelora
 
 GATES = ("sequence", "token")
 INPUT_IDS = torch.arange(24).view(4, 6) % 7
-
-
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.fc, self.out = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(5, 4)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.out(self.fc(self.embed(input_ids)))
 
 
 def make_base() -> nn.Module:

@@ -11,6 +11,7 @@ from accelerate.utils import set_module_tensor_to_device
 from closeness import assert_close
 from injected_models import randomise
 from safetensors.torch import save_file
+from tiny_hosts import Words
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -131,18 +132,6 @@ def test_another_dtype_and_the_meta_device_keep_the_scalings() -> None:
     empty = with_mixed_ranks(nn.Linear(6, 5, device="meta"), lora_alpha={"text": 1, "image": 1, "shared": 1.1})
     assert torch.equal(empty.to_empty(device="cpu")[0].scales, exact)
     assert "0.scales" not in model.state_dict()
-
-
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.fc, self.out = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(5, 4)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.out(self.fc(self.embed(input_ids)))
 
 
 def words(gate: str, frozen: tuple[str, ...]) -> nn.Module:

@@ -122,3 +122,17 @@ def mlp() -> Host:
 def torch_transformer() -> Host:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), {"src": ramp(2, 3, 8)}
+
+
+class Words(nn.Module):
+    """Embeddings and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.out = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.fc(self.embed(input_ids)))
