@@ -13,6 +13,8 @@ from torch import nn
 
 from slidelora.gating import GateValue
 from slidelora.injection import (
+    ADAPTERS,
+    RESTING,
     Injection,
     attach,
     detach,
@@ -26,7 +28,7 @@ from slidelora.injection import (
 from slidelora.layers import SlideLoRALinear, placement
 from slidelora.merging import constant_gates
 from slidelora.peft_layers import Adapted, PeftSlideLoRALinear, adapted_kind
-from slidelora.routing_state import ADAPTERS, GATE, RESTING, Routing, injected
+from slidelora.routing_state import GATE, Routing, injected
 
 # The name of a model's gate while it rests: transformers takes each parameter with "slidelora" in its name for one of
 # the adapter that it loads.

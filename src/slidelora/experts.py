@@ -8,9 +8,9 @@ from torch import nn
 
 from slidelora.config import INITS, SlideLoRAConfig
 from slidelora.gating import Gate
-from slidelora.injection import first_names, slide_layers
+from slidelora.injection import RESTING, first_names, slide_layers
 from slidelora.layers import SlideLoRALinear
-from slidelora.routing_state import RESTING, injected, routing
+from slidelora.routing_state import injected, routing
 
 
 def add_expert(

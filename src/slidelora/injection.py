@@ -11,12 +11,14 @@ from slidelora.config import SlideLoRAConfig
 from slidelora.gating import Gate, kind_of
 from slidelora.hooks import HostCall, host_class, own_class
 from slidelora.layers import SlideLoRALinear, linear_features, placement
-from slidelora.routing_state import ADAPTERS, GATE, MERGED, RESTING, STATE, Routing, injected
+from slidelora.routing_state import GATE, MERGED, STATE, Routing, injected
 from slidelora.scopes import Layout
 
 Module = TypeVar("Module", bound=nn.Module)
 # The names under which wrappers hold a module: torch.compile, checkpoint_wrapper, FSDP; DDP holds it as "module".
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+ADAPTERS = "slidelora_peft"  # the attribute of a model that PEFT injected: its adapters by name
+RESTING = "slide_adapters"  # the submodule with those of them that do not act
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
 
 

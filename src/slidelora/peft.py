@@ -23,9 +23,9 @@ from slidelora.config import SlideLoRAConfig
 from slidelora.files.bounds import require_bounded
 from slidelora.files.native import savable
 from slidelora.gating import GateValue
-from slidelora.injection import gate_input, unwrap
+from slidelora.injection import RESTING, gate_input, unwrap
 from slidelora.layers import placement
-from slidelora.routing_state import GATE, RESTING, Routing, injected
+from slidelora.routing_state import GATE, Routing, injected
 
 try:  # PEFT has no public interface for a method of one's own
     from peft import PeftConfig

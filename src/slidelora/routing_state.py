@@ -35,8 +35,6 @@ from slidelora.scopes import (
 STATE = "slidelora_state"  # the attribute of an injected model that holds its Routing
 GATE = "slidelora_gate"  # the submodule that is its gate
 MERGED = "slidelora_merged"  # the attribute of a merged model
-ADAPTERS = "slidelora_peft"  # the attribute of a model that PEFT injected: its adapters by name
-RESTING = "slide_adapters"  # the submodule with those of them that do not act
 
 
 # A context variable follows threads and asyncio tasks. torch.compile cannot read one, so compiled code reads a copy in

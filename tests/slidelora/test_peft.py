@@ -479,17 +479,6 @@ def test_a_classifier_gets_its_head(tmp_path: Path, make_base: Make, input_ids: 
     assert torch.equal(loaded(input_ids=input_ids).logits, expected)
 
 
-def test_a_deleted_adapter_leaves_the_base_model(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
-    model = make_peft()
-    model.delete_adapter("default")
-    assert model.peft_config == {} and model.active_adapters == []
-    base = make_base()(input_ids).logits
-    assert torch.equal(model.base_model.model(input_ids).logits, base)  # PeftModel's own forward needs an adapter
-    model.add_adapter("other", SlideLoRAPeftConfig(r=2))
-    model.set_adapter("other")
-    assert not torch.equal(randomise(model)(input_ids).logits, base) and len(trained(model)) == 2 * 14 + 4
-
-
 def test_conversion_to_plain_lora(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
     targets = ["q_proj", "up_proj"]
     model = make_peft(gate="given", default_gates="text", target_modules=targets)
