@@ -93,10 +93,10 @@ class Adapters:
         """Return the layers of an adapter."""
         return [part for part in self.parts(name).values() if isinstance(part, PeftSlideLoRALinear)]
 
-    def base(self, path: str) -> nn.Module:
-        """Return the layer of the base model at a position, whether an adapter acts on it or not."""
-        module = dict(plain_modules(self.host))[path]
-        return module.base_layer if isinstance(module, SlideLoRALinear) else module
+    def bases(self) -> dict[str, nn.Module]:
+        """Return the modules of the base model by name, whether an adapter acts on them or not."""
+        modules = plain_modules(self.host)
+        return {path: one.base_layer if isinstance(one, SlideLoRALinear) else one for path, one in modules}
 
     def add(self, model: nn.Module, name: str, config: Any, act: bool) -> None:
         """Inject one more adapter; if it does not act, the one that acts now goes on; the model is as before on errors.

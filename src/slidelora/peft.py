@@ -183,9 +183,9 @@ class SlideLoRATuner(BaseTuner):
         if config.adapter_dtype is not None:
             return
         embeddings, width = gate_input(self.model, config)
-        first = adapters.base(next(iter(adapters.parts(adapter_name))))
-        for path, part in adapters.parts(adapter_name).items():
-            base = adapters.base(path) if path != GATE else embeddings if width else first
+        parts, bases = adapters.parts(adapter_name), adapters.bases()
+        for path, part in parts.items():
+            base = bases[path] if path != GATE else embeddings if width else bases[next(iter(parts))]
             _, dtype = placement(base, config, autocast_adapter_dtype)
             for name, parameter in part.named_parameters():  # type: ignore[attr-defined]
                 if not name.startswith("base_layer."):
