@@ -8,7 +8,7 @@ from torch import nn
 
 from slidelora.config import INITS, SlideLoRAConfig
 from slidelora.gating import Gate
-from slidelora.injection import first_names, slide_layers
+from slidelora.injection import RESTING, first_names, slide_layers
 from slidelora.layers import SlideLoRALinear
 from slidelora.routing_state import injected, routing
 
@@ -80,7 +80,8 @@ def _with_size(config: SlideLoRAConfig, sizes: Any, name: str, size: float | Non
 
 
 def _learned_gates(host: nn.Module) -> list[Gate]:
-    return [module for module in host.modules() if isinstance(module, Gate)]
+    modules = host.named_modules()
+    return [one for name, one in modules if isinstance(one, Gate) and not name.startswith(f"{RESTING}.")]
 
 
 def freeze(model: nn.Module, experts: Sequence[str]) -> None:
@@ -127,8 +128,9 @@ def param_groups(
         A list of dictionaries with name, params, lr and weight_decay; groups without parameters are left out.
     """
     layers = [module for module in model.modules() if isinstance(module, SlideLoRALinear)]
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
     owners = {id(layer.lora_A): "lora_A" for layer in layers} | {id(layer.lora_B): "lora_B" for layer in layers}
-    owners |= {id(parameter): "gate" for gate in _learned_gates(model) for parameter in gate.parameters()}
+    owners |= {id(parameter): "gate" for gate in gates for parameter in gate.parameters()}
     rates = {"lora_A": lr, "lora_B": lr * lr_ratio, "gate": lr if gate_lr is None else gate_lr, "other": lr}
     groups: dict[str, dict[str, Any]] = {
         name: {"name": name, "params": [], "lr": rate, "weight_decay": 0.0 if name == "gate" else weight_decay}

@@ -86,6 +86,20 @@ def released_gates(config: SlideLoRAConfig, modalities: Sequence[str]) -> Tensor
     return weights
 
 
+def acting_devices(host: nn.Module) -> set[torch.device]:
+    """Return the devices on which the layers of an injected model compute, where gates may be.
+
+    accelerate keeps offloaded weights on the meta device between calls, so its hooks say where that is.
+    """
+    devices = set()
+    for module in host.modules():
+        lora_A = getattr(module, "lora_A", None)
+        if isinstance(lora_A, Tensor) and module.base_layer is not None:  # else it is a layer of an adapter that rests
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            devices.add(lora_A.device if device is None else torch.device(device))
+    return devices
+
+
 def given_gates(config: SlideLoRAConfig, value: GateValue) -> Tensor:
     """Turn the value that a caller of `slidelora.gates` gives into weights (1 or B, E) or (B, T, E), fp32."""
     if isinstance(value, Tensor):

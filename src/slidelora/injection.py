@@ -18,6 +18,8 @@ Module = TypeVar("Module", bound=nn.Module)
 # The names under which wrappers hold a module: torch.compile, checkpoint_wrapper, FSDP; DDP holds it as "module".
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+ADAPTERS = "slidelora_peft"  # the attribute of a model that PEFT injected: its adapters by name
+RESTING = "slide_adapters"  # the submodule with those of them that do not act
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
 
 
@@ -52,6 +54,7 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     require_plain(model)
     host = unwrap(model)
     targets, modules = find_targets(host, config), dict(plain_modules(host))
+    _require_called(modules, targets)
     state = Routing(config)
     gate = _model_gate(host, config).train(host.training) if kind_of(config).in_model else None
     wrappers: dict[int, SlideLoRALinear] = {}
@@ -122,14 +125,9 @@ def _encoder_call(model: nn.Module, state: Routing) -> list[tuple[nn.Module, Hos
 
 
 def detach(host: nn.Module) -> Injection:
-    """Undo `attach`: the modules are those of the base again, its parameters stay frozen.
-
-    Raises ValueError if PEFT merged a layer; the model is then as before.
-    """
+    """Undo `attach`: the modules are those of the base again, its parameters stay frozen."""
     handles, trainable = getattr(host, _UNDO)
     injection = Injection(getattr(host, STATE), getattr(host, GATE, None), slide_layers(host), trainable)
-    if merged := [name for name, layer in injection.layers.items() if layer.merged_adapters]:
-        raise ValueError(f"{merged[0]} is merged by PEFT, expected separate experts: call unmerge_adapter() first")
     for module in host.modules():
         for name in (*_FUSE, *_UNFUSE):
             if module.__dict__.get(name) is _refuse_fusion:
@@ -145,12 +143,21 @@ def detach(host: nn.Module) -> Injection:
     delattr(host, _UNDO)
     delattr(host, STATE)
     if injection.gate is not None:
-        delattr(host, GATE)
+        setattr(host, GATE, None)  # PEFT switches adapters while others iterate over the children
     return injection
 
 
+def require_unmerged(host: nn.Module) -> None:
+    """Raise ValueError if PEFT merged a layer."""
+    if merged := [name for name, layer in slide_layers(host).items() if layer.merged_adapters]:
+        raise ValueError(f"{merged[0]} is merged by PEFT, expected separate experts: call unmerge_adapter() first")
+
+
 def thaw(host: nn.Module, injection: Injection) -> None:
-    """Make the parameters trainable that were trainable before an injection."""
+    """Make the parameters trainable that were trainable before an injection, and leave nothing of it."""
+    for name in (GATE, RESTING, ADAPTERS):
+        if name in vars(host) or name in vars(host)["_modules"]:
+            delattr(host, name)
     for name, parameter in plain_parameters(host):
         parameter.requires_grad_(name in injection.trainable)
 
@@ -182,8 +189,13 @@ def _no_fast_path(block: nn.Module, args: tuple[Any, ...]) -> None:
 
 # Methods of diffusers' attention and models that join the weights of projections without their experts, and undo it.
 _FUSE, _UNFUSE = ("fuse_projections", "fuse_qkv_projections"), ("unfuse_projections", "unfuse_qkv_projections")
-_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-_FUSED_PROJECTIONS = ("to_qkv", "to_kv", "to_added_qkv", "to_added_kv")
+_FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+_PROJECTIONS = {name for names in _FUSED_PROJECTIONS.values() for name in names}
 
 
 def _fusions(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -193,6 +205,24 @@ def _fusions(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             present = [name for name in methods if hasattr(module, name)]
             if present and any(name.rpartition(".")[2] in projections for name in slide_layers(module)):
                 yield from ((module, name) for name in present)
+
+
+def _require_called(modules: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a target is a projection of diffusers that its attention does not call, fused or unfused."""
+    for name in targets:
+        parent, _, child = name.rpartition(".")
+        attention = modules[parent]
+        fused = "Fused" in type(getattr(attention, "processor", None)).__name__ or (
+            getattr(attention, "fused_projections", False) and hasattr(attention, "unfuse_projections")
+        )
+        joint = [one for one, joined in _FUSED_PROJECTIONS.items() if child in joined and hasattr(attention, one)]
+        if fused and joint:
+            raise ValueError(
+                f"{name} is fused into {joint[0]}, expected a layer that the model calls: call "
+                f"unfuse_qkv_projections() first, or target {joint[0]} only"
+            )
+        if child in _FUSED_PROJECTIONS and not fused and hasattr(attention, _FUSED_PROJECTIONS[child][0]):
+            raise ValueError(f"{name} is unfused, expected a layer that the model calls: see exclude_modules")
 
 
 def _refuse_fusion(*args: Any, **kwargs: Any) -> None:
@@ -207,7 +237,8 @@ def require_plain(model: nn.Module) -> None:
     """Raise ValueError if a model, or a model inside it, is injected, merged, or divided among processes."""
     if holders := [name or "the model" for name, module in model.named_modules() if MERGED in module.__dict__]:
         raise ValueError(f"{holders[0]} is merged, expected a plain model: see slidelora.merge_and_unload")
-    if holders := [name or "the model" for name, module in model.named_modules() if STATE in module.__dict__]:
+    marks = [(name, {*vars(module), *vars(module)["_modules"]}) for name, module in model.named_modules()]
+    if holders := [name or "the model" for name, names in marks if names & {STATE, RESTING}]:
         raise ValueError(f"{holders[0]} is injected already, expected a plain model: call slidelora.remove first")
     for name, module in model.named_modules():
         # Such a wrapper chose the parameters that processes share before the experts were there.
@@ -324,8 +355,12 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def slide_layers(model: nn.Module) -> dict[str, SlideLoRALinear]:
-    """Return the injected layers by name; a layer with two names is there twice."""
-    return {name: module for name, module in plain_modules(model) if isinstance(module, SlideLoRALinear)}
+    """Return the injected layers by name; a layer with two names is there twice.
+
+    Layers of adapters that rest, see slidelora.adapters, have no base layer and are left out.
+    """
+    layers = ((name, module) for name, module in plain_modules(model) if isinstance(module, SlideLoRALinear))
+    return {name: layer for name, layer in layers if layer.base_layer is not None}
 
 
 def first_names(modules: dict[str, Module]) -> dict[str, Module]:
@@ -335,8 +370,12 @@ def first_names(modules: dict[str, Module]) -> dict[str, Module]:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take experts, gate and hooks off an injected model, in place; return it as it was before, bit for bit."""
+    """Take experts, gate and hooks off an injected model, in place; return it as it was before, bit for bit.
+
+    If PEFT put several adapters on it, all of them go.
+    """
     host = injected(model)
+    require_unmerged(host)
     thaw(host, detach(host))
     return model
 

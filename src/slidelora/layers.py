@@ -1,7 +1,6 @@
 """SlideLoRALinear: a frozen base layer with a gated mixture of experts."""
 
 import math
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -55,7 +54,7 @@ class SlideLoRALinear(nn.Module):
     scales: Tensor | None
     frozen_A: nn.Parameter | None
     frozen_B: nn.Parameter | None
-    merged_adapters: Sequence[str] = ()  # not empty while PEFT has merged the experts into the base weight
+    merged_adapters: list[str] = []  # noqa: RUF012 (never changed in place); not empty while PEFT has merged the experts into the base weight
 
     def __init__(self, base_layer: nn.Module, config: SlideLoRAConfig, routing: Routing, name: str = "") -> None:
         super().__init__()

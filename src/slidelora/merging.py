@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slidelora.gating import GateValue, given_gates
-from slidelora.injection import Injection, attach, detach, plain_modules, slide_layers, thaw
+from slidelora.injection import Injection, attach, detach, plain_modules, require_unmerged, slide_layers, thaw
 from slidelora.layers import SlideLoRALinear, gathered
 from slidelora.routing_state import MERGED, Routing, injected, routing
 
@@ -36,6 +36,7 @@ def merge(model: nn.Module, gates: GateValue | None = None) -> nn.Module:
     """
     host = injected(model)
     weights = constant_gates(routing(host), gates)
+    require_unmerged(host)
     layers = slide_layers(host)
     merged = {id(layer): merged_weight(name, layer, weights) for name, layer in layers.items()}
     injection = detach(host)

@@ -10,32 +10,36 @@ by name. slidelora.save_pretrained of the same model writes the layout of slidel
 import copy
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, make_dataclass, replace
 from enum import Enum
-from functools import cache
 from typing import Any, ClassVar
 
 import peft
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.gating import Gate, GateValue
-from slidelora.injection import gate_input, inject, remove, slide_layers
-from slidelora.layers import SlideLoRALinear, placement
-from slidelora.merging import constant_gates, delta_weight, merge_and_unload, merged_weight
-from slidelora.routing_state import GATE, Routing, injected, routing
-from slidelora.scopes import in_backward
+from slidelora.files.bounds import require_bounded
+from slidelora.files.native import savable
+from slidelora.gating import GateValue
+from slidelora.injection import RESTING, gate_input, unwrap
+from slidelora.layers import placement
+from slidelora.routing_state import GATE, Routing, injected
 
 try:  # PEFT has no public interface for a method of one's own
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-    from peft.utils import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, hotswap
     from peft.utils.integrations import skip_init_on_device
+
+    from slidelora.adapters import RESTING_GATE, Adapters, adapters_of
+    from slidelora.peft_layers import Adapted
 
     for _name in ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load"):
         getattr(BaseTuner, _name)
+    _hotswap_keys = hotswap.CONFIG_KEYS_TO_CHECK
 except (ImportError, AttributeError) as error:
     raise ImportError(f"peft is {peft.__version__}, expected peft>=0.21 (tested: 0.21.2): {error}") from error
 
@@ -62,6 +66,8 @@ class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if type(vars(self)["peft_type"]) is str:  # PEFT read it from a file, which a stranger may have written
+            require_bounded({one.name: getattr(self, one.name) for one in fields(SlideLoRAConfig)})
         self.peft_type = SlideLoRAType.SLIDELORA
         config = self.slidelora_config()
         for one in fields(config):
@@ -77,18 +83,16 @@ class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
         """Return the fields as plain JSON values, those of the model that got or saved this configuration last."""
         state: Routing | None = self.__dict__.get("routing")
         own = self.slidelora_config()
-        followed = {
-            **(own if state is None else state.config).to_dict(),
-            "exclude_modules": own.to_dict()["exclude_modules"],
-        }
-        return {**super().to_dict(), **followed}
+        if state is not None:
+            own = savable(replace(state.config, exclude_modules=own.exclude_modules), self.layer_names)
+        return {**super().to_dict(), **own.to_dict()}
 
     def targets(self) -> SlideLoRAConfig:
         """Return the same configuration without PEFT's fields, which excludes the modules to save."""
         config = self.slidelora_config()
         if not self.modules_to_save:
             return config
-        excluded = [rf"(.*\.)?({'|'.join(self.modules_to_save)})(\..*)?"]
+        excluded = [rf".*({'|'.join(map(re.escape, self.modules_to_save))})(\..*)?"]
         if isinstance(config.exclude_modules, str):
             excluded.append(config.exclude_modules)
         elif config.exclude_modules:
@@ -96,203 +100,96 @@ class SlideLoRAPeftConfig(_Fields):  # type: ignore[misc]
         return replace(config, exclude_modules="|".join(f"({pattern})" for pattern in excluded))
 
 
-class _Adapted(BaseTunerLayer):
-    """A module with parameters of the adapter, as PEFT, transformers and diffusers know it."""
-
-    routing: Routing
-    switches: dict[str, bool]  # whether each part of the adapter is enabled; all parts share it
-
-    def adopt(self, routing: Routing, adapter_name: str, part: str, switches: dict[str, bool]) -> None:
-        """Become a part of the model's only adapter."""
-        self.routing, self._active_adapter = routing, [adapter_name]
-        self.part, self.switches, self._disable_adapters = part, switches, False
-        switches[part] = True
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Let the experts, except the frozen ones, and the gates train, or not."""
-        self._require_own(adapter_names)
-        for name, parameter in self.named_parameters():
-            if not name.startswith(("base_layer.", "frozen_")):
-                parameter.requires_grad_(requires_grad and parameter.numel() > 0)
-
-    def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
-        """Set whether the adapter trains; it is the only one and always active."""
-        self.set_requires_grad(adapter_names, not inference_mode)
-
-    def _require_own(self, adapter_names: Any) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if names != self.active_adapters:
-            raise ValueError(f"adapters are {names}, expected {self.active_adapters}, the model's only Slide-LoRA")
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Enable this part of the adapter or disable it; what trains stays the same."""
-        self.switches[self.part], self._disable_adapters = enabled, not enabled
-        self.routing.base_only = not any(self.switches.values())  # then the model needs no gates either
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Refuse any scale except 1, as `scale_layer` does."""
-        self._require_own(adapter)
-        self.scale_layer(scale)
-
-    def scale_layer(self, scale: float) -> None:
-        """Refuse any scale except 1: the gates say how much an expert counts."""
-        if scale != 1:
-            raise ValueError(f"scale is {scale}, expected 1: use gates, as in slidelora.gates(model, {{'text': 0.5}})")
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.active_adapters)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Refuse: a single layer cannot leave the mixture."""
-        raise ValueError(f"adapter {adapter_name!r} cannot be deleted from a layer, see slidelora.remove for the model")
-
-    def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
-        """Refuse: a learned gate depends on the input."""
-        constant_gates(self.routing, None)
-
-    def unmerge(self) -> None:
-        """Do nothing: a gate is never merged."""
-
-
-class PeftSlideLoRALinear(SlideLoRALinear, _Adapted):
-    """A SlideLoRALinear that is a layer of PEFT, too."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map (..., d_in) to (..., d_out), as the base layer does if this layer is merged or disabled."""
-        # A recomputation is of a forward before the whole adapter was disabled, or `scope` says that it was.
-        disabled = self._disable_adapters and not (in_backward() and self.routing.base_only)
-        if disabled:
-            if self.merged:
-                self.unmerge()
-        elif self.merged:
-            active = self.routing.active_gates(self.path)
-            if active is not None and (
-                self.routing.default is None or active.weights is not self.routing.default.weights
-            ):
-                raise ValueError(f"{self.path} is merged, expected no gates: call unmerge_adapter() first")
-        if disabled or self.merged:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        return super().forward(x, *args, **kwargs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge the experts under default_gates into the weight of the base layer; keep the earlier weight."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            self._require_own(name)
-            merged = merged_weight(self.path, self, constant_gates(self.routing, None))
-            self.weight_before, self.weight.data = self.weight.data, merged
-            self.merged_adapters = [name]
-
-    def unmerge(self) -> None:
-        """Bring back the weight of the base layer, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.weight.data = self.weight_before.to(self.weight.device, self.weight.dtype)
-        self.merged_adapters = []
-        del self.weight_before
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say whether peft.convert_to_lora can make one LoRA of the experts: under default_gates it can."""
-        return self.routing.default is not None
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what a merge under default_gates adds to the weight of the base layer, in the layout of the weight."""
-        self._require_own(adapter)
-        return delta_weight(self, constant_gates(self.routing, None))
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Keep frozen experts frozen when a loader replaces their parameters."""
-        super().register_parameter(name, param)
-        if param is not None and (name.startswith("frozen_") or not param.numel()):
-            param.requires_grad_(False)
-
-
-class _AdaptedGate(_Adapted):
-    """The learned gate of a model that is a layer of PEFT, too."""
-
-    kind: type[Gate]
-
-    # BaseTunerLayer would look for these in a base layer.
-    weight = property(lambda self: self._parameters.get("weight"))
-    bias = property(lambda self: self._parameters.get("bias"))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _new_gate, (self.kind,), self.__dict__  # pickle cannot find a class that was made at run time
-
-
-@cache
-def _adapted_kind(kind: type[Gate]) -> type[_AdaptedGate]:
-    return type(f"Peft{kind.__name__}", (kind, _AdaptedGate), {"kind": kind})
-
-
-def _new_gate(kind: type[Gate]) -> _AdaptedGate:
-    adapted = _adapted_kind(kind)
-    return adapted.__new__(adapted)
-
-
 class SlideLoRATuner(BaseTuner):
     """The part between a PeftModel and a model that slidelora injected; PEFT makes it."""
 
     prefix = "lora_"  # in the names of the experts that train
-    tuner_layer_cls = _Adapted
+    tuner_layer_cls = Adapted
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["first"] = adapter_name  # acts at once, unlike those that add_adapter adds later
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        self.first = None
+
+    @property
+    def active_adapter(self) -> str | list[str]:  # type: ignore[override]
+        """The adapter that acts, an empty list if none does; another tuner may have set it."""
+        adapters = adapters_of(self.model)
+        return [] if adapters is None or adapters.active is None else adapters.active
+
+    @active_adapter.setter
+    def active_adapter(self, name: Any) -> None:
+        """Do nothing: PEFT also calls set_adapter."""
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the model; ValueError if there are none, or if slidelora.merge merged one."""
+        adapters = adapters_of(self.model)
+        if adapters is None or adapters.active is not None:
+            injected(self.model)
+        if adapters is None:
+            raise ValueError("the model is injected by slidelora.inject, expected by PEFT")
+        return adapters
 
     @skip_init_on_device  # low_cpu_mem_usage: experts are small, and the shapes of loaded ones are checked against them
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Inject as slidelora.inject does; raises ValueError if the model has an adapter already."""
+        """Inject as slidelora.inject does, next to other Slide-LoRAs; raises ValueError, and changes nothing."""
         config = self.peft_config[adapter_name]
+        adapters = adapters_of(model) or Adapters(unwrap(model))
+        known = adapters.configs.get(adapter_name)
         try:
-            if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            if known is not None:
+                raise ValueError(
+                    f"the model has an adapter {adapter_name!r}, expected another name: set adapter_name, or call "
+                    "unload() of the model that has it"
+                )
+            if any(isinstance(one, BaseTunerLayer) and not isinstance(one, Adapted) for one in model.modules()):
                 others = [name for name in self.peft_config if name != adapter_name]
                 raise ValueError(
-                    f"the model has adapters {others}, expected none, since a Slide-LoRA is the only one: see "
-                    "slidelora.add_expert for more experts, or delete_adapter and unload"
+                    f"the model has adapters {others} of another method, expected none or Slide-LoRAs: delete_adapter "
+                    "and unload take them off"
                 )
             ends = tuple(config.modules_to_save or [""])
             if not any(name.endswith(ends) for name, _ in model.named_modules()):
                 raise ValueError(f"modules_to_save is {config.modules_to_save}, expected ends of names of modules")
-            inject(model, config.targets())
+            adapters.add(model, adapter_name, config, adapter_name == self.first)
         except Exception:
             del self.peft_config[adapter_name]
+            if known is not None:
+                self.peft_config[adapter_name] = known
             raise
-        config.routing = routing(model)
-        layers = slide_layers(model)
-        for layer in layers.values():
-            layer.__class__ = PeftSlideLoRALinear
-        gate: Gate | None = getattr(model, GATE, None)
-        if gate is not None:
-            gate.__class__ = _adapted_kind(type(gate))
-        switches: dict[str, bool] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, _Adapted):
-                module.adopt(config.routing, adapter_name, name, switches)
-        self.targeted_module_names = list(layers)
-        self.set_adapter([adapter_name], inference_mode=config.inference_mode)
-        set_additional_trainable_modules(
-            model=model,
-            peft_config=config,
-            model_config=self.get_model_config(model),
-            adapter_name=adapter_name,
-            activate_adapter=True,
-        )
+        self.targeted_module_names = list(adapters.injections[adapter_name].layers)
+        if adapter_name == self.first:
+            self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Let one adapter act, and train unless in inference mode; raises ValueError for several."""
+        self.adapters.activate(adapter_name, inference_mode)  # while nobody iterates over the modules
+        super().set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or not; raises ValueError for unknown ones."""
+        self.adapters.require(adapter_names)
+        super().set_requires_grad(adapter_names, requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast experts and gates to fp32 or to the dtype of their base, unless adapter_dtype says another one."""
-        config = routing(self.model).config
+        adapters = self.adapters
+        config = adapters.injections[adapter_name].state.config
         if config.adapter_dtype is not None:
             return
         embeddings, width = gate_input(self.model, config)
-        first = next(iter(slide_layers(self.model).values())).base_layer
-        for module in self.model.modules():
-            if isinstance(module, _Adapted):
-                base = getattr(module, "base_layer", embeddings if width else first)
-                _, dtype = placement(base, config, autocast_adapter_dtype)
-                for name, parameter in module.named_parameters():
-                    if not name.startswith("base_layer."):
-                        parameter.data = parameter.data.to(dtype)
+        parts, bases = adapters.parts(adapter_name), adapters.bases()
+        for path, part in parts.items():
+            base = bases[path] if path != GATE else embeddings if width else bases[next(iter(parts))]
+            _, dtype = placement(base, config, autocast_adapter_dtype)
+            for name, parameter in part.named_parameters():  # type: ignore[attr-defined]
+                if not name.startswith("base_layer."):
+                    parameter.data = parameter.data.to(dtype)
 
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -314,24 +211,35 @@ class SlideLoRATuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Raise ValueError if the experts are merged or removed, when PEFT would save nothing."""
-        config.routing = routing(model)  # several models may share a configuration
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        adapters = adapters_of(model)
+        if adapters is None or adapters.active is not None:
+            injected(model)
+        assert adapters is not None
+        adapters.inform(config, adapter_name)  # several models may share a configuration
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if adapter_name == adapters.active:
+            return {name: tensor for name, tensor in found.items() if RESTING not in name.split(".")}
+        return {name: tensor for name, tensor in found.items() if f"{RESTING}.{adapter_name}." in name}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key
+        own = f"{RESTING}.{adapter_name}."
+        return key.replace(f"{own}{RESTING_GATE}.", f"{GATE}.").replace(own, "")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Raise ValueError if names or shapes are not those of the model, before anything is loaded."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         in_model = model.state_dict()
-        expected = cls._get_adapter_state_dict(model, config, adapter_name, in_model, [])
-        if missing := sorted(set(expected) - set(remapped)):
+        of_adapters = super()._get_adapter_state_dict(model, config, adapter_name, in_model, [])
+        own = cls._get_adapter_state_dict(model, config, adapter_name, in_model, [])
+        names = {cls._remove_adapter_name_from_key(name, adapter_name): name for name in own}
+        names |= {f"base_model.model.{name}": other for name, other in names.items()}  # as PEFT's files have them
+        remapped = {names.get(name, name): tensor for name, tensor in state_dict.items()}
+        if missing := sorted(set(own) - set(remapped)):
             raise ValueError(f"the adapter lacks {missing[0]} and {len(missing) - 1} more, expected them")
-        if unexpected := sorted(set(remapped) - set(in_model)):
+        if unexpected := sorted(set(remapped) - (set(in_model) - (set(of_adapters) - set(own)))):
             raise ValueError(f"the adapter has {unexpected[0]} and {len(unexpected) - 1} more, not expected")
         for name, tensor in remapped.items():
             if tensor.shape != (shape := in_model[name].shape):
@@ -339,73 +247,85 @@ class SlideLoRATuner(BaseTuner):
         return {name: tensor.to(in_model[name]) for name, tensor in remapped.items()}  # device and dtype
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge the experts into the base weights under default_gates; the model is as before if this fails.
+        """Merge adapters into the base weights under their default_gates; the model is as before if this fails.
 
         Args:
-            adapter_names: None or the only adapter.
+            adapter_names: None for the active one; else the active one is among them, or is merged already.
             safe_merge: Has no effect: the merge is always a safe one.
         """
-        try:
-            super().merge_adapter(adapter_names, safe_merge)
-        except ValueError:
-            self._unmerge()
-            raise
+        adapters = self.adapters
+        names = adapters.require(adapter_names if adapter_names is not None else self.active_adapters)
+        if adapters.active not in [*names, *adapters.merged()]:
+            raise ValueError(
+                f"adapters are {names}, expected the active one, {adapters.active!r}, too, which would act on top of "
+                "the merged weights: call set_adapter first"
+            )
+        adapters.merge(names)
 
-    def _unmerge(self) -> None:
-        for layer in self.model.modules():
-            if isinstance(layer, PeftSlideLoRALinear) and layer.merged:
-                layer.unmerge()
+    def unmerge_adapter(self) -> None:
+        """Bring back the base weights, bit for bit."""
+        if not self.adapters.merged():
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self.adapters.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None,
         gates: GateValue | None = None,
     ) -> nn.Module:  # fmt: skip
-        """Merge the experts into the base weights and return the plain model, as slidelora.merge_and_unload does.
+        """Merge experts into the base weights and return the plain model, as slidelora.merge_and_unload does.
 
         Args:
             progressbar: Has no effect.
             safe_merge: Has no effect: the merge is always a safe one.
-            adapter_names: None or the only adapter.
-            gates: The constant gates; None takes default_gates.
+            adapter_names: The adapters to merge, one after the other; None for the active one. All adapters go.
+            gates: The constant gates; None takes the default_gates of each adapter.
         """
-        if adapter_names is not None and list(adapter_names) != self.active_adapters:
-            raise ValueError(f"adapters are {adapter_names}, expected {self.active_adapters}, the only Slide-LoRA")
-        constant_gates(routing(self.model), gates)  # or it raises, before anything changes
-        self._unmerge()
-        return self._unloaded(merge_and_unload(self.model, gates), merge=True)
+        adapters = self.adapters
+        names = adapters.require(adapter_names if adapter_names is not None else self.active_adapters)
+        adapters.unload(names, gates)
+        del self.model.peft_config
+        return self.model
 
     def unload(self) -> nn.Module:
-        """Take the adapter off and return the plain model, bit for bit as it was."""
-        injected(self.model)  # or it raises, before anything changes
-        self._unmerge()
-        return remove(self._unloaded(self.model, merge=False))
-
-    @staticmethod
-    def _unloaded(model: nn.Module, merge: bool) -> nn.Module:
-        """Put the modules to save, or those that they replaced, in the positions of their wrappers."""
-        wrappers = {name: one for name, one in model.named_modules() if isinstance(one, AuxiliaryTrainingWrapper)}
-        for name, wrapper in wrappers.items():
-            parent, _, child = name.rpartition(".")
-            merged = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            module = merged if merge else wrapper.original_module
-            setattr(model.get_submodule(parent), child, module)
-        del model.peft_config
-        return model
+        """Take all adapters off and return the plain model, bit for bit as it was."""
+        self.adapters.unload([])
+        del self.model.peft_config
+        return self.model
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take the adapter off; the model is then its base model and may get another adapter."""
+        """Delete an adapter; without the last one the model is its base model and may get other adapters."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter {adapter_name} does not exist, expected one of {list(self.peft_config)}")
-        if any(layer.merged_adapters for layer in slide_layers(self.model).values()):
-            raise ValueError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
-            )
-        self.unload()
+        adapters = self.adapters
+        if len(adapters.configs) > 1:
+            adapters.delete(adapter_name)
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.delete_adapter(adapter_name, new_active_adapters=self.active_adapters)
+        else:
+            adapters.require_unmerged(adapter_name)
+            adapters.unload([])
         del self.peft_config[adapter_name]
         self.model.peft_config = self.peft_config
-        self.active_adapter: str | list[str] = []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Say whether peft.convert_to_lora can make one LoRA of the adapter: the only one, under its default_gates."""
+        return len(self.adapters.configs) == 1 and super().supports_lora_conversion(adapter_name)
 
 
+class _HotswapKeys(dict[Any, Any]):
+    """The methods that PEFT's hotswap_adapter takes; it asks here before it does anything."""
+
+    def __contains__(self, kind: object) -> bool:
+        if kind is SlideLoRAType.SLIDELORA:
+            raise ValueError(
+                "hotswap_adapter writes to the matrices of LoRA, expected load_adapter(path, name) for a Slide-LoRA: "
+                "with the name of an adapter that is there it copies weights into its parameters, in place"
+            )
+        return super().__contains__(kind)
+
+
+hotswap.CONFIG_KEYS_TO_CHECK = _HotswapKeys(_hotswap_keys)
 PEFT_TYPE_TO_CONFIG_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRAPeftConfig
 PEFT_TYPE_TO_TUNER_MAPPING[SlideLoRAType.SLIDELORA] = SlideLoRATuner
 # PEFT looks here for the part of a parameter's name before the name of the adapter, which no name contains.

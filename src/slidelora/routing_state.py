@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slidelora import losses
 from slidelora.config import SlideLoRAConfig
-from slidelora.gating import Gate, GateValue, dense_weights, given_gates, kind_of
+from slidelora.gating import Gate, GateValue, acting_devices, dense_weights, given_gates, kind_of
 from slidelora.losses import GateRun, auxiliary_loss
 from slidelora.scopes import (
     NOTHING,
@@ -309,7 +309,7 @@ def gates(model: nn.Module, value: GateValue, repeats: int = 1) -> AbstractConte
     weights = given_gates(state.config, value)
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats is {repeats!r}, expected an integer of at least 1")
-    devices = {parameter.device for name, parameter in host.named_parameters() if name.endswith(".lora_A")}
+    devices = acting_devices(host)
     if not isinstance(value, Tensor):
         weights = weights.to(min(devices, key=str))
     elif weights.device not in devices:

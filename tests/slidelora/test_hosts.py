@@ -196,6 +196,18 @@ def test_a_model_offloaded_after_injection(gate: str, r: Any) -> None:
     assert torch.equal(run_frozen(model, inputs), expected)
 
 
+def test_gates_by_name_on_a_model_offloaded_after_injection() -> None:
+    model, inputs = make_host("llama")
+    randomise(slidelora.inject(model, r=2, gate="given"))
+    with slidelora.gates(model, "text"):
+        expected = run_frozen(model, inputs)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    for value in ("text", torch.tensor([[0.5, 0.0, 0.5]])):
+        with slidelora.gates(model, value):
+            assert slidelora.routing(model).weights.device.type == "cpu"
+            assert torch.equal(run_frozen(model, inputs), expected)
+
+
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         output = model(**inputs)
@@ -234,6 +246,27 @@ def test_fusing_projections_with_experts_is_refused(name: str) -> None:
         slidelora.remove(model).fuse_qkv_projections()
     fused = run_frozen(model, inputs)
     assert (fused - base).norm() < 1e-5 * base.norm() and list(map(id, model.modules())) != modules
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_projections_that_nobody_calls_get_no_experts(name: str) -> None:
+    model, _ = make_host(name)
+    options: dict[str, Any] = {"r": 2, "gate": "given"}
+    with torch.no_grad():
+        model.fuse_qkv_projections()
+    names = [key for key, _ in model.named_parameters()]
+    for targets in (["to_v"], "all-linear", ["to_k", "to_out.0"]):
+        with pytest.raises(
+            ValueError, match=r"is fused into to_\w+, .* unfuse_qkv_projections\(\) first, or target to_"
+        ):
+            slidelora.inject(model, **options, target_modules=targets)
+    assert [key for key, _ in model.named_parameters()] == names
+    slidelora.remove(slidelora.inject(model, **options, target_modules=["to_qkv"]))
+    model.unfuse_qkv_projections()
+    if name == "unet":  # the joint layers stay
+        with pytest.raises(ValueError, match=r"to_qkv is unfused, expected a layer that the model calls"):
+            slidelora.inject(model, **options, target_modules=["to_qkv"])
+    slidelora.inject(model, **options, target_modules=["to_v"])
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     Under FSDP2 (fully_shard) call this in all processes, since it gathers the weights; each process writes all of them.
     """
     host = injected(model)
-    config = json.dumps(_savable(host).to_dict(), indent=2) + "\n"
+    config = json.dumps(savable(routing(host).config, slide_layers(host)).to_dict(), indent=2) + "\n"
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / CONFIG
@@ -65,16 +65,15 @@ def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     replace_file(path, lambda partial: Path(partial).write_text(config))
 
 
-def _savable(host: nn.Module) -> SlideLoRAConfig:
-    """Return a model's configuration, with names instead of regular expressions that no loader would accept."""
-    config = routing(host).config
+def savable(config: SlideLoRAConfig, layers: Iterable[str]) -> SlideLoRAConfig:
+    """Return the configuration of layers, with names instead of regular expressions that no loader would accept."""
     if is_bounded(config.to_dict()):
         return config
-    layers = first_names(slide_layers(host))
-    ranks = {f"^{re.escape(name)}": dict(zip(config.experts, config.ranks(name))) for name in layers}
-    alphas = {f"^{re.escape(name)}": dict(zip(config.experts, config.alphas(name))) for name in layers}
+    names = list(layers)
+    ranks = {f"^{re.escape(name)}": dict(zip(config.experts, config.ranks(name))) for name in names}
+    alphas = {f"^{re.escape(name)}": dict(zip(config.experts, config.alphas(name))) for name in names}
     exact: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas}
-    return replace(config, target_modules=list(slide_layers(host)), exclude_modules=None, **exact)
+    return replace(config, target_modules=names, exclude_modules=None, **exact)
 
 
 def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:

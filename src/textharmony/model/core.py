@@ -67,6 +67,8 @@ class TextHarmonyModel(nn.Module):
         language = given.language or build_language(config, tokenizer, dtype_of(dtype, "language"))
         words: Any = language.get_input_embeddings()
         self.language = language
+        for slide in (config.slide, config.slide_vision):
+            slidelora.require_bounded(slide or {})  # the configuration of a folder may be a stranger's
         if config.slide is not None:
             slidelora.inject(language, **config.slide)
         width: int = words.weight.shape[-1]

@@ -21,6 +21,7 @@ from textharmony.config import LOSSES, ModelConfig, MultiScaleConfig, put_expert
 from textharmony.data.record import Record
 from textharmony.data.synthetic import SyntheticWords
 from textharmony.images import fit_image
+from textharmony.model.core import TextHarmonyModel
 from textharmony.pipeline import TextHarmony
 from textharmony.presets import PAPER, TINY
 from textharmony.prompts import Request, Task
@@ -59,6 +60,15 @@ def randomise(model: nn.Module, *names: str, std: float = 0.5) -> None:
         for name, parameter in model.named_parameters():
             if any(part in name for part in names):
                 parameter.normal_(0, std)
+
+
+def test_patterns_of_a_configuration_are_bounded(model: TextHarmony) -> None:
+    for field in ("slide", "slide_vision"):
+        config = replace(model.config, **{field: {"target_modules": "(a+)+b", "gate": "given"}})
+        with pytest.raises(
+            ValueError, match=r"target_modules has '\(a\+\)\+b', expected a pattern that matches quickly"
+        ):
+            TextHarmonyModel(config, model.tokenizer)
 
 
 # What the language model reads
