@@ -154,7 +154,9 @@ def thaw(host: nn.Module, injection: Injection) -> None:
         parameter.requires_grad_(name in injection.trainable)
 
 
-_VISION = re.compile(r"vision|visual|image|picture|projector|connector|qformer|resampler", re.I)
+_MEDIA = re.compile(
+    r"vision|visual|image|picture|video|audio|speech|projector|connector|qformer|resampler|perceiver", re.I
+)
 
 
 def _layout(modules: Mapping[str, nn.Module], name: str) -> Layout:
@@ -167,7 +169,7 @@ def _layout(modules: Mapping[str, nn.Module], name: str) -> Layout:
     subset = any("expert" in kind and "shared_expert" not in kind for kind in kinds) or "experts" in names[-1]
     known = type(around[0]).__module__.split(".")[0] in ("transformers", "diffusers")
     listed = not known and any(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in around)
-    return Layout(time_first, subset, listed, any(_VISION.search(part) for part in names))
+    return Layout(time_first, subset, listed, any(_MEDIA.search(part) for part in names))
 
 
 def _has_fast_path(block: nn.Module) -> bool:
