@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -26,7 +26,7 @@ from slidelora.inputs import (
 from slidelora.losses import GateRun
 from slidelora.routing_state import GATE, Routing, injected
 from slidelora.routing_state import routing as routing_of
-from slidelora.scopes import ActiveGates, Entry, Scope, compact_form, in_backward, same_gates
+from slidelora.scopes import ActiveGates, Entry, Pictures, Scope, compact_form, in_backward, same_gates
 
 _CALL = "slidelora_call"  # the attribute of a host that holds its HostCall
 
@@ -193,9 +193,19 @@ class HostCall:
         else:
             return
         gates.tokens, gates.with_grad = token_shape(inputs), torch.is_grad_enabled()
-        if gates.weights is not None and len(gates.weights) > 1 and gates.weights.ndim == 2:
-            gates.pictures = find_pictures(host, inputs)
+        gates.pictures = self._pictures(host, inputs, gates, batch)
         entry.gates = gates
+
+    def _pictures(
+        self, host: nn.Module, inputs: Mapping[str, Any], gates: ActiveGates, batch: int | None
+    ) -> Pictures | None:
+        """Tell which row of the gates each picture of a call belongs to."""
+        if gates.weights is None or len(gates.weights) == 1 or gates.weights.ndim == 3:
+            return None
+        pictures = find_pictures(host, inputs)
+        if pictures is None or pictures.rows is None or not batch:
+            return pictures
+        return pictures._replace(rows=pictures.rows * (len(gates.weights) // batch))  # rows may be there for each beam
 
     def weigh(self, model: nn.Module, inputs: Mapping[str, Any], scope: Scope) -> Tensor:
         """Return the weights of the model's gate: for the prompt that was told, that filled the cache, or that is new.
@@ -314,16 +324,18 @@ class HostCall:
     ) -> Iterator[Callable[[Any], None]]:
         """Put the gates of the prompts in force for all steps of a `generate`; its result is given to the function."""
         scope, kind = self.routing.scope, self.routing.kind
-        inputs, entry = generation_inputs(host, args, kwargs), None
+        inputs, gates = generation_inputs(host, args, kwargs), None
         batch, given = batch_size(inputs), scope.given
         if batch is None or scope.disabled or self.routing.base_only:
             pass
         elif given is not None and given.weights is not None and not given.from_prompt:
-            entry = Entry(ActiveGates(given.weights, given.compact, True, batch))
+            gates = ActiveGates(given.weights, given.compact, True, batch)
         elif kind.in_model and kind.reads_prompt and token_shape(inputs) is not None:
             with torch.no_grad():
                 weights = self.weigh(host, {**inputs, "use_cache": True}, scope)
-            entry = Entry(ActiveGates(weights, compact_form(weights), True, len(weights), from_prompt=True))
+            gates = ActiveGates(weights, compact_form(weights), True, batch, from_prompt=True)
+        if gates is not None:  # transformers may encode the pictures before the first step
+            gates.pictures = self._pictures(host, inputs, gates, batch)
 
         def remember(output: Any) -> None:
             sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
@@ -331,10 +343,7 @@ class HostCall:
             if isinstance(ids, Tensor) and isinstance(sequences, Tensor) and is_causal(host):
                 self.routing.local.generated = sequences, ids.shape[1]
 
-        if entry is None:
-            yield remember
-            return
-        with self.routing.within(entry):
+        with nullcontext() if gates is None else self.routing.within(Entry(gates)):
             yield remember
 
     def scope_of_batches(self) -> Scope:
