@@ -1,5 +1,6 @@
 """Gated groups of LoRA experts for any torch model."""
 
+from slidelora.checkpointing import checkpoint_kwargs
 from slidelora.config import SlideLoRAConfig
 from slidelora.experts import add_expert, freeze, param_groups
 from slidelora.files.bounds import require_bounded
@@ -11,7 +12,7 @@ from slidelora.hooks import compute_gates
 from slidelora.injection import inject, print_trainable_parameters, remove
 from slidelora.merging import merge, merge_and_unload, unmerge
 from slidelora.plot import plot_routing
-from slidelora.routing_state import aux_loss, checkpoint_kwargs, disabled, gates, prompt, routing
+from slidelora.routing_state import aux_loss, disabled, gates, prompt, routing
 
 __all__ = [
     "SlideLoRAConfig", "inject", "remove", "gates", "prompt", "released_gates", "disabled", "compute_gates", "routing",

@@ -2,23 +2,23 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slidelora.caches import CACHES, WEIGHTS_KEY, find_filled, keep_weights
 from slidelora.inputs import (
-    WEIGHTS_KEY,
     batch_size,
+    begins_late,
     by_name,
     find_embeddings,
     find_packed,
     find_pictures,
-    generation_mask,
+    generation_inputs,
     is_causal,
-    is_filled,
     read_prompt,
     token_masks,
     token_shape,
@@ -26,10 +26,9 @@ from slidelora.inputs import (
 from slidelora.losses import GateRun
 from slidelora.routing_state import GATE, Routing, injected
 from slidelora.routing_state import routing as routing_of
-from slidelora.scopes import ActiveGates, Entry, Scope, compact_form, in_backward
+from slidelora.scopes import ActiveGates, Entry, Pictures, Scope, compact_form, in_backward, same_gates
 
 _CALL = "slidelora_call"  # the attribute of a host that holds its HostCall
-_CACHES = ("past_key_values", "cache_params", "state")  # what models call the state that they keep between calls
 
 
 class Host(nn.Module):
@@ -78,13 +77,18 @@ class GeneratingHost(Host):
             remember(output)
         return output
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model's own class does: many prompts in one row, in a thread of their own."""
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the manager of `generate_batch` as the model's own class does; it keeps the gates that are in force."""
         call: HostCall | None = getattr(self, _CALL, None)
         if call is None:
-            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
-        with call.everywhere():
-            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        scope, managers = call.scope_of_batches(), call.routing.managers
+        if any(not (manager.is_running() or same_gates(scope, other)) for manager, other in list(managers.items())):
+            # A manager that transformers kept may have recorded other gates in a CUDA graph.
+            self.destroy_cached_continuous_batching_manager()  # type: ignore[operator]
+        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        managers[manager] = scope
+        return manager
 
 
 @cache
@@ -148,6 +152,8 @@ class HostCall:
         """Let the entry of a call say which gates act: those that are given, or what the model's own gate says."""
         entry.pending = False
         routing, scope = self.routing, self.routing.scope
+        if "cu_seq_lens_q" in kwargs and kwargs.get("cache") is not None:
+            scope = self.scope_of_batch(kwargs["cache"])
         if self.model is not None and scope.gates is not None:
             return
         if scope.disabled or routing.base_only:
@@ -169,7 +175,8 @@ class HostCall:
                 if given.prompts != weights.shape[0] or batch % weights.shape[0]:
                     raise ValueError(
                         f"gates have batch {weights.shape[0]}, expected {batch} as the input has; for beams or "
-                        "several returned sequences pass repeats= to slidelora.gates"
+                        "several returned sequences pass repeats= to slidelora.gates, and gates by token, (B, T, E), "
+                        "for samples that are packed into a row"
                     )
                 weights = weights.repeat_interleave(batch // weights.shape[0], 0)
                 compact = compact_form(weights)
@@ -186,9 +193,19 @@ class HostCall:
         else:
             return
         gates.tokens, gates.with_grad = token_shape(inputs), torch.is_grad_enabled()
-        if gates.weights is not None and len(gates.weights) > 1 and gates.weights.ndim == 2:
-            gates.pictures = find_pictures(host, inputs)
+        gates.pictures = self._pictures(host, inputs, gates, batch)
         entry.gates = gates
+
+    def _pictures(
+        self, host: nn.Module, inputs: Mapping[str, Any], gates: ActiveGates, batch: int | None
+    ) -> Pictures | None:
+        """Tell which row of the gates each picture of a call belongs to."""
+        if gates.weights is None or len(gates.weights) == 1 or gates.weights.ndim == 3:
+            return None
+        pictures = find_pictures(host, inputs)
+        if pictures is None or pictures.rows is None or not batch:
+            return pictures
+        return pictures._replace(rows=pictures.rows * (len(gates.weights) // batch))  # rows may be there for each beam
 
     def weigh(self, model: nn.Module, inputs: Mapping[str, Any], scope: Scope) -> Tensor:
         """Return the weights of the model's gate: for the prompt that was told, that filled the cache, or that is new.
@@ -198,35 +215,39 @@ class HostCall:
         if not self.routing.kind.reads_prompt:
             return _run_gate(model, self.routing)
         shape = token_shape(inputs)
-        told = scope.prompt is not None and tuple(scope.prompt.shape) == shape
-        filled = [name for name in _CACHES if is_filled(inputs.get(name))]
-        if filled and not told:
-            weights = getattr(inputs[filled[0]], WEIGHTS_KEY, None)
+        told = scope.prompt if scope.prompt is not None and tuple(scope.prompt.shape) == shape else None
+        filled = find_filled(inputs)
+        if filled is not None and told is None:
+            weights = getattr(inputs[filled], WEIGHTS_KEY, None)
             if weights is None:
                 raise RuntimeError(
-                    f"{filled[0]} was filled without this model's gate, or cannot keep its weights; expected that of a "
+                    f"{filled} was filled without this model's gate, or cannot keep its weights; expected that of a "
                     "forward under it, or `with slidelora.gates(model, ...):` around the call"
                 )
             if (batch := batch_size(inputs)) is not None and batch != weights.shape[0]:
-                raise ValueError(f"{filled[0]} has batch {weights.shape[0]}, expected {batch} as the input has")
+                raise ValueError(f"{filled} has batch {weights.shape[0]}, expected {batch} as the input has")
+            if not in_backward():
+                self.routing.record(weights, None, None)
             return weights  # type: ignore[no-any-return]
         encoded = inputs.get("encoder_outputs")
         if isinstance(encoded, Mapping) and WEIGHTS_KEY in encoded:
             return encoded[WEIGHTS_KEY]  # type: ignore[no-any-return]
-        if scope.prompt is not None and not told:
+        if scope.prompt is not None and told is None:
             raise ValueError(f"the prompt's mask is {tuple(scope.prompt.shape)}, expected {shape} as the input has")
-        embeds, mask = read_prompt(model, inputs)
-        known = not torch.compiler.is_compiling() and mask.device.type != "meta"  # the values of the mask
-        samples = find_packed(inputs, mask) if known else None
-        if scope.prompt is not None:
-            mask = mask & scope.prompt.to(mask.device)
-        else:
-            mask = mask & self._before_answer(model, inputs, mask)
+        embeds, tokens = read_prompt(model, inputs, told is not None)
+        known = not torch.compiler.is_compiling() and tokens.device.type != "meta"  # the values of the mask
+        samples = find_packed(inputs, tokens) if known else None
+        mask = tokens & (self._before_answer(model, inputs, tokens) if told is None else told.to(tokens.device))
         if known and not bool(mask.any(1).all()):
             self._warn(
                 "a sequence has no prompt token: every token has a label or is padding, so the gate cannot tell it "
                 "from others; give the labels of the prompt -100, tell the prompt with slidelora.prompt(model, mask), "
                 "or use gate='token'"
+            )
+        if known and told is None and filled is None and is_causal(model) and begins_late(inputs, tokens):
+            self._warn(
+                "position_ids begin after 0 and no cache tells the prompt, so the gate reads the tokens of this call "
+                "alone; use generate, put slidelora.gates(model, weights) around the call, or use gate='token'"
             )
         if samples is None:
             return _run_gate(model, self.routing, embeds, mask)
@@ -237,10 +258,8 @@ class HostCall:
 
     def _before_answer(self, model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         """Say which tokens (B, T) are not the answer, as far as the call tells."""
-        everything, positions = (
-            torch.ones_like(mask),
-            torch.arange(mask.shape[1], device=mask.device).expand(mask.shape),
-        )
+        everything = torch.ones_like(mask)
+        positions = everything.cumsum(1) - 1
         if not is_causal(model):
             return everything  # labels of tags, masked words or a decoder are not in the input
         labels = inputs.get("labels")
@@ -293,10 +312,9 @@ class HostCall:
             return
         if self.model is not None and isinstance(output, MutableMapping):
             output[WEIGHTS_KEY] = gates.weights
-        for name in _CACHES:
+        for name in CACHES:
             for kept in (kwargs.get(name), getattr(output, name, None)):
-                if hasattr(kept, "__dict__") and not isinstance(kept, (Tensor, type)):
-                    _keep(kept, gates.weights)
+                keep_weights(kept, gates.weights)
 
     @contextmanager
     def generating(
@@ -304,81 +322,53 @@ class HostCall:
     ) -> Iterator[Callable[[Any], None]]:
         """Put the gates of the prompts in force for all steps of a `generate`; its result is given to the function."""
         scope, kind = self.routing.scope, self.routing.kind
-        inputs = dict(kwargs)
-        if "input_ids" not in inputs:
-            inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
-        shape, entry = token_shape(inputs), None
-        if shape is not None and not (scope.disabled or self.routing.base_only):
-            if scope.given is not None and scope.given.weights is not None:
-                given = scope.given
-                gates = ActiveGates(given.weights, given.compact, True, shape[0], from_prompt=given.from_prompt)
-                entry = Entry(gates)
-            elif kind.in_model and kind.reads_prompt:
-                if not isinstance(inputs.get("attention_mask"), Tensor) or inputs["attention_mask"].ndim != 2:
-                    inputs["attention_mask"] = generation_mask(host, inputs)
-                with torch.no_grad():
-                    weights = self.weigh(host, {**inputs, "use_cache": True}, scope)
-                entry = Entry(ActiveGates(weights, compact_form(weights), True, len(weights), from_prompt=True))
+        inputs, gates = generation_inputs(host, args, kwargs), None
+        batch, given = batch_size(inputs), scope.given
+        if batch is None or scope.disabled or self.routing.base_only:
+            pass
+        elif given is not None and given.weights is not None and not given.from_prompt:
+            gates = ActiveGates(given.weights, given.compact, True, batch)
+        elif kind.in_model and kind.reads_prompt and token_shape(inputs) is not None:
+            with torch.no_grad():
+                weights = self.weigh(host, {**inputs, "use_cache": True}, scope)
+            gates = ActiveGates(weights, compact_form(weights), True, batch, from_prompt=True)
+        if gates is not None:  # transformers may encode the pictures before the first step
+            gates.pictures = self._pictures(host, inputs, gates, batch)
 
         def remember(output: Any) -> None:
             sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
-            if isinstance(inputs["input_ids"], Tensor) and isinstance(sequences, Tensor) and is_causal(host):
-                self.routing.local.generated = sequences, inputs["input_ids"].shape[1]
+            ids = inputs.get("input_ids")
+            if isinstance(ids, Tensor) and isinstance(sequences, Tensor) and is_causal(host):
+                self.routing.local.generated = sequences, ids.shape[1]
 
-        if entry is None:
-            yield remember
-            return
-        with self.routing.within(entry):
+        with nullcontext() if gates is None else self.routing.within(Entry(gates)):
             yield remember
 
-    @contextmanager
-    def everywhere(self) -> Iterator[None]:
-        """Put what is in force for the caller in force in the threads that it starts.
+    def scope_of_batches(self) -> Scope:
+        """Return what is in force for a manager of continuous batching that is made now.
 
         Raises ValueError if prompts have gates of their own: in one row with others, their tokens would share one.
         """
         state, scope = self.routing, self.routing.scope
-        own = scope.given is None and state.kind.in_model
-        if not (scope.disabled or state.base_only) and (own or (scope.given is not None and _rows(scope.given) > 1)):
+        given = scope.given or state.default
+        several = state.kind.in_model if given is None else given.weights is not None and len(given.weights) > 1
+        if several and not (scope.disabled or state.base_only):
             raise ValueError(
-                f"generate_batch puts many prompts into one row, which has one gate={state.config.gate!r}; expected "
-                "`with slidelora.gates(model, name):` with one gate for all prompts, gate='token', or generate"
+                f"continuous batching puts many prompts into one row, and each has a gate={state.config.gate!r} of its "
+                "own, expected one gate for all: `with slidelora.gates(model, name):` around generate_batch, "
+                "gate='token', or generate"
             )
-        before, state.everywhere = state.everywhere, scope
-        try:
-            yield
-        finally:
-            state.everywhere = before
+        return scope
 
-
-def _rows(gates: ActiveGates) -> int:
-    return 0 if gates.weights is None else len(gates.weights)
-
-
-class _CacheEdit:
-    """A method of a cache that moves its rows, and the weights with them."""
-
-    def __init__(self, cache: Any, name: str) -> None:
-        self.cache, self.name = cache, name
-
-    def __call__(self, argument: Any) -> None:
-        getattr(type(self.cache), self.name)(self.cache, argument)
-        weights = getattr(self.cache, WEIGHTS_KEY)
-        if self.name == "batch_repeat_interleave":
-            weights = weights.repeat_interleave(argument, 0)
-        else:
-            weights = weights[argument.to(weights.device) if isinstance(argument, Tensor) else argument]
-        setattr(self.cache, WEIGHTS_KEY, weights)
-
-
-def _keep(cache: Any, weights: Tensor | None) -> None:
-    """Give a cache the weights of the prompts that filled it; they follow its rows."""
-    setattr(cache, WEIGHTS_KEY, weights)
-    if torch.compiler.is_compiling():
-        return
-    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
-        if hasattr(type(cache), name) and name not in vars(cache):
-            setattr(cache, name, _CacheEdit(cache, name))
+    def scope_of_batch(self, cache: Any) -> Scope:
+        """Return what was in force when the manager was made whose thread calls the model now."""
+        for manager, scope in list(self.routing.managers.items()):
+            if getattr(manager.batch_processor, "cache", None) is cache:
+                return scope
+        raise RuntimeError(
+            "the gates of a manager of continuous batching are not known, expected one of model.generate_batch or "
+            "model.init_continuous_batching"
+        )
 
 
 def _run_gate(model: nn.Module, routing: Routing, *prompt: Tensor) -> Tensor:

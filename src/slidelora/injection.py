@@ -55,6 +55,7 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     host = unwrap(model)
     targets, modules = find_targets(host, config), dict(plain_modules(host))
     _require_called(modules, targets)
+    _require_unscaled(host, targets)
     state = Routing(config)
     gate = _model_gate(host, config).train(host.training) if kind_of(config).in_model else None
     wrappers: dict[int, SlideLoRALinear] = {}
@@ -162,7 +163,9 @@ def thaw(host: nn.Module, injection: Injection) -> None:
         parameter.requires_grad_(name in injection.trainable)
 
 
-_VISION = re.compile(r"vision|visual|image|picture|projector|connector|qformer|resampler", re.I)
+_MEDIA = re.compile(
+    r"vision|visual|image|picture|video|audio|speech|projector|connector|qformer|resampler|perceiver", re.I
+)
 
 
 def _layout(modules: Mapping[str, nn.Module], name: str) -> Layout:
@@ -175,7 +178,7 @@ def _layout(modules: Mapping[str, nn.Module], name: str) -> Layout:
     subset = any("expert" in kind and "shared_expert" not in kind for kind in kinds) or "experts" in names[-1]
     known = type(around[0]).__module__.split(".")[0] in ("transformers", "diffusers")
     listed = not known and any(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in around)
-    return Layout(time_first, subset, listed, any(_VISION.search(part) for part in names))
+    return Layout(time_first, subset, listed, any(_MEDIA.search(part) for part in names))
 
 
 def _has_fast_path(block: nn.Module) -> bool:
@@ -311,6 +314,18 @@ def _require_untied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
                 raise ValueError(
                     f"{key} is tied to {others[0]}, expected a target with its own weight: see exclude_modules"
                 )
+
+
+def _require_unscaled(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a target is of an RWKV whose weights shrink in evaluation, because the experts would not."""
+    config = getattr(model, "config", None)
+    every, depth = getattr(config, "rescale_every", 0), getattr(config, "num_hidden_layers", 0)
+    scaled = [name for name in targets if name.endswith(("attention.output", "feed_forward.value"))]
+    if scaled and 0 < every < depth:
+        raise ValueError(
+            f"config.rescale_every is {every}, expected 0: in evaluation the model divides the weights of {scaled[0]} "
+            "and others, and their experts would stay as they are; set it to 0 before the model runs"
+        )
 
 
 def _fused_experts(model: nn.Module, config: SlideLoRAConfig) -> list[str]:

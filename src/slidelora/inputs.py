@@ -1,6 +1,7 @@
 """What the arguments of a call say about its samples, tokens, prompt and pictures."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,55 +10,101 @@ from torch import Tensor, nn
 
 from slidelora.scopes import Pictures
 
-WEIGHTS_KEY = "slidelora_weights"  # under which a KV cache, or the output of an encoder, keeps its prompt's weights
+_MEDIA = re.compile(r"pixel|image|picture|video|audio|speech|input_features|patches")  # in names of arguments
 
 
-def generation_mask(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the attention mask (B, T) that `generate` infers: without padding, if it is clear what is padding."""
-    ids = inputs["input_ids"]
-    if inputs.get("inputs_embeds") is not None:
-        return torch.ones(inputs["inputs_embeds"].shape[:2], dtype=torch.long, device=inputs["inputs_embeds"].device)
+def generation_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `generate` by name, with the tokens and the attention mask (B, T) that it infers."""
+    inputs, first = dict(kwargs), args[0] if args else kwargs.get("inputs")
+    if first is not None:
+        inputs[getattr(model, "main_input_name", "input_ids")] = first
     settings = inputs.get("generation_config") or getattr(model, "generation_config", None)
-    pad, eos = (inputs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+    pad, eos, bos = (
+        inputs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id", "bos_token_id")
+    )
+    if batch_size(inputs) is None and isinstance(bos, int) and is_causal(model):
+        inputs["input_ids"] = torch.full((1, 1), bos, device=next(model.parameters()).device)
+    mask, shape, ids = inputs.get("attention_mask"), token_shape(inputs), inputs.get("input_ids")
+    if shape is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return inputs
     ends = eos if isinstance(eos, (list, tuple)) else [eos]
-    return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
+    if not isinstance(ids, Tensor) or inputs.get("inputs_embeds") is not None or pad is None or pad in ends:
+        inputs["attention_mask"] = torch.ones(shape, dtype=torch.long)  # it is not clear what is padding
+    else:
+        inputs["attention_mask"] = ids.ne(pad).long()
+    return inputs
 
 
 def find_packed(inputs: Mapping[str, Any], mask: Tensor) -> tuple[Tensor, list[int]] | None:
     """Return for each token (B, T) the index of its sample, and the samples' lengths; None if a row is one sample.
 
-    Samples that are packed into a row are told apart by position_ids that begin again.
+    Samples that are packed into a row are told apart by seq_idx or cu_seq_lens_q, else by position_ids that begin
+    again.
     """
-    positions = inputs.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[-1] != mask.shape[-1]:
+    begins = _beginnings(inputs, mask)
+    if begins is None or not bool(begins[:, 1:].any()):
         return None
-    positions = positions.expand(mask.shape)
-    begins = positions[:, 1:] <= positions[:, :-1]
-    begins &= (mask[:, 1:] & mask[:, :-1]).to(begins.device)  # padding has no order
-    if not bool(begins.any()):
-        return None
-    begins = torch.cat([torch.ones_like(begins[:, :1]), begins], 1)
+    begins[:, 0] = True
     index = begins.flatten().cumsum(0) - 1
     return index.view(mask.shape), index.bincount().tolist()
 
 
-def find_pictures(host: nn.Module, inputs: Mapping[str, Any]) -> Pictures | None:
-    """Tell which sample each picture of a call belongs to, from the positions that its tokens have in the text."""
-    pixels, ids, grid = (inputs.get(name) for name in ("pixel_values", "input_ids", "image_grid_thw"))
-    if not isinstance(pixels, Tensor) or not isinstance(ids, Tensor) or torch.compiler.is_compiling():
+def _beginnings(inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
+    """Return (B, T), true where a sample begins, except perhaps in the first column; None if nothing tells it."""
+    numbers, borders, positions = (inputs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids"))
+    if isinstance(numbers, Tensor) and numbers.shape == mask.shape:
+        return numbers != numbers.roll(1, 1)
+    if isinstance(borders, Tensor):
+        begins = torch.zeros(mask.numel() + 1, dtype=torch.bool, device=borders.device)
+        begins[borders.long()] = True
+        return begins[:-1].view(mask.shape)
+    if not isinstance(positions, Tensor) or positions.ndim not in (2, 3) or positions.shape[-1] != mask.shape[-1]:
         return None
+    # Multimodal positions are (3, B, T), in time, height and width, or (4, B, T) with those of the text before them.
+    # All tokens of a picture have the same time.
+    same = positions.ndim == 3 and len(positions) == 3
+    positions = (positions[0] if positions.ndim == 3 else positions).expand(mask.shape)
+    mask = mask.to(positions.device)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    before = torch.where(mask, columns, -1).cummax(1).values.roll(1, 1)  # (B, T) the last token that is no padding
+    last = positions.gather(1, before.clamp(min=0))
+    return mask & (before >= 0) & (columns > 0) & ((positions < last) if same else (positions <= last))
+
+
+def begins_late(inputs: Mapping[str, Any], mask: Tensor) -> bool:
+    """Say whether the position_ids (B, T) of a call go on from tokens that are not in it, in each row."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[-1] != mask.shape[-1]:
+        return False
+    first = mask.int().argmax(1, keepdim=True).to(positions.device)
+    return bool((positions.expand(mask.shape).gather(1, first) > 0).all())
+
+
+def find_pictures(host: nn.Module, inputs: Mapping[str, Any]) -> Pictures | None:
+    """Tell which sample each picture of a call belongs to, from the positions that its tokens have in the text.
+
+    None for a call whose samples are the pictures themselves, or without any.
+    """
+    media = [name for name, value in inputs.items() if isinstance(value, Tensor) and _MEDIA.search(name)]
+    if token_shape(inputs) is None or not media:
+        return None
+    pixels, ids, grid = (inputs.get(name) for name in ("pixel_values", "input_ids", "image_grid_thw"))
     config = getattr(host, "config", None)
     token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    # image_sizes come with pictures of different numbers of tokens.
+    others = set(media) - {"pixel_values", "image_grid_thw", "pixel_attention_mask"}
+    if token is None or others or torch.compiler.is_compiling():
+        return Pictures(0, None)
+    if not isinstance(pixels, Tensor) or not isinstance(ids, Tensor):
+        return Pictures(0, None)
     count = len(grid) if isinstance(grid, Tensor) else len(pixels)
-    if token is None or inputs.get("pixel_values_videos") is not None:
-        return Pictures(count, None)
     in_row = (ids == token).sum(1)  # (B,)
     sizes = grid.prod(-1) if isinstance(grid, Tensor) else torch.ones(count, dtype=torch.long, device=ids.device)
     each = sizes * in_row.sum() // sizes.sum()  # tokens of each picture
     rows = torch.searchsorted(in_row.cumsum(0), each.cumsum(0))
     found = torch.zeros_like(in_row).index_add(0, rows.clamp(max=len(ids) - 1), each)
-    known = bool((each > 0).all()) and torch.equal(found, in_row)
-    return Pictures(count, rows if known else None, sizes if isinstance(grid, Tensor) else None)
+    fits = bool((each > 0).all()) and torch.equal(found, in_row)
+    return Pictures(count, rows if fits else None, sizes if isinstance(grid, Tensor) else None)
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -92,17 +139,11 @@ def token_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def is_filled(cache: Any) -> bool:
-    """Say whether a KV cache, or what else a model keeps between calls, holds tokens."""
-    if hasattr(cache, WEIGHTS_KEY) and not hasattr(cache, "get_seq_length"):
-        return True
-    if hasattr(cache, "get_seq_length"):
-        return bool(cache.get_seq_length() > 0)
-    return isinstance(cache, (tuple, list)) and len(cache) > 0
+def read_prompt(model: nn.Module, inputs: Mapping[str, Any], told: bool) -> tuple[Tensor, Tensor]:
+    """Return embeddings (B, T, D) and the mask (B, T) of the tokens that attention_mask keeps.
 
-
-def read_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return embeddings (B, T, D) and the mask (B, T) of the tokens that attention_mask keeps."""
+    If the prompt is told, attention_mask may be of any kind; all tokens are kept if it is not (B, T).
+    """
     input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if embeds is None:
         if input_ids is None:
@@ -112,12 +153,17 @@ def read_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Te
             )
         embeds = model.get_input_embeddings()(input_ids)  # type: ignore[operator]
     mask = inputs.get("attention_mask")
-    if mask is None:
+    if isinstance(mask, Tensor) and mask.shape == embeds.shape[:2]:
+        mask = mask.bool()
+    elif mask is None or told:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    elif not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
+    else:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask is {shape}, expected {tuple(embeds.shape[:2])} for a gate on the prompt")
-    return embeds, mask.bool()
+        raise ValueError(
+            f"attention_mask is {shape}, expected {tuple(embeds.shape[:2])} for a gate that reads the prompt; tell it "
+            "the prompt with slidelora.prompt(model, mask), or use gate='token'"
+        )
+    return embeds, mask.to(embeds.device)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -3,11 +3,13 @@
 All layers of a model share one plain object, its `Routing`.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import is_dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,8 @@ class Routing:
         self.adopt(config)
         self.local = Local()
         self.last = Last()  # what compiled code writes: it cannot change what a thread-local variable holds
-        self.everywhere = NOTHING  # in force in threads that entered nothing
+        # What was in force when each manager of continuous batching was made, for the thread that it starts.
+        self.managers: WeakKeyDictionary[Any, Scope] = WeakKeyDictionary()
         self.backwards: dict[int, Scope] = {}  # the forwards whose backwards run, by the number of autograd's task
         self.base_only = False  # PEFT disabled the adapter
 
@@ -62,7 +65,7 @@ class Routing:
         """What is in force for the caller, in a forward or in the recomputation of one."""
         if torch.compiler.is_compiling():
             return self.local.scope
-        scope = _SCOPES.get().get(self, self.everywhere)
+        scope = _SCOPES.get().get(self, NOTHING)
         if autograd_task() == -1:
             return scope
         inside = tuple(entry for entry in scope.entries if entry.backward)
@@ -162,7 +165,14 @@ class Routing:
 
     def leave(self, entry: Entry) -> None:
         """End an entry, in whatever order entries end."""
-        self._set(tuple(other for other in self._entries() if other is not entry))
+        entries = self._entries()
+        if entry not in entries:
+            warnings.warn(
+                "a context of slidelora ends in another thread or task than it began in, as that of a generator may: "
+                "calls in between were without it, expected a context around each call",
+                stacklevel=4,
+            )
+        self._set(tuple(other for other in entries if other is not entry))
 
     @property
     def pending(self) -> Entry | None:
@@ -177,7 +187,7 @@ class Routing:
     def _entries(self) -> tuple[Entry, ...]:
         if torch.compiler.is_compiling():
             return self.local.scope.entries
-        return _SCOPES.get().get(self, self.everywhere).entries
+        return _SCOPES.get().get(self, NOTHING).entries
 
     def _set(self, entries: tuple[Entry, ...]) -> None:
         self.local.scope = scope = fold(entries) if entries else NOTHING
@@ -227,7 +237,7 @@ class Routing:
         """
         compiling = torch.compiler.is_compiling()
         again = not compiling and autograd_task() != -1
-        scope = self.scope if compiling or again else _SCOPES.get().get(self, self.everywhere)
+        scope = self.scope if compiling or again else _SCOPES.get().get(self, NOTHING)
         if scope.disabled or (self.base_only and not again):
             return None
         gates = scope.gates if again or scope.gates is not None else self.default
@@ -235,7 +245,9 @@ class Routing:
             raise RuntimeError(
                 f"layer {path} is recomputed in backward, and its gates, or where their gradient belongs, are not "
                 "known; expected a call of the injected model itself, not of a part, and activation checkpointing with "
-                "the arguments slidelora.checkpoint_kwargs(model)"
+                "the arguments slidelora.checkpoint_kwargs(model): as those of gradient_checkpointing_enable in "
+                "transformers, and in diffusers as model.enable_gradient_checkpointing("
+                "functools.partial(torch.utils.checkpoint.checkpoint, **slidelora.checkpoint_kwargs(model)))"
             )
         if gates is not None and gates.with_grad and not compiling and not torch.is_grad_enabled():
             gates.without_grad.add(path)
@@ -370,30 +382,3 @@ def aux_loss(model: nn.Module, targets: Sequence[str] | Tensor | None = None) ->
         )
     loss = auxiliary_loss(state.records.values(), state.config, targets)
     return torch.zeros((), dtype=torch.float32, device=next(host.parameters()).device) if loss is None else loss
-
-
-def checkpoint_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Return arguments for torch.utils.checkpoint.checkpoint around code that calls an injected model as a whole.
-
-    The recomputation then sees the gates that were in force around it. Checkpointing inside a model needs no arguments.
-    They can be written as JSON, as `TrainingArguments` does.
-    """
-    return {"use_reentrant": False, "context_fn": _Contexts(routing(model))}
-
-
-class _Contexts(str):
-    """A function that returns the contexts of a checkpointed forward and of its recomputation; in JSON, its name."""
-
-    routing: Routing
-
-    def __new__(cls, routing: Routing) -> "_Contexts":
-        contexts = super().__new__(cls, "slidelora.checkpoint_kwargs")
-        contexts.routing = routing
-        return contexts
-
-    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        scope = self.routing.scope
-        return nullcontext(), self.routing.within(Entry(scope.gates, scope.disabled, scope.prompt))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Contexts":
-        return self

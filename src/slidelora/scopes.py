@@ -97,7 +97,16 @@ def fold(entries: tuple[Entry, ...]) -> Scope:
         scope.given = entry.gates if entry.gates is not None and entry.gates.given else scope.given
         scope.disabled = scope.disabled if entry.disabled is None else entry.disabled
         scope.prompt = scope.prompt if entry.prompt is None else entry.prompt
+        if entry.prompt is not None and scope.given is not None and scope.given.from_prompt:
+            scope.given = None  # a call within generate that is told a prompt of its own
     return scope
+
+
+def same_gates(scope: Scope, other: Scope) -> bool:
+    """Say whether two scopes give the layers the same gates."""
+    weights, others = (None if each.given is None else each.given.weights for each in (scope, other))
+    same = weights is others if weights is None or others is None else torch.equal(weights, others)
+    return same and scope.disabled == other.disabled
 
 
 @dataclass
@@ -158,7 +167,7 @@ class Layout(NamedTuple):
     time_first: bool = False  # (T, B, d), as torch's own transformers have by default
     subset: bool = False  # a layer of an expert in a mixture of experts, which gets some of the tokens
     listed: bool = False  # in a ModuleList of a model of unknown kind
-    pictures: bool = False  # a layer of a vision tower or behind it, whose rows are pictures
+    media: bool = False  # a layer of a tower for pictures or sound, or behind it, whose rows are not samples
 
 
 def autograd_task() -> int:
@@ -187,7 +196,7 @@ def fit_gates(
     samples = len(gates)
     if samples == 1:
         return gates, experts
-    if layout.pictures and active.pictures is not None:
+    if layout.media and active.pictures is not None:
         rows = _picture_rows(active.pictures, x)
         if rows is not None:
             rows = rows.to(gates.device)
