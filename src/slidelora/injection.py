@@ -51,6 +51,7 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     require_plain(model)
     host = unwrap(model)
     targets, modules = find_targets(host, config), dict(plain_modules(host))
+    _require_unscaled(host, targets)
     state = Routing(config)
     gate = _model_gate(host, config).train(host.training) if kind_of(config).in_model else None
     wrappers: dict[int, SlideLoRALinear] = {}
@@ -274,6 +275,18 @@ def _require_untied(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
                 raise ValueError(
                     f"{key} is tied to {others[0]}, expected a target with its own weight: see exclude_modules"
                 )
+
+
+def _require_unscaled(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a target is of an RWKV whose weights shrink in evaluation, because the experts would not."""
+    config = getattr(model, "config", None)
+    every, depth = getattr(config, "rescale_every", 0), getattr(config, "num_hidden_layers", 0)
+    scaled = [name for name in targets if name.endswith(("attention.output", "feed_forward.value"))]
+    if scaled and 0 < every < depth:
+        raise ValueError(
+            f"config.rescale_every is {every}, expected 0: in evaluation the model divides the weights of {scaled[0]} "
+            "and others, and their experts would stay as they are; set it to 0 before the model runs"
+        )
 
 
 def _fused_experts(model: nn.Module, config: SlideLoRAConfig) -> list[str]:
