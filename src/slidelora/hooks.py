@@ -258,10 +258,8 @@ class HostCall:
 
     def _before_answer(self, model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         """Say which tokens (B, T) are not the answer, as far as the call tells."""
-        everything, positions = (
-            torch.ones_like(mask),
-            torch.arange(mask.shape[1], device=mask.device).expand(mask.shape),
-        )
+        everything = torch.ones_like(mask)
+        positions = everything.cumsum(1) - 1
         if not is_causal(model):
             return everything  # labels of tags, masked words or a decoder are not in the input
         labels = inputs.get("labels")

@@ -86,14 +86,16 @@ def find_pictures(host: nn.Module, inputs: Mapping[str, Any]) -> Pictures | None
     None for a call whose samples are the pictures themselves, or without any.
     """
     media = [name for name, value in inputs.items() if isinstance(value, Tensor) and _MEDIA.search(name)]
-    if token_shape(inputs) is None or not media or torch.compiler.is_compiling():
+    if token_shape(inputs) is None or not media:
         return None
     pixels, ids, grid = (inputs.get(name) for name in ("pixel_values", "input_ids", "image_grid_thw"))
     config = getattr(host, "config", None)
     token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
     # image_sizes come with pictures of different numbers of tokens.
     others = set(media) - {"pixel_values", "image_grid_thw", "pixel_attention_mask"}
-    if token is None or others or not isinstance(pixels, Tensor) or not isinstance(ids, Tensor):
+    if token is None or others or torch.compiler.is_compiling():
+        return Pictures(0, None)
+    if not isinstance(pixels, Tensor) or not isinstance(ids, Tensor):
         return Pictures(0, None)
     count = len(grid) if isinstance(grid, Tensor) else len(pixels)
     in_row = (ids == token).sum(1)  # (B,)
@@ -101,8 +103,8 @@ def find_pictures(host: nn.Module, inputs: Mapping[str, Any]) -> Pictures | None
     each = sizes * in_row.sum() // sizes.sum()  # tokens of each picture
     rows = torch.searchsorted(in_row.cumsum(0), each.cumsum(0))
     found = torch.zeros_like(in_row).index_add(0, rows.clamp(max=len(ids) - 1), each)
-    known = bool((each > 0).all()) and torch.equal(found, in_row)
-    return Pictures(count, rows if known else None, sizes if isinstance(grid, Tensor) else None)
+    fits = bool((each > 0).all()) and torch.equal(found, in_row)
+    return Pictures(count, rows if fits else None, sizes if isinstance(grid, Tensor) else None)
 
 
 def is_causal(model: nn.Module) -> bool:
