@@ -10,7 +10,8 @@ exit code is 1 if a case failed. docs/peft.md has the results.
 import argparse
 import contextlib
 import copy
-import importlib.util
+import importlib
+import math
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSF
 os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
 
 import peft
+import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ from slidelora.peft import SlideLoRAPeftConfig
 GATES = ("given", "sequence", "token")
 EXPERTS = ["text", "image", "shared"]
 WORDS = "the a red green blue cat dog bird sees likes draws reads on under big small house tree sun moon".split()
+HOW = [(gate, how) for gate in GATES for how in ("peft", "injected")]
 CASES: dict[str, Callable[[Path], str | None]] = {}
 
 
@@ -305,8 +308,6 @@ TRL: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def make_trl(folder: Path, name: str, gate: str, how: str, chat: bool = False, kind: str = "", **options: Any) -> Any:
     """Make one of TRL's trainers, with its defaults except for the options."""
-    import importlib
-
     where, data, quick = TRL[name]
     module = importlib.import_module(where)
     fixed = {**COMMON, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
@@ -336,10 +337,333 @@ def make_classifier() -> transformers.LlamaForSequenceClassification:
     return transformers.LlamaForSequenceClassification(config)
 
 
-@case("TRL", *[(name, gate, how) for name in TRL for gate in GATES for how in ("peft", "injected")])
+@case("TRL", *[(name, *one) for name in TRL for one in HOW])
 def train_trl(folder: Path, name: str, gate: str, how: str) -> None:
-    trainer = make_trl(folder, name, gate, how)
+    options = {"beta": 0.0} if (name, how) == ("RLOO", "injected") else {}  # else it asks the hub for a reference
+    trainer = make_trl(folder, name, gate, how, **options)
     run(trainer, gate)
+    if name == "Reward":
+        return
+    if how == "peft":
+        trainer.save_model(str(folder))
+    assert_loads(trainer.model, how, gate, folder)
+
+
+@case("TRL checkpointing", *[(n, *one, c) for n in ("SFT", "DPO", "GRPO") for one in HOW for c in CHECKPOINTING])
+def train_trl_checkpointed(folder: Path, name: str, gate: str, how: str, which: str) -> None:
+    found = []
+    for options in ({"gradient_checkpointing": False}, {} if which == "default" else CHECKPOINTING[which]):
+        transformers.set_seed(0)
+        found.append(run(make_trl(folder, name, gate, how, max_steps=1, bf16=False, **options), gate).gradients[0])
+    assert_equal(found[1], found[0])
+
+
+class Watch:
+    """Keep the gates of each row of tokens that a model with a sequence gate is called with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: list[tuple[tuple[int, ...], Tensor]] = []
+        host = next(module for module in model.modules() if "slidelora_state" in vars(module))
+        host.register_forward_hook(self.see, with_kwargs=True)
+
+    def see(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        state = slidelora.routing(host)
+        if kwargs.get("input_ids") is not None and not state.scope.disabled and not state.base_only:
+            for ids, weights in zip(kwargs["input_ids"].tolist(), state.weights):
+                self.rows.append((tuple(one for one in ids if one), weights.detach()))
+
+    def by_prompt(self, prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]:
+        """Return the rows that begin with each prompt, without the one-token steps of generation."""
+        found = {prompt: [row for row in self.rows if row[0][: len(prompt)] == prompt] for prompt in prompts}
+        return {prompt: rows for prompt, rows in found.items() if rows}
+
+
+@case("TRL gate sees the prompt", *[(n, h) for n in TRL if n not in ("SFT", "Reward") for h in ("peft", "injected")])
+def score_as_sampled(folder: Path, name: str, how: str) -> str:
+    options = {"beta": 0.0} if name in ("RLOO", "GRPO") else {}
+    trainer = make_trl(folder, name, "sequence", how, max_steps=1, bf16=False, **options)
+    watch = Watch(trainer.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(one.message) for one in caught if "slidelora.prompt" in str(one.message)]
+    tokenizer = make_tokenizer()
+    prompts = [tuple(tokenizer(one["prompt"])["input_ids"]) for one in make_data(TRL[name][1])]
+    groups = watch.by_prompt(prompts)
+    assert groups and max(len({row for row, _ in rows}) for rows in groups.values()) > 1, "no prompt has two answers"
+    worst = max(float((weights - rows[0][1]).norm()) for rows in groups.values() for _, weights in rows)
+    if told:
+        return f"warns: {told[0][:90]}..."
+    assert worst < 1e-5, f"two rows with the same prompt have gates that differ by {worst:.1e}"
+    return f"{sum(map(len, groups.values()))} rows of {len(groups)} prompts"
+
+
+@case("TRL DPO of a trained PeftModel", *GATES)
+def dpo_of_adapter(folder: Path, gate: str) -> str | None:
+    from trl import DPOConfig, DPOTrainer
+
+    arguments = DPOConfig(str(folder), **{**COMMON, "max_steps": 1, "bf16": False})
+    fields = {"processing_class": make_tokenizer(), "train_dataset": make_data("preference")}
+    try:
+        trainer = DPOTrainer(make_model(gate, "peft"), args=arguments, **fields)
+    except ValueError as error:
+        return f"refused: {error}"
+    first = run(trainer, gate).losses[0]
+    assert abs(first - math.log(2)) < 1e-4, f"the first loss is {first:.4f}, expected log 2: the reference is another"
+    return None
+
+
+TRL_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "text": ("SFT", "text", {}),
+    "packing": ("SFT", "sft", {"packing": True, "max_length": 32}),
+    "precompute": ("DPO", "", {"precompute_ref_log_probs": True}),
+    "beta": ("GRPO", "", {"beta": 0.1}),
+    "iterations": ("GRPO", "", {"num_iterations": 2}),
+    "accumulation": ("GRPO", "", {"gradient_accumulation_steps": 2}),
+    "chat": ("GRPO", "", {}),
+}
+
+
+@case("TRL with", *[(option, *one) for option in TRL_OPTIONS for one in HOW])
+def train_trl_with(folder: Path, option: str, gate: str, how: str) -> str | None:
+    name, kind, options = TRL_OPTIONS[option]
+    trainer = make_trl(folder, name, gate, how, option == "chat", kind, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(trainer, gate)
+    told = [str(one.message) for one in caught if "gate" in str(one.message)]
+    assert bool(told) == (option == "text" and gate == "sequence"), told
+    return f"warns: {told[0][:90]}..." if told else None
+
+
+# By hand: a quantised model, the loops of diffusers' examples, accelerate, Lightning
+
+
+def step(model: nn.Module, gate: str) -> dict[str, Tensor]:
+    """Return the gradients of two forwards under different gates before one backward."""
+    model.train()
+    batch = {name: torch.stack([one[name] for one in samples(4)]) for name in samples(1)[0]}
+    losses = []
+    for name in ("text", "image"):
+        with slidelora.gates(model, name) if gate == "given" or name == "image" else contextlib.nullcontext():
+            losses.append(model(**batch).loss)
+    sum(losses).backward()
+    return gradients(model)
+
+
+@case("prepare_model_for_kbit_training", *[(gate, reentrant) for gate in GATES for reentrant in (True, False)])
+def train_quantised(folder: Path, gate: str, reentrant: bool) -> None:
+    plain = step(make_model(gate, "peft"), gate)
+    base = make_base()
+    base.is_loaded_in_4bit = True
+    kwargs = {"use_reentrant": reentrant}
+    base = peft.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=kwargs)
+    assert base.is_gradient_checkpointing
+    del base.is_loaded_in_4bit
+    assert_equal(step(wake(peft.get_peft_model(base, make_config(gate))), gate), plain)
+
+
+def make_unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    return UNet2DConditionModel(**blocks, **sizes, cross_attention_dim=12, attention_head_dim=4)
+
+
+def make_flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(1)
+    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    return FluxTransformer2DModel(**sizes, joint_attention_dim=12, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4))
+
+
+def make_sd3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(1)
+    sizes = {"sample_size": 8, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+    return SD3Transformer2DModel(
+        **sizes, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4
+    )
+
+
+def make_dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(1)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "sample_size": 8}
+    return DiTTransformer2DModel(**sizes, num_embeds_ada_norm=10)
+
+
+def noise_inputs(name: str, count: int = 4) -> dict[str, Tensor]:
+    """Make the inputs of a diffusion model."""
+    torch.manual_seed(4)
+    times, text = torch.randint(0, 10, (count,)), torch.randn(count, 5, 12)
+    if name == "Flux":
+        return {
+            "hidden_states": torch.randn(count, 16, 4), "encoder_hidden_states": text, "timestep": times / 10,
+            "pooled_projections": torch.randn(count, 8), "txt_ids": torch.zeros(5, 3), "img_ids": torch.zeros(16, 3),
+        }  # fmt: skip
+    noisy = torch.randn(count, 4, 8, 8)
+    if name == "DiT":
+        return {"hidden_states": noisy, "timestep": times, "class_labels": times}
+    if name == "SD3":
+        pooled = torch.randn(count, 8)
+        return {"hidden_states": noisy, "encoder_hidden_states": text, "timestep": times, "pooled_projections": pooled}
+    return {"sample": noisy, "timestep": times, "encoder_hidden_states": text}
+
+
+DIFFUSERS = {"UNet": make_unet, "Flux": make_flux, "SD3": make_sd3, "DiT": make_dit}
+
+
+@case("diffusers", *[(n, gate, how) for n in DIFFUSERS for gate in ("given", "token") for how in ("peft", "injected")])
+def train_diffusers(folder: Path, name: str, gate: str, how: str) -> str:
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    fields: dict[str, Any] = {"experts": EXPERTS, "r": 4, "gate": gate, "target_modules": targets}
+    inputs, names = noise_inputs(name), ["text", "image", "text", "image"]
+
+    def make(checkpointing: bool) -> Any:
+        model = DIFFUSERS[name]()
+        if how == "peft":
+            model.add_adapter(SlideLoRAPeftConfig(**fields))
+        else:
+            slidelora.inject(model, **fields)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        return wake(model).train()
+
+    def loss_of(model: Any, names: Any = names) -> Tensor:
+        with slidelora.gates(model, names) if gate == "given" else contextlib.nullcontext():
+            return model(**inputs).sample.square().mean()
+
+    both = []
+    for checkpointing in (False, True):
+        model = make(checkpointing)
+        (loss_of(model) + loss_of(model, "shared")).backward()
+        both.append(gradients(model))
+    assert_equal(both[1], both[0])
+
+    model = make(True)
+    before, base = trained(model), frozen(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema = EMAModel(parameters, decay=0.5)
+    accelerator = Accelerator(cpu=True)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(parameters, lr=1e-2))
+    losses = []
+    for _ in range(6):
+        loss = loss_of(wrapped)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    assert_trained(model, before, base, gate)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    model.eval()
+    with torch.no_grad():
+        averaged = loss_of(model)
+        slidelora.save_pretrained(model, folder)
+        assert torch.equal(loss_of(slidelora.load_pretrained(DIFFUSERS[name](), folder).eval()), averaged)
+        if how == "peft":
+            model.save_lora_adapter(folder / "diffusers")
+            other = make(False).eval()
+            peft.set_peft_model_state_dict(
+                other, safetensors.torch.load_file(folder / "diffusers" / "pytorch_lora_weights.safetensors")
+            )
+            assert torch.equal(loss_of(other), averaged)
+    ema.restore(parameters)
+    with torch.no_grad():
+        assert not torch.equal(loss_of(model), averaged)
+    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+@case("accelerate", *HOW)
+def train_accelerate(folder: Path, gate: str, how: str) -> str:
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    def train(steps: int, resume: Path | None = None) -> tuple[nn.Module, list[float]]:
+        transformers.set_seed(0)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = make_model(gate, how)
+        before, base = trained(model), frozen(model)
+        optimizer = torch.optim.AdamW(slidelora.param_groups(model, lr=1e-2))
+        data = DataLoader(samples(), batch_size=4)
+        model, optimizer, data = accelerator.prepare(model, optimizer, data)
+        if resume is not None:
+            accelerator.load_state(resume)
+        losses = []
+        for _ in range(steps):
+            for batch in data:
+                with accelerator.accumulate(model):
+                    with given(model, gate):
+                        loss = model(**batch).loss
+                    accelerator.backward(loss)
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(loss.item())
+        if steps == 2 and resume is None:
+            accelerator.save_state(folder / "state")
+        assert_trained(accelerator.unwrap_model(model), before, base, gate)
+        return model, losses
+
+    train(2)
+    whole, losses = train(4)
+    resumed, _ = train(2, folder / "state")
+    assert_equal(trained(resumed), trained(whole), 1e-6)
+    assert sum(losses[-4:]) < sum(losses[:4])
+    return f"loss {sum(losses[:4]) / 4:.2f} to {sum(losses[-4:]) / 4:.2f}; resumed"
+
+
+@case("Lightning", *[(package, *one) for package in ("lightning", "pytorch_lightning") for one in HOW])
+def train_lightning(folder: Path, package: str, gate: str, how: str) -> str:
+    from torch.utils.data import DataLoader
+
+    lightning: Any = importlib.import_module("lightning.pytorch" if package == "lightning" else package)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.losses = make_model(gate, how), []
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            with given(self.model, gate):
+                loss = self.model(**batch).loss
+            self.losses.append(loss.item())
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([one for one in self.parameters() if one.requires_grad], lr=1e-2)
+
+    def train(epochs: int, resume: str | None = None) -> Any:
+        module, start = Module(), copy.deepcopy(trained)
+        before, base = start(module.model), frozen(module.model)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", default_root_dir=str(folder), **quiet)
+        trainer.fit(module, DataLoader(samples(), batch_size=4), ckpt_path=resume)
+        assert_trained(module.model, before, base, gate)
+        return module, trainer
+
+    _, half = train(2)
+    path = half.checkpoint_callback.best_model_path
+    whole, _ = train(4)
+    resumed, _ = train(4, path)
+    assert_equal(trained(resumed), trained(whole), 1e-6)
+    loaded = Module.load_from_checkpoint(path)
+    assert_loads(loaded.model, "injected", gate, folder)
+    assert whole.losses[-1] < whole.losses[0]
+    return f"loss {whole.losses[0]:.2f} to {whole.losses[-1]:.2f}; resumed"
 
 
 def main() -> int:
