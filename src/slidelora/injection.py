@@ -17,6 +17,7 @@ from slidelora.scopes import Layout
 Module = TypeVar("Module", bound=nn.Module)
 # The names under which wrappers hold a module: torch.compile, checkpoint_wrapper, FSDP; DDP holds it as "module".
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
 
 
@@ -203,11 +204,18 @@ def _refuse_fusion(*args: Any, **kwargs: Any) -> None:
 
 
 def require_plain(model: nn.Module) -> None:
-    """Raise ValueError if a model, or a model inside it, is injected or merged."""
+    """Raise ValueError if a model, or a model inside it, is injected, merged, or divided among processes."""
     if holders := [name or "the model" for name, module in model.named_modules() if MERGED in module.__dict__]:
         raise ValueError(f"{holders[0]} is merged, expected a plain model: see slidelora.merge_and_unload")
     if holders := [name or "the model" for name, module in model.named_modules() if STATE in module.__dict__]:
         raise ValueError(f"{holders[0]} is injected already, expected a plain model: call slidelora.remove first")
+    for name, module in model.named_modules():
+        # Such a wrapper chose the parameters that processes share before the experts were there.
+        if wrapper := _DISTRIBUTED.intersection(kind.__name__ for kind in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped by {min(wrapper)} already, which would not bring the experts' "
+                "gradients together, expected a plain model: inject first, then wrap"
+            )
 
 
 def find_targets(model: nn.Module, config: SlideLoRAConfig) -> dict[str, nn.Module]:

@@ -14,6 +14,8 @@ from slidelora.ops import Mixture, gated_linear, gated_lora, resolve
 from slidelora.routing_state import Routing
 from slidelora.scopes import Layout
 
+_FEW_TOKENS = 16  # of a layer's input: see ActiveGates.on
+
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """Return (d_in, d_out) of a linear layer, None for any other module.
@@ -162,7 +164,9 @@ class SlideLoRALinear(nn.Module):
         lora_B: Tensor = self.lora_B
         base_layer = self.base_layer
         x = x.to(lora_A.device)  # base_layer would bring it there, too
-        gates, experts = self.routing.weigh(active, self.path, self.gate, x, self.layout)
+        fused = resolve(self.backend, x.device) == "fused"
+        few = not fused and x.numel() <= _FEW_TOKENS * self.in_features
+        gates, experts = self.routing.weigh(active, self.path, self.gate, x, self.layout, few)
         if self.scaling is None:
             assert self.scales is not None
             if self.scales.device != x.device:  # a loader or an offload hook exchanged the parameters
@@ -175,7 +179,7 @@ class SlideLoRALinear(nn.Module):
         mixture = Mixture(lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
         plain = type(base_layer) is nn.Linear and "forward" not in base_layer.__dict__
         plain = plain and type(base_layer.weight) in (nn.Parameter, Tensor)  # a subclass may hold anything
-        if plain and resolve(self.backend, x.device) == "fused" and not _has_hooks(base_layer):
+        if plain and fused and not _has_hooks(base_layer):
             return gated_linear(x, self.weight, self.bias, mixture, dropout)
         base: Tensor = base_layer(x, *args, **kwargs)
         # Nobody else holds the output of a plain Linear, unless a hook saw it. The compiler manages memory itself.

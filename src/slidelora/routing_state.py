@@ -249,15 +249,14 @@ class Routing:
         return gates
 
     def weigh(
-        self, active: ActiveGates, path: str, gate: Gate | None, x: Tensor, layout: Layout
+        self, active: ActiveGates, path: str, gate: Gate | None, x: Tensor, layout: Layout, few: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Return (gates, experts) for the Mixture of the layer at `path`, with its own gate, if any, and its input x.
 
         Raises ValueError if it is not known which gates belong to which row of x.
         """
-        given = active.weights
-        if given is not None:
-            return fit_gates(active, path, x, layout)
+        if active.weights is not None:
+            return fit_gates(active, path, x, layout, few)
         assert gate is not None
         weights, experts, logits = gate(x)
         if torch.compiler.is_compiling() or not in_backward():

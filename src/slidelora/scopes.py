@@ -26,18 +26,24 @@ class ActiveGates:
     with_grad: bool = False  # autograd was on when the call began
     carried: bool = False  # a node at the model's input brings the gradient of `leaf` to the weights
     without_grad: set[str] = field(default_factory=set)  # layers that ran without autograd, by name
-    copies: dict[torch.device, tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # by device
+    copies: dict[tuple[torch.device, bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # see `on`
     leaf: Tensor | None = None  # the weights of a recomputation, whose gradient is collected here
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return (gates, experts) for a Mixture on a device; each device gets one copy."""
+    def on(self, device: torch.device, few: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return (gates, experts) for a Mixture on a device, whose input is few tokens; each device gets one copy."""
         assert self.weights is not None
         if torch.compiler.is_compiling():  # one compiled graph must serve all gates, whatever experts are active
             return self.weights.to(device), None
-        if device not in self.copies:
-            compact = self.compact and (self.compact[0].to(device), self.compact[1].to(device))
-            self.copies[device] = compact or (self.weights.to(device), None)
-        return self.copies[device]
+        found = self.copies.get((device, few))
+        if found is None:
+            compact = self.compact
+            # For few tokens, to compute all experts takes less time than to collect the weights of the active ones.
+            if compact is None or (few and self.weights.shape[-1] <= 3 * compact[0].shape[-1]):
+                found = self.weights.to(device), None
+            else:
+                found = compact[0].to(device), compact[1].to(device)
+            self.copies[device, few] = found
+        return found
 
     def recomputed(self) -> "ActiveGates":
         """Return the same gates for a recomputation in backward: the graph of the weights may be gone by then."""
@@ -165,9 +171,11 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and autograd_task() != -1
 
 
-def fit_gates(active: ActiveGates, path: str, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+def fit_gates(
+    active: ActiveGates, path: str, x: Tensor, layout: Layout, few: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Return (gates, experts) for the rows of x; raise ValueError if it is not known which sample a row belongs to."""
-    gates, experts = active.on(x.device)
+    gates, experts = active.on(x.device, few)
     if gates.ndim == 3:
         if gates.shape[:-1] == x.shape[:-1]:
             return gates, experts

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,27 @@ def test_a_model_that_fsdp2_shards_is_saved_exported_and_resumed(directory: Path
 
 if __name__ == "__main__":
     work(int(sys.argv[2]), Path(sys.argv[1]))
+
+
+def test_a_model_that_is_wrapped_already_is_refused(tmp_path: Path) -> None:
+    options = {"experts": ["a", "shared"], "r": 2, "gate": "given"}
+    saved = slidelora.inject(make_base(), **options)
+    slidelora.save_pretrained(saved, tmp_path)
+    with one_process(tmp_path):
+        for wrap in (DistributedDataParallel, fully_shard):
+            wrapped = wrap(make_base())
+            names = list(wrapped.state_dict())
+            with pytest.raises(ValueError, match=r"the model is wrapped by .* already, .* inject first, then wrap"):
+                slidelora.inject(wrapped, **options)
+            with pytest.raises(ValueError, match=r"the model is wrapped by .* already, .* inject first, then wrap"):
+                slidelora.load_pretrained(wrapped, tmp_path)
+            assert list(wrapped.state_dict()) == names
+
+
+@contextmanager
+def one_process(directory: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -39,6 +39,27 @@ def test_a_layer_equals_the_merged_linear_layer(base: nn.Module) -> None:
         assert_close(model(x), base(x) + 8 * x @ delta)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 40])  # of few tokens all experts may be computed, of many the active ones
+@pytest.mark.parametrize("experts", [3, 8])
+@pytest.mark.parametrize("samples", ["one gate", "a gate each"])
+def test_experts_without_weight_do_not_act(experts: int, tokens: int, samples: str) -> None:
+    base = nn.Linear(6, 5).double()
+    model = injected(base, experts=[f"e{i}" for i in range(experts)], lora_alpha=2)
+    layer, x = model[0], torch.randn(2, tokens, 6, dtype=torch.float64)
+    gates = torch.zeros(1 if samples == "one gate" else 2, experts, dtype=torch.float64)
+    gates[0, 1], gates[-1, 2] = 0.5, 1.5
+    A, B = layer.lora_A.view(experts, 2, 6), layer.lora_B.view(experts, 2, 5)
+    delta = torch.einsum("be,erd,ero->bdo", gates, A, B)
+    with slidelora.gates(model, gates.float()):
+        found = model(x)
+    expected = base(x) + x @ delta
+    assert_close(found, expected, 1e-12)
+    dy = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(y, (layer.lora_A, layer.lora_B), dy) for y in (found, expected))
+    assert_close(ours, theirs, 1e-12)
+    assert not ours[1].view(experts, 2, 5)[[0, *range(3, experts)]].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_has_fp32_adapters(dtype: torch.dtype) -> None:
     model = injected(nn.Linear(64, 48).to(dtype), lora_alpha=2)

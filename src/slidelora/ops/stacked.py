@@ -120,4 +120,5 @@ def _by_sample(h: Tensor, mixture: Mixture) -> tuple[int, int, int, int]:
 def _gate(h: Tensor, mixture: Mixture) -> Tensor:
     """Multiply each expert's r columns of h by scaling and gate, in the dtype of the gates, and round to that of h."""
     gates = mixture.gates if mixture.scaling == 1 else mixture.gates * mixture.scaling
-    return (h.view(_by_sample(h, mixture)) * gates[:, None, :, None]).to(h.dtype).view(h.shape)
+    samples, slots = gates.shape
+    return (h.view(_by_sample(h, mixture)) * gates.reshape(samples, 1, slots, 1)).to(h.dtype).view(h.shape)
