@@ -61,7 +61,9 @@ def make_base(seed: int = 1, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **ids, **changes}))
+    return LlamaForCausalLM(
+        LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **ids, **changes})
+    )
 
 
 def make_config(gate: str, **fields: Any) -> SlideLoRAPeftConfig:
@@ -191,7 +193,9 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 def make_trainer(folder: Path, gate: str, how: str, **options: Any) -> Trainer:
     options = {**COMMON, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, **options}
     data = samples()
-    return Trainer(make_model(gate, how), TrainingArguments(str(folder), **options), train_dataset=data, eval_dataset=data)
+    return Trainer(
+        make_model(gate, how), TrainingArguments(str(folder), **options), train_dataset=data, eval_dataset=data
+    )
 
 
 @case("transformers Trainer", *[(gate, how) for gate in GATES for how in ("peft", "injected")])
@@ -208,7 +212,10 @@ def train_and_resume(folder: Path, gate: str, how: str) -> str:
     return f"loss {recorder.losses[0]:.2f} to {recorder.losses[-1]:.2f}; resumed exactly"
 
 
-@case("transformers Trainer checkpointing", *[(g, h, c) for g in GATES for h in ("peft", "injected") for c in CHECKPOINTING])
+@case(
+    "transformers Trainer checkpointing",
+    *[(g, h, c) for g in GATES for h in ("peft", "injected") for c in CHECKPOINTING],
+)
 def train_checkpointed(folder: Path, gate: str, how: str, which: str) -> None:
     plain = run(make_trainer(folder, gate, how), gate)
     recorder = run(make_trainer(folder, gate, how, **CHECKPOINTING[which]), gate)
@@ -282,7 +289,10 @@ def make_data(kind: str, chat: bool = False) -> Any:
     elif kind == "sft":
         columns["completion"] = [turn("assistant", one) for one in good]
     elif kind == "preference":
-        columns |= {"chosen": [turn("assistant", one) for one in good], "rejected": [turn("assistant", one) for one in bad]}
+        columns |= {
+            "chosen": [turn("assistant", one) for one in good],
+            "rejected": [turn("assistant", one) for one in bad],
+        }
     elif kind == "kto":
         columns |= {"completion": [turn("assistant", one) for one in good], "label": [True, False] * 4}
     return datasets.Dataset.from_dict(columns)
@@ -467,7 +477,10 @@ def make_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(1)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
     return UNet2DConditionModel(**blocks, **sizes, cross_attention_dim=12, attention_head_dim=4)
 
@@ -476,7 +489,13 @@ def make_flux() -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(1)
-    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    sizes = {
+        "in_channels": 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+    }
     return FluxTransformer2DModel(**sizes, joint_attention_dim=12, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4))
 
 
