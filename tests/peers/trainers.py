@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import importlib
+import logging
 import math
 import os
 import re
@@ -19,7 +20,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,12 @@ def case(name: str, *combinations: Any) -> Callable[[Any], Any]:
     return register
 
 
-def make_base(seed: int = 1, **changes: Any) -> LlamaForCausalLM:
+def make_base() -> LlamaForCausalLM:
     """Make a Llama of two blocks."""
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **ids, **changes})
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
 
 def make_config(gate: str, **fields: Any) -> SlideLoRAPeftConfig:
@@ -145,6 +144,26 @@ def assert_loads(model: nn.Module, how: str, gate: str, folder: Path) -> None:
     assert torch.equal(logits(other, gate), logits(model, gate)), "what is saved gives other logits"
 
 
+class Watch:
+    """Keep the gates of each row of tokens that a model with a sequence gate is called with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: list[tuple[tuple[int, ...], Tensor]] = []
+        host = next(module for module in model.modules() if "slidelora_state" in vars(module))
+        host.register_forward_hook(self.see, with_kwargs=True)
+
+    def see(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        state = slidelora.routing(host)
+        if kwargs.get("input_ids") is not None and not state.scope.disabled and not state.base_only:
+            for ids, weights in zip(kwargs["input_ids"].tolist(), state.weights):
+                self.rows.append((tuple(one for one in ids if one > 2), weights.detach()))
+
+    def by_prompt(self, prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]:
+        """Return the rows that begin with each prompt, without the one-token steps of generation."""
+        found = {prompt: [row for row in self.rows if row[0][: len(prompt)] == prompt] for prompt in prompts}
+        return {prompt: rows for prompt, rows in found.items() if rows}
+
+
 class Recorder(TrainerCallback):
     """Keep the gradients of each step and the losses."""
 
@@ -198,7 +217,7 @@ def make_trainer(folder: Path, gate: str, how: str, **options: Any) -> Trainer:
     )
 
 
-@case("transformers Trainer", *[(gate, how) for gate in GATES for how in ("peft", "injected")])
+@case("transformers Trainer", *HOW)
 def train_and_resume(folder: Path, gate: str, how: str) -> str:
     trainer = make_trainer(folder, gate, how, save_steps=2, max_steps=16)
     recorder = run(trainer, gate)
@@ -214,7 +233,7 @@ def train_and_resume(folder: Path, gate: str, how: str) -> str:
 
 @case(
     "transformers Trainer checkpointing",
-    *[(g, h, c) for g in GATES for h in ("peft", "injected") for c in CHECKPOINTING],
+    *[(*one, c) for one in HOW for c in CHECKPOINTING],
 )
 def train_checkpointed(folder: Path, gate: str, how: str, which: str) -> None:
     plain = run(make_trainer(folder, gate, how), gate)
@@ -235,7 +254,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@case("transformers Trainer with", *[(option, g, h) for option in OPTIONS for g in GATES for h in ("peft", "injected")])
+@case("transformers Trainer with", *[(option, *one) for option in OPTIONS for one in HOW])
 def train_with(folder: Path, option: str, gate: str, how: str) -> None:
     trainer = make_trainer(folder, gate, how, **OPTIONS[option])
     run(trainer, gate)
@@ -245,6 +264,26 @@ def train_with(folder: Path, option: str, gate: str, how: str) -> None:
     if option == "accumulation":
         whole, parts = make_trainer(folder, gate, how), make_trainer(folder, gate, how, **OPTIONS[option])
         assert_equal(run(parts, gate).gradients[0], run(whole, gate).gradients[0])
+
+
+@case("transformers Trainer with label_smoothing", *HOW)
+def train_smoothed(folder: Path, gate: str, how: str) -> str | None:
+    if gate == "sequence":  # the same gate as with labels in the call
+        trainers = [make_trainer(folder, gate, how, max_steps=1, label_smoothing_factor=one) for one in (0.0, 0.1)]
+        trainers[1].data_collator = slidelora.PromptCollator(trainers[1].data_collator)
+        seen = []
+        for trainer in trainers:
+            seen.append(Watch(trainer.model))
+            trainer.train()
+            trainer.evaluate()
+        assert len(seen[0].rows) == len(seen[1].rows) == 20
+        first = [torch.stack([weights for _, weights in one.rows[:4]]) for one in seen]
+        assert_equal({"gates": first[1]}, {"gates": first[0]})
+    try:
+        run(make_trainer(folder, gate, how, label_smoothing_factor=0.1), gate)
+    except ValueError as error:
+        return f"refused: {error}"
+    return None
 
 
 # TRL
@@ -368,26 +407,6 @@ def train_trl_checkpointed(folder: Path, name: str, gate: str, how: str, which: 
     assert_equal(found[1], found[0])
 
 
-class Watch:
-    """Keep the gates of each row of tokens that a model with a sequence gate is called with."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.rows: list[tuple[tuple[int, ...], Tensor]] = []
-        host = next(module for module in model.modules() if "slidelora_state" in vars(module))
-        host.register_forward_hook(self.see, with_kwargs=True)
-
-    def see(self, host: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        state = slidelora.routing(host)
-        if kwargs.get("input_ids") is not None and not state.scope.disabled and not state.base_only:
-            for ids, weights in zip(kwargs["input_ids"].tolist(), state.weights):
-                self.rows.append((tuple(one for one in ids if one), weights.detach()))
-
-    def by_prompt(self, prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]:
-        """Return the rows that begin with each prompt, without the one-token steps of generation."""
-        found = {prompt: [row for row in self.rows if row[0][: len(prompt)] == prompt] for prompt in prompts}
-        return {prompt: rows for prompt, rows in found.items() if rows}
-
-
 @case("TRL gate sees the prompt", *[(n, h) for n in TRL if n not in ("SFT", "Reward") for h in ("peft", "injected")])
 def score_as_sampled(folder: Path, name: str, how: str) -> str:
     options = {"beta": 0.0} if name in ("RLOO", "GRPO") else {}
@@ -427,6 +446,7 @@ TRL_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "text": ("SFT", "text", {}),
     "packing": ("SFT", "sft", {"packing": True, "max_length": 32}),
     "precompute": ("DPO", "", {"precompute_ref_log_probs": True}),
+    "label_smoothing": ("SFT", "sft", {"label_smoothing_factor": 0.1}),
     "beta": ("GRPO", "", {"beta": 0.1}),
     "iterations": ("GRPO", "", {"num_iterations": 2}),
     "accumulation": ("GRPO", "", {"gradient_accumulation_steps": 2}),
@@ -434,13 +454,18 @@ TRL_OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@case("TRL with", *[(option, *one) for option in TRL_OPTIONS for one in HOW])
+@case("TRL with", *[(o, *one) for o in TRL_OPTIONS for one in HOW if (o, one[1]) != ("beta", "injected")])
 def train_trl_with(folder: Path, option: str, gate: str, how: str) -> str | None:
     name, kind, options = TRL_OPTIONS[option]
     trainer = make_trl(folder, name, gate, how, option == "chat", kind, **options)
+    if option == "label_smoothing":
+        trainer.data_collator = slidelora.PromptCollator(trainer.data_collator)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(trainer, gate)
+        if (option, gate) == ("text", "sequence"):  # each token has a label, so that the gate sees no prompt
+            trainer.train()
+        else:
+            run(trainer, gate)
     told = [str(one.message) for one in caught if "gate" in str(one.message)]
     assert bool(told) == (option == "text" and gate == "sequence"), told
     return f"warns: {told[0][:90]}..." if told else None
@@ -536,9 +561,11 @@ def noise_inputs(name: str, count: int = 4) -> dict[str, Tensor]:
 
 
 DIFFUSERS = {"UNet": make_unet, "Flux": make_flux, "SD3": make_sd3, "DiT": make_dit}
+COMBINATIONS = [(name, *one) for name in DIFFUSERS for one in HOW if "sequence" not in one]
+COMBINATIONS = [one for one in COMBINATIONS if one[::2] != ("DiT", "peft")]  # diffusers has no add_adapter for it
 
 
-@case("diffusers", *[(n, gate, how) for n in DIFFUSERS for gate in ("given", "token") for how in ("peft", "injected")])
+@case("diffusers", *COMBINATIONS)
 def train_diffusers(folder: Path, name: str, gate: str, how: str) -> str:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
@@ -693,6 +720,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.NOTSET if arguments.v else logging.WARNING)
     counts = dict.fromkeys(("ok", "refused", "FAILED"), 0)
     for name, function in CASES.items():
         if not all(word in name.split() for word in arguments.k.split()):
@@ -702,7 +730,11 @@ def main() -> int:
             warnings.simplefilter("default" if arguments.v else "ignore")
             transformers.set_seed(0)
             try:
-                with contextlib.nullcontext() if arguments.v else contextlib.redirect_stdout(None):
+                with contextlib.ExitStack() as quiet:
+                    if not arguments.v:
+                        nowhere = quiet.enter_context(open(os.devnull, "w"))
+                        quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                        quiet.enter_context(contextlib.redirect_stderr(nowhere))
                     note = function(Path(folder)) or ""
             except Exception as error:
                 found, note = "FAILED", f"{type(error).__name__}: {error}"
