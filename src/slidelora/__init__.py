@@ -10,13 +10,14 @@ from slidelora.files.textharmony import import_textharmony
 from slidelora.gating import released_gates
 from slidelora.hooks import compute_gates
 from slidelora.injection import inject, print_trainable_parameters, remove
+from slidelora.inputs import PromptCollator
 from slidelora.merging import merge, merge_and_unload, unmerge
 from slidelora.plot import plot_routing
 from slidelora.routing_state import aux_loss, disabled, gates, prompt, routing
 
 __all__ = [
     "SlideLoRAConfig", "inject", "remove", "gates", "prompt", "released_gates", "disabled", "compute_gates", "routing",
-    "plot_routing", "aux_loss", "checkpoint_kwargs", "add_expert", "freeze", "param_groups",
+    "PromptCollator", "plot_routing", "aux_loss", "checkpoint_kwargs", "add_expert", "freeze", "param_groups",
     "print_trainable_parameters", "save_pretrained", "load_pretrained", "merge", "unmerge", "merge_and_unload",
     "export_peft", "import_peft", "import_textharmony", "require_bounded",
 ]  # fmt: skip

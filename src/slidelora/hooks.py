@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slidelora.caches import CACHES, WEIGHTS_KEY, find_filled, keep_weights
 from slidelora.inputs import (
+    PROMPT_KEY,
     batch_size,
     begins_late,
     by_name,
@@ -20,8 +21,10 @@ from slidelora.inputs import (
     generation_inputs,
     is_causal,
     read_prompt,
+    shifted_back,
     token_masks,
     token_shape,
+    told_prompt,
 )  # fmt: skip
 from slidelora.losses import GateRun
 from slidelora.routing_state import GATE, Routing, injected
@@ -43,7 +46,7 @@ class Host(nn.Module):
         call: HostCall | None = getattr(self, _CALL, None)
         if call is None:
             return super().__call__(*args, **kwargs)
-        entry = Entry(call=True, pending=True)
+        entry = Entry(call=True, pending=True, prompt=told_prompt(kwargs.pop(PROMPT_KEY, None)))
         if torch.compiler.is_compiling() or vars(self).get("_compiled_call_impl") is not None:
             call.prepare(self, entry, args, kwargs)  # compiled code would not run the hook that does it
         call.routing.enter(entry)
@@ -182,7 +185,8 @@ class HostCall:
                 compact = compact_form(weights)
             if not again:
                 routing.record(weights, batch, None)
-            gates = ActiveGates(weights, compact, from_prompt=given.from_prompt)
+            idle = None if weights.requires_grad else getattr(host, GATE, None)
+            gates = ActiveGates(weights, compact, from_prompt=given.from_prompt, idle=idle)
         elif routing.kind.in_layers:
             if not again:
                 routing.record(None, None, {})
@@ -207,7 +211,7 @@ class HostCall:
             return pictures
         return pictures._replace(rows=pictures.rows * (len(gates.weights) // batch))  # rows may be there for each beam
 
-    def weigh(self, model: nn.Module, inputs: Mapping[str, Any], scope: Scope) -> Tensor:
+    def weigh(self, model: nn.Module, inputs: Mapping[str, Any], scope: Scope, generating: bool = False) -> Tensor:
         """Return the weights of the model's gate: for the prompt that was told, that filled the cache, or that is new.
 
         (B, E) or, where samples are packed into rows, (B, T, E).
@@ -237,7 +241,11 @@ class HostCall:
         embeds, tokens = read_prompt(model, inputs, told is not None)
         known = not torch.compiler.is_compiling() and tokens.device.type != "meta"  # the values of the mask
         samples = find_packed(inputs, tokens) if known else None
-        mask = tokens & (self._before_answer(model, inputs, tokens) if told is None else told.to(tokens.device))
+        mask = tokens
+        if told is not None:
+            mask = tokens & told.to(tokens.device)
+        elif not generating:  # `generate` is called with prompts
+            mask = tokens & self._before_answer(model, inputs, tokens)
         if known and not bool(mask.any(1).all()):
             self._warn(
                 "a sequence has no prompt token: every token has a label or is padding, so the gate cannot tell it "
@@ -262,19 +270,26 @@ class HostCall:
         positions = everything.cumsum(1) - 1
         if not is_causal(model):
             return everything  # labels of tags, masked words or a decoder are not in the input
-        labels = inputs.get("labels")
+        labels = shifted_back(inputs.get("shift_labels")) if inputs.get("labels") is None else inputs["labels"]
         if isinstance(labels, Tensor) and labels.shape == mask.shape:
             return (labels == -100).to(mask.device)
         kept = inputs.get("logits_to_keep")
         if isinstance(kept, int) and kept > 1:  # as trainers of policies score an answer: the last logit predicts it
             return positions < mask.shape[1] - kept + 1
+        if model.training and inputs.get("num_items_in_batch") is not None:
+            raise ValueError(
+                "the call has num_items_in_batch but no labels, as the Trainer calls a model with "
+                "label_smoothing_factor or compute_loss_func, so the gate would read the answer, too; expected "
+                "Trainer(data_collator=slidelora.PromptCollator(...)), or gate='token', which sees no later token"
+            )
         if torch.compiler.is_compiling() or (inputs.get("use_cache") and not model.training):
             return everything
         generated, ids = self.routing.local.generated, inputs.get("input_ids")
         if generated is not None and isinstance(ids, Tensor) and ids.shape == generated[0].shape:
             if torch.equal(ids, generated[0].to(ids.device)):  # what was generated is scored
                 return positions < generated[1]
-        if model.training:
+        use_cache = inputs.get("use_cache", getattr(getattr(model, "config", None), "use_cache", None))
+        if model.training or use_cache is False:  # no generation begins here
             self._warn(
                 "the call has no labels, so the gate reads every token, an answer too; tell the prompt with "
                 "slidelora.prompt(model, mask), or use gate='token', which sees no later token"
@@ -330,7 +345,7 @@ class HostCall:
             gates = ActiveGates(given.weights, given.compact, True, batch)
         elif kind.in_model and kind.reads_prompt and token_shape(inputs) is not None:
             with torch.no_grad():
-                weights = self.weigh(host, {**inputs, "use_cache": True}, scope)
+                weights = self.weigh(host, inputs, scope, generating=True)
             gates = ActiveGates(weights, compact_form(weights), True, batch, from_prompt=True)
         if gates is not None:  # transformers may encode the pictures before the first step
             gates.pictures = self._pictures(host, inputs, gates, batch)

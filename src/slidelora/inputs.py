@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,44 @@ from torch import Tensor, nn
 from slidelora.scopes import Pictures
 
 _MEDIA = re.compile(r"pixel|image|picture|video|audio|speech|input_features|patches")  # in names of arguments
+PROMPT_KEY = "slidelora_prompt"  # the argument of a call that tells the prompt, a mask (B, T)
+
+
+class PromptCollator:
+    """A data collator that tells the gate the prompt: the tokens of each batch whose label is -100.
+
+    It is for trainers that keep the labels of a causal language model to themselves, as that of transformers does with
+    `label_smoothing_factor` or `compute_loss_func`: the gate of such a call could not tell the answer from the prompt.
+
+    Args:
+        collate: The collator that makes the batches, with input_ids and labels (B, T).
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: Any) -> Any:
+        """Return the batch with slidelora_prompt (B, T), true on the prompt; ValueError without such labels."""
+        batch = self.collate(features)
+        tensors = batch.get("labels"), batch.get("input_ids")
+        labels, ids = (tuple(one.shape) if isinstance(one, Tensor) else None for one in tensors)
+        if labels is None or labels != ids:
+            raise ValueError(f"labels are {labels}, expected {ids} as the input_ids of a causal language model")
+        batch[PROMPT_KEY] = batch["labels"] == -100
+        return batch
+
+
+def told_prompt(mask: Any) -> Tensor | None:
+    """Return the mask (B, T) that a call has as slidelora_prompt; raises ValueError if it is none."""
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return None if mask is None else mask.bool()
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(f"{PROMPT_KEY} is {shape}, expected a tensor (batch, time) that is true on the prompt")
+
+
+def shifted_back(labels: Any) -> Any:
+    """Return labels (B, T) of the tokens from those of the tokens that follow them."""
+    return nn.functional.pad(labels[:, :-1], (1, 0), value=-100) if isinstance(labels, Tensor) else labels
 
 
 def generation_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -174,6 +174,8 @@ class SlideLoRALinear(nn.Module):
             gates = gates * (self.scales if experts is None else self.scales[experts])
         if self.frozen:
             lora_A, lora_B = self._stacked(lora_A, self.frozen_A), self._stacked(lora_B, self.frozen_B)
+        if idle := self.routing.idle_parameters(active, self.path, self.gate):
+            lora_A = _Accompany.apply(lora_A, *idle)
         dropout = self.dropout if self.training else 0.0
         mixture = Mixture(lora_A, lora_B, gates, self.r, 1.0 if self.scaling is None else self.scaling, experts)
         plain = type(base_layer) is nn.Linear and "forward" not in base_layer.__dict__
@@ -189,6 +191,19 @@ class SlideLoRALinear(nn.Module):
         """Return the sizes, for print."""
         r = self.r if len(set(self.ranks)) == 1 else self.ranks
         return f"in_features={self.in_features}, out_features={self.out_features}, experts={self.names}, r={r}"
+
+
+class _Accompany(torch.autograd.Function):
+    """A tensor as it is; its backward reaches other parameters, too, and has no gradient for them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
+        ctx.count = len(others)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradient, *[None] * ctx.count)
 
 
 def placement(module: nn.Module, config: SlideLoRAConfig, full: bool = True) -> tuple[torch.device, torch.dtype]:

@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from slidelora import losses
@@ -277,6 +278,21 @@ class Routing:
             self.records[path] = [*runs, GateRun(logits, valid_tokens(active, path, x))]
             self._last.cut |= active.with_grad and not torch.is_grad_enabled()
         return weights, experts
+
+    def idle_parameters(self, active: ActiveGates, path: str, gate: Gate | None) -> list[nn.Parameter]:
+        """Return the parameters of gates that given gates replace, for the layer at `path` to bring into its backward.
+
+        DistributedDataParallel waits for each parameter that trains, unless it looks for unused ones. The gate of the
+        model goes to the first layer that asks, since DDP refuses a parameter that is reached twice.
+        """
+        if active.weights is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return []
+        if not (dist.is_available() and dist.is_initialized()):
+            return []
+        if active.idle is not None:
+            active.idle_path = active.idle_path or path
+            gate = active.idle if active.idle_path == path else None
+        return [] if gate is None else [parameter for parameter in gate.parameters() if parameter.requires_grad]
 
 
 def injected(model: nn.Module) -> nn.Module:

@@ -27,6 +27,8 @@ class ActiveGates:
     carried: bool = False  # a node at the model's input brings the gradient of `leaf` to the weights
     without_grad: set[str] = field(default_factory=set)  # layers that ran without autograd, by name
     copies: dict[tuple[torch.device, bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)  # see `on`
+    idle: Any = None  # the model's own gate, where given gates replace it
+    idle_path: str = ""  # the layer that brings its parameters into the backward
     leaf: Tensor | None = None  # the weights of a recomputation, whose gradient is collected here
 
     def on(self, device: torch.device, few: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -57,13 +57,17 @@ def work(rank: int, directory: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/processes", rank=rank, world_size=2)
     part = INPUT_IDS[2 * rank : 2 * rank + 2]
     for gate in GATES:
-        parallel = DistributedDataParallel(make_model(gate), find_unused_parameters=True)
-        with slidelora.gates(parallel, "a"):
+        for find in (True, False):
+            parallel = DistributedDataParallel(make_model(gate), find_unused_parameters=find)
+            with slidelora.gates(parallel, "a"):
+                backward(parallel, part)
+            given = gradients(parallel.module)
             backward(parallel, part)
-        given = gradients(parallel.module)
-        backward(parallel, part)
-        torch.save([given, gradients(parallel.module)], directory / f"{gate}.pt")
+            torch.save([given, gradients(parallel.module)], directory / f"{gate} {find}.pt")
         sharded = shard(make_model(gate))
+        with slidelora.gates(sharded, "a"):
+            backward(sharded, part)
+        sharded.zero_grad()
         train(sharded, part)
         slidelora.save_pretrained(sharded, directory / gate)
         slidelora.export_peft(sharded, directory / gate / "experts")
@@ -96,17 +100,21 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield path
 
 
+@pytest.mark.parametrize("find", [True, False])
 @pytest.mark.parametrize("gate", GATES)
-def test_given_and_learned_gates_under_ddp(directory: Path, gate: str) -> None:
+def test_given_and_learned_gates_under_ddp(directory: Path, gate: str, find: bool) -> None:
     model = make_model(gate)
     with slidelora.gates(model, "a"):
         backward(model, INPUT_IDS)
     expected = [gradients(model)]
     backward(model, INPUT_IDS)
     expected.append(gradients(model))
-    for found, reference in zip(torch.load(directory / f"{gate}.pt"), expected):
+    for found, reference in zip(torch.load(directory / f"{gate} {find}.pt"), expected):
         for name, gradient in reference.items():
             assert torch.equal(found[name], gradient) or relative_error(found[name], gradient) < 1e-5, name
+        others = found.keys() - reference.keys()  # the gates that did not run
+        assert all("gate." in name and not found[name].any() for name in others)
+        assert not (others and find)
 
 
 @pytest.mark.parametrize("gate", GATES)
