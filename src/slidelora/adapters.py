@@ -128,6 +128,10 @@ class Adapters:
             for part, module in self.parts(name).items():
                 module.__class__ = PeftSlideLoRALinear if part != GATE else adapted_kind(type(module))  # type: ignore
                 module.adopt(self, name, part, switches, enabled)
+            # TRL adds "ref", with the configuration of the adapter that it trains, for a copy of that adapter, and
+            # copies the parameters of other methods by the names that PEFT gives these.
+            if name == "ref" and (same := [one for one in self.configs if self.configs[one] is config and one != name]):
+                self._copy(same[0], name)
             set_additional_trainable_modules(
                 model=model,
                 peft_config=config,
@@ -183,6 +187,13 @@ class Adapters:
                     raise ValueError(
                         f"modules_to_save has {inside[0]}, and adapter {other!r} has experts inside, expected either"
                     )
+
+    def _copy(self, source: str, name: str) -> None:
+        """Give an adapter the experts and gates of another one with the same configuration, which rests."""
+        for path, part in self.parts(source).items():
+            copies = dict(cast(nn.Module, self.parts(name)[path]).named_parameters())
+            for key, parameter in cast(nn.Module, part).named_parameters():
+                copies[key].data.copy_(parameter.data)
 
     def _train(self, name: str, requires_grad: bool) -> None:
         for part in self.parts(name).values():

@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "no labels, in training": (FORWARD, [
         "test_training_without_labels", "test_a_prompt_that_is_told_goes_before_all_else",
     ]),
-    "label smoothing": (FORWARD, ["test_label_smoothing_of_the_trainer"]),
+    "labels that the Trainer keeps": (FORWARD, ["test_label_smoothing_of_the_trainer"]),
     "scoring": (FORWARD, ["test_what_was_generated_is_scored_under_the_same_gates"]),
     "an `attention_mask` that is 4-D": (FORWARD, ["test_masks_of_other_kinds"]),
     "samples packed into a row": (FORWARD, [

@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from ways import GATES, GIVEN, alone, in_force, injected, weights_of
@@ -89,24 +90,25 @@ def test_labels_of_the_input_change_no_logits(kind: type[nn.Module], gate: str, 
 
 @every_gate
 def test_label_smoothing_of_the_trainer(make_model: Make, input_ids: Tensor, gate: str, tmp_path: Path) -> None:
-    """The Trainer takes the labels away, so the gate cannot tell the answer from the prompt, and says so once."""
-    model, prompt = make_model(gate=gate), torch.arange(9)[None] < 4
-    rows = [{"input_ids": row, "labels": row.masked_fill(prompt[0], -100)} for row in input_ids[:1]]
+    """The Trainer takes the labels away, so the gate cannot tell the answer from the prompt unless it is told."""
+    model = make_model(gate=gate)
+    rows = [{"input_ids": row, "labels": row.masked_fill(torch.arange(9) < 4, -100)} for row in input_ids[:1]]
     settings = TrainingArguments(
         str(tmp_path), label_smoothing_factor=0.1, max_steps=2, per_device_train_batch_size=1, report_to=[],
         disable_tqdm=True, save_strategy="no", use_cpu=True, learning_rate=0.0,
     )  # fmt: skip
 
-    def train() -> None:
+    def train(collate: Any) -> None:
         with slidelora.gates(model, "text") if gate == "given" else nullcontext():
-            Trainer(model, settings, train_dataset=rows).train()
+            Trainer(model, settings, data_collator=collate, train_dataset=rows).train()
 
-    warned = messages(train)
-    assert len(warned) == (gate == "sequence") and all("slidelora.prompt(model, mask)" in text for text in warned)
     if gate == "sequence":
-        assert_close(slidelora.routing(model).weights, weights_of(model, input_ids[:1], gate))
-        with slidelora.prompt(model, prompt):
-            train()
+        with pytest.raises(ValueError, match=r"num_items_in_batch but no labels.*slidelora.PromptCollator"):
+            train(default_data_collator)
+    else:
+        assert not messages(lambda: train(default_data_collator))
+    assert not messages(lambda: train(slidelora.PromptCollator(default_data_collator)))
+    if gate == "sequence":
         assert_close(slidelora.routing(model).weights, weights_of(model, input_ids[:1, :4], gate))
 
 

@@ -216,6 +216,26 @@ def test_a_unet() -> None:
     assert torch.equal(denoise(), first)
 
 
+@pytest.mark.parametrize("fields", [{"gate": "token"}, OTHERS["ranks"], {**GIVEN, "r": 2}])
+def test_the_reference_of_trl_is_a_copy(make_base: Make, input_ids: Tensor, fields: dict[str, Any]) -> None:
+    """As DPOTrainer does it; an adapter of another name starts at zero."""
+    config = SlideLoRAPeftConfig(**fields)
+    model = get_peft_model(make_base(), config).eval()
+    plain = logits(model, input_ids)
+    randomise(model)
+    expected = logits(model, input_ids)
+    model.add_adapter("ref", config)
+    model.add_adapter("next", config)
+    assert torch.equal(logits(model, input_ids), expected)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, input_ids), expected)
+    randomise(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, input_ids), expected)
+    model.set_adapter("next")
+    assert torch.equal(logits(model, input_ids), plain)
+
+
 def test_two_models_of_peft_share_a_base(make_base: Make, make_two: Any, input_ids: Tensor, tmp_path: Path) -> None:
     two = make_two()
     first = logits(two, input_ids)
