@@ -251,7 +251,7 @@ class Evaluate:
     benchmark: str | None = None  # its name; held-out words if not given
     data: Path | None = None  # the folder of the benchmark's data set
     split: str | None = None  # of the data set; the benchmark's own if not given
-    limit: int = 0  # how many records are asked about; 0: all
+    limit: int = 0  # how many records are asked about, for a report of their own; 0: all
     max_share: float = 0.01  # of the records that may be corrupt
     inception: Path | None = None  # weights of Inception v3, for FID
     clip: Path | None = None  # a folder of CLIP, for the CLIP score
@@ -261,8 +261,11 @@ class Evaluate:
     def __call__(self) -> None:
         started = time.monotonic()
         if self.benchmark is None:
-            if self.data is not None or self.score_only:
-                raise ValueError("--data and --score-only belong to a benchmark, expected --benchmark NAME")
+            shared = ("preset", "out", "benchmark")
+            for option, value in vars(self).items():
+                if option not in shared and value != getattr(Evaluate(), option):
+                    given = "an option of predictions" if option == "settings" else f"--{option.replace('_', '-')}"
+                    raise ValueError(f"{given} belongs to a benchmark, expected --benchmark NAME")
             from textharmony.evaluate.tiny import markdown_table, measure_tiny
 
             out = self.out or Path("runs/evaluation")
@@ -289,7 +292,7 @@ class Evaluate:
             clip=self.clip,
         )
         print("\n".join(report.summary()))
-        print(f"\n{time.monotonic() - started:.0f} s; {out / 'report.md'}")
+        print(f"\n{time.monotonic() - started:.0f} s; {out / report.file('report.md')}")
 
 
 @dataclass
