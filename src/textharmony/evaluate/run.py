@@ -87,7 +87,8 @@ def predict(
     """Append the predictions for records to out/predictions.jsonl, except for records that have them already.
 
     A row has id, sample, prompt, record (a digest of what the record asks), and one of answer, boxes, picture (its
-    file), refused (the model's reason) and fault (what is wrong with the record). A run that was killed asks the same batches again, with the same results.
+    file), refused (the model's reason) and fault (what is wrong with the record). A run that was killed asks the same
+    batches again, with the same results.
 
     Args:
         model: Makes the predictions.
