@@ -28,7 +28,6 @@ from textharmony.captions.endpoint import KEY_VARIABLE, ChatRefused, Endpoint, E
 from textharmony.config import ModelConfig
 from textharmony.data.batch import Collator
 from textharmony.data.readers import read_dataset
-from textharmony.images import to_pil
 from textharmony.signals import Stopped
 
 Rows = list[dict]
@@ -397,7 +396,7 @@ def test_ocr_and_the_model_see_the_pixels_that_training_sees(
     for record, seen, request in zip(records, read, server.requests, strict=True):
         url = request.body["messages"][1]["content"][0]["image_url"]["url"]
         sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-        trained = to_pil(collator.encode(replace(record, layout=None)).target)
+        trained = collator.encode(replace(record, layout=None)).target.permute(1, 2, 0)
         assert np.array_equal(np.asarray(seen), np.asarray(trained))
         assert np.array_equal(np.asarray(sent), np.asarray(trained))
 
