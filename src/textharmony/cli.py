@@ -7,6 +7,7 @@ imported when it runs, so that help and mistakes come at once.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from tyro.conf import Positional
 from textharmony.captions.build import CaptionSettings
 from textharmony.captions.endpoint import ChatSettings, EndpointSettings
 from textharmony.config import GenerationSettings, PredictionSettings
+from textharmony.signals import Stopped
 
 if TYPE_CHECKING:
     from textharmony.pipeline import TextHarmony
@@ -249,7 +251,7 @@ class Evaluate:
     benchmark: str | None = None  # its name; held-out words if not given
     data: Path | None = None  # the folder of the benchmark's data set
     split: str | None = None  # of the data set; the benchmark's own if not given
-    limit: int = 0  # how many records are asked about; 0: all
+    limit: int = 0  # how many records are asked about, for a report of their own; 0: all
     max_share: float = 0.01  # of the records that may be corrupt
     inception: Path | None = None  # weights of Inception v3, for FID
     clip: Path | None = None  # a folder of CLIP, for the CLIP score
@@ -259,8 +261,11 @@ class Evaluate:
     def __call__(self) -> None:
         started = time.monotonic()
         if self.benchmark is None:
-            if self.data is not None or self.score_only:
-                raise ValueError("--data and --score-only belong to a benchmark, expected --benchmark NAME")
+            shared = ("preset", "out", "benchmark")
+            for option, value in vars(self).items():
+                if option not in shared and value != getattr(Evaluate(), option):
+                    given = "an option of predictions" if option == "settings" else f"--{option.replace('_', '-')}"
+                    raise ValueError(f"{given} belongs to a benchmark, expected --benchmark NAME")
             from textharmony.evaluate.tiny import markdown_table, measure_tiny
 
             out = self.out or Path("runs/evaluation")
@@ -287,7 +292,7 @@ class Evaluate:
             clip=self.clip,
         )
         print("\n".join(report.summary()))
-        print(f"\n{time.monotonic() - started:.0f} s; {out / 'report.md'}")
+        print(f"\n{time.monotonic() - started:.0f} s; {out / report.file('report.md')}")
 
 
 @dataclass
@@ -376,7 +381,10 @@ class CheckData:
 
 
 def main() -> None:
-    """Run a command; an error in what was given is one line on stderr and exit status 1."""
+    """Run a command; an error in what was given is one line on stderr and exit status 1.
+
+    A signal ends it with the usual status, 143 for SIGTERM and 130 for SIGINT, and no traceback.
+    """
     app, captions, data = (tyro.extras.SubcommandApp() for _ in range(3))
     for command in (Read, Answer, Locate, Draw, Edit, Chat, Init, Train, Evaluate, Demo):
         app.command(name=command.__name__.lower())(command)
@@ -386,5 +394,10 @@ def main() -> None:
     app.command(data, name="data", help="Data sets on disk.")
     try:
         app.cli(prog="textharmony")()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Stopped as stop:
+        print(f"textharmony: {stop}", file=sys.stderr)
+        raise
     except (ValueError, OSError, ImportError) as error:
         sys.exit("textharmony: " + " ".join(str(error).split()))

@@ -229,9 +229,10 @@ class TrainConfig:
     workers: int = 1  # processes that load batches, for each training process; 0: it loads them itself
     max_faults: float = 0.01  # share of the records that may be corrupt
     shuffle_buffer: int = 1000  # records that are held in memory to shuffle a streamed source
+    window: int = 1  # batches whose records each worker sorts by length, so that less of a batch is padding
 
     def __post_init__(self) -> None:
-        for name, least in (("gradient_accumulation_steps", 1), ("workers", 0)):
+        for name, least in (("gradient_accumulation_steps", 1), ("window", 1), ("workers", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
         if self.language_dtype not in DTYPES:

@@ -53,7 +53,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"][-1]["text"]
+        content = body["messages"][-1]["content"]
+        text = content if isinstance(content, str) else content[-1]["text"]
         self.words = tuple(json.loads(re.findall(r"\[.*\]", text)[-1])) if "[" in text else ()
         request = Request(time.monotonic(), self.path, self.headers, body, self.words)
         with self.server.lock:
@@ -75,8 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
-def completion(text: str | None, finish_reason: str = "stop") -> bytes:
-    message = {"role": "assistant", "content": text}
+def completion(content: object, finish_reason: str = "stop", **fields: object) -> bytes:
+    message = {"role": "assistant", "content": content, **fields}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return json.dumps({"id": "c", "object": "chat.completion", "model": "m", "choices": [choice]}).encode()
 
@@ -95,6 +96,47 @@ def answer(text: str | None = None, finish_reason: str = "stop") -> Behaviour:
 
 def status(code: int, body: bytes = b"no", **headers: str) -> Behaviour:
     return lambda handler: handler.respond(code, body, {name.replace("_", "-"): v for name, v in headers.items()})
+
+
+def particular(rejects: Callable[[dict[str, Any]], bool], says: str, code: int = 400) -> Behaviour:
+    """Reject requests of a form with an error, and answer the others."""
+
+    def behave(handler: Handler) -> None:
+        body = handler.server.requests[-1].body
+        error = json.dumps({"error": {"message": says, "type": "invalid_request_error"}}).encode()
+        (status(code, error) if rejects(body) else answer())(handler)
+
+    return behave
+
+
+def _has_system(body: dict[str, Any]) -> bool:
+    return any(message["role"] == "system" for message in body["messages"])
+
+
+def _has_needless_parts(body: dict[str, Any]) -> bool:
+    return any(isinstance(m["content"], list) and len(m["content"]) == 1 for m in body["messages"])
+
+
+# Endpoints that take requests in one form only, in the words of their errors.
+PARTICULAR: dict[str, Behaviour] = {
+    "openai": particular(
+        lambda body: "max_tokens" in body,
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    ),
+    "gemma": particular(_has_system, "System role not supported"),
+    "mistral": particular(_has_system, "Conversation roles must alternate user/assistant/user/assistant/..."),
+    "gemini": particular(_has_system, "Developer instruction / system_instruction is not enabled for this model"),
+    "rust": particular(
+        _has_needless_parts,
+        "Failed to deserialize: messages[0].content: invalid type: sequence, expected a string at line 1 column 40",
+        422,
+    ),
+    "go": particular(_has_needless_parts, "json: cannot unmarshal array into Go struct field .messages.content"),
+    "everything": particular(
+        lambda body: "max_tokens" in body or _has_system(body) or _has_needless_parts(body),
+        "use max_completion_tokens; no message of role system; content must be a string",
+    ),
+}
 
 
 def echo_key(code: int) -> Behaviour:

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -321,13 +322,52 @@ def test_evaluate_a_benchmark_and_score_it_again(
     out = tmp_path / "out"
     run("evaluate", "--benchmark", "folder", "--data", questions, "--model", "tiny", "--out", out, "--limit", 2)
     said = capsys.readouterr().out
-    assert "| ANLS |" in said and "Records: 2." in said and str(out / "report.md") in said
-    report = (out / "report.json").read_bytes()
+    assert "| ANLS |" in said and "Records: 2." in said and str(out / "report-first-2.md") in said
+    report = (out / "report-first-2.json").read_bytes()
     monkeypatch.setattr(TextHarmony, "perform", None)  # no model is asked
     run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--limit", 2, "--score-only")
-    assert (out / "report.json").read_bytes() == report
+    assert (out / "report-first-2.json").read_bytes() == report
+    assert not (out / "report.json").exists()
     run("evaluate", "--benchmark", "folder", "--data", questions, "--out", out, "--score-only")
     assert "Not predicted yet: 1." in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_evaluate_keeps_what_is_done_when_a_signal_comes(
+    run: Run,
+    model: TextHarmony,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    options = ["--benchmark", "folder", "--data", questions, "--batch-size", 1]
+    run("evaluate", *options, "--out", tmp_path / "whole")
+    perform = model.perform
+
+    def interrupted(*arguments: Any) -> list[Any]:
+        signal.raise_signal(number)
+        return perform(*arguments)
+
+    monkeypatch.setattr(model, "perform", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run("evaluate", *options, "--out", tmp_path / "out")
+    assert stop.value.code == code
+    assert f"stopped by {number.name}: the predictions in {tmp_path / 'out'} are kept" in capsys.readouterr().err
+    assert (tmp_path / "out" / "predictions.jsonl").read_text().count("\n") == 1
+    monkeypatch.setattr(model, "perform", perform)
+    run("evaluate", *options, "--out", tmp_path / "out")
+    for name in ("predictions.jsonl", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_ctrl_c_in_any_command_is_no_traceback(run: Run, picture: Path, model: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(model, "read", lambda images: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        run("read", picture)
+    assert stop.value.code == 130
 
 
 @pytest.mark.parametrize(
@@ -339,7 +379,14 @@ def test_evaluate_a_benchmark_and_score_it_again(
         (["--benchmark", "textvqa", "--data", "DATA", "--split", "dev"], "split of textvqa is 'dev'"),
         (["--benchmark", "folder", "--data", "DATA", "--score-only"], "run.json does not exist"),
         (["--benchmark", "folder", "--data", "DATA", "--clip", "nowhere"], "nowhere is not a folder"),
-        (["--data", "DATA"], "expected --benchmark NAME"),
+        (["--data", "DATA"], "--data belongs to a benchmark, expected --benchmark NAME"),
+        (["--limit", "3"], "--limit belongs to a benchmark, expected --benchmark NAME"),
+        (["--split", "val"], "--split belongs to a benchmark"),
+        (["--score-only"], "--score-only belongs to a benchmark"),
+        (["--max-share", "0.5"], "--max-share belongs to a benchmark"),
+        (["--seed", "1"], "an option of predictions belongs to a benchmark"),
+        (["--num-beams", "2"], "an option of predictions belongs to a benchmark"),
+        (["--benchmark", "folder", "--data", "DATA", "--limit", "-1"], "limit is -1, expected at least 0"),
     ],
 )
 def test_evaluate_names_what_is_wrong(

@@ -12,23 +12,25 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from textharmony.captions.endpoint import Chat, RequestFailed
 from textharmony.journal import Journal
+from textharmony.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ReadText = Callable[["Image.Image"], Sequence[str]]  # the lines of text that OCR reads in a picture
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_LONGEST_SIDE = 2048  # pixels of the picture that OCR and the model see
+_TICK = 0.2  # seconds between two looks at whether a signal came
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,16 @@ class CaptionSettings:
     attempts: int = 3  # captions that a picture gets until one has all words; the best one is kept
     workers: int = 8  # pictures that are worked on at once
     max_failures: int = 20  # pictures that may fail; the next one ends the run
+    # Height and width in pixels of the drawings that will be trained, such as the model's drawing_size: OCR and the
+    # model that writes captions see each picture as training fits it.
+    size: tuple[int, int] = (512, 512)
 
     def __post_init__(self) -> None:
         for name in ("attempts", "workers"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        if min(self.size) < 1:
+            raise ValueError(f"size is {self.size}, expected at least 1 x 1")
 
 
 @dataclass(frozen=True)
@@ -121,11 +128,13 @@ def build_captions(
 ) -> Report:
     """Caption every picture below a folder; a second run continues with those that have no caption yet.
 
+    SIGTERM and SIGINT end it after the requests that are under way.
+
     Args:
         pictures: The folder.
         out: A folder for captions.jsonl (id, task, image, target_image relative to `out`, info: the caption, words,
-            missing, flagged, asked, model), without_text.jsonl (pictures in which OCR reads no words), requests.jsonl
-            (time, id, asked, attempt, status, latency in seconds, error) and report.json.
+            missing, flagged, asked, size, model), without_text.jsonl (pictures in which OCR reads no words),
+            requests.jsonl (time, id, asked, attempt, status, latency in seconds, error) and report.json.
         chat: The model that writes captions.
         read_text: OCR, from a picture to its lines of text.
         prompt: What the model is told.
@@ -134,26 +143,29 @@ def build_captions(
     Raises:
         ValueError: There are no pictures, another run writes to `out`, or more than max_failures pictures failed.
         ChatRefused: The endpoint answers nothing.
+        Stopped: A signal came.
     """
     from tqdm import tqdm  # here, since the command line imports this module to show help
 
     paths, prompt, settings = find_pictures(pictures), prompt or Prompt(), settings or CaptionSettings()
     stop, failed = threading.Event(), list[tuple[str, str]]()
     with (
+        stop_on_signals() as stopped,
         Journal(out / "captions.jsonl") as captions,
         Journal(out / "without_text.jsonl") as without_text,
         Journal(out / "requests.jsonl") as requests,
     ):
-        captioner = _Captioner(chat, read_text, prompt, settings.attempts, out, captions, without_text, requests, stop)
+        captioner = _Captioner(chat, read_text, prompt, settings, out, captions, without_text, requests, stop)
         pool = ThreadPoolExecutor(settings.workers)
         try:
             done = {row.get("id") for row in captions.rows + without_text.rows}
-            futures = {pool.submit(captioner, name, path): name for name, path in paths.items() if name not in done}
-            for future in tqdm(as_completed(futures), "captions", len(futures), leave=False):
+            todo = {name: path for name, path in paths.items() if name not in done}
+            check = partial(stopped.check, f"the captions in {out} are kept, run again to go on")
+            for name, future in tqdm(_caption(pool, captioner, todo, check), "captions", len(todo), leave=False):
                 try:
                     future.result()
                 except (RequestFailed, ValueError, FileNotFoundError) as error:  # one picture's
-                    failed.append((futures[future], str(error)))
+                    failed.append((name, str(error)))
                 if len(failed) > settings.max_failures:
                     some = "; ".join(f"{name}: {why}" for name, why in failed[:3])
                     raise ValueError(f"{len(failed)} pictures failed ({some}; ...): all are in {out / 'report.json'}")
@@ -164,6 +176,21 @@ def build_captions(
             report = Report(len(paths), len(captions.rows), flagged, len(without_text.rows), tuple(failed))
             (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
+
+
+def _caption(
+    pool: ThreadPoolExecutor, captioner: _Captioner, pictures: Mapping[str, Path], check: Callable[[], None]
+) -> Iterator[tuple[str, Future[None]]]:
+    """Caption pictures in the threads of a pool, and yield what is finished; call `check` all the time."""
+    todo, running = iter(pictures.items()), dict[Future[None], str]()
+    while True:
+        for name, path in islice(todo, 2 * captioner.settings.workers - len(running)):
+            running[pool.submit(captioner, name, path)] = name
+        if not running:
+            return
+        check()
+        for future in wait(running, _TICK, FIRST_COMPLETED).done:
+            yield running.pop(future), future
 
 
 def find_pictures(folder: Path) -> dict[str, Path]:
@@ -182,7 +209,7 @@ class _Captioner:
     chat: Chat
     read_text: ReadText
     prompt: Prompt
-    attempts: int
+    settings: CaptionSettings
     out: Path
     captions: Journal
     without_text: Journal
@@ -197,7 +224,7 @@ class _Captioner:
         ask = self.prompt.ask.replace("{words}", json.dumps(words, ensure_ascii=False))
         turns = start = [("system", self.prompt.system), ("user", ask)]
         tried: dict[str, list[str]] = {}  # the words that each caption lacks
-        for asked in range(1, self.attempts + 1):
+        for asked in range(1, self.settings.attempts + 1):
             caption = self.chat(picture, turns, partial(self._log, name, asked), self.stop)
             tried[caption] = missing = missing_words(words, caption)
             if not missing:
@@ -208,13 +235,12 @@ class _Captioner:
         target = Path(os.path.relpath(path.resolve(), self.out.resolve())).as_posix()
         row = {"id": name, "task": "TextToImage-TextCaps", "image": None, "target_image": target, "info": best}
         counts = {"words": words, "missing": tried[best], "flagged": bool(tried[best]), "asked": asked}
-        self.captions.append({**row, **counts, "model": self.chat.name})
+        self.captions.append({**row, **counts, "size": self.settings.size, "model": self.chat.name})
 
     def _read(self, path: Path) -> tuple[Image.Image, list[str]]:
-        from textharmony.images import open_image  # imports torch, which is slow
+        from textharmony.images import fit_image, to_pil  # imports torch, which is slow
 
-        picture = open_image(path)
-        picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+        picture = to_pil(fit_image(path, self.settings.size).pixels)
         try:
             lines = self.read_text(picture)
         except ImportError:

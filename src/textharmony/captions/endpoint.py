@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 import os
 import random
+import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from textharmony.captions.replies import spoken_text
 
 if TYPE_CHECKING:
     import httpx2
@@ -25,6 +29,12 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "TEXTHARMONY_API_KEY"
 Turn = tuple[str, str]  # role (system, user or assistant) and text; the picture belongs to the first user turn
 Log = Callable[[int, int | None, float, str | None], None]  # attempt, status, seconds, error
+# What an endpoint may reject, and what its error says then: Azure and OpenAI, chat templates, servers in Rust and Go.
+_REJECTIONS = {
+    "max_tokens": r"max_completion_tokens|max_tokens.{0,40}(?:unsupported|not supported)",
+    "system": r"system.{0,20}(?:role|message|prompt|instruction)|(?:role|message).{0,20}system|roles? must alternate",
+    "parts": r"content.{0,80}(?:string|str\b)|cannot unmarshal array",
+}
 _LONGEST_BACKOFF, _LONGEST_PAUSE = 60.0, 600.0  # seconds
 
 
@@ -33,7 +43,7 @@ class ChatSettings:
     """How a chat model writes its answers."""
 
     temperature: float | None = 0.2  # of sampling; 0: greedy; None: the endpoint's own, greedy for a local model
-    max_tokens: int = 512  # the longest answer; an answer that is cut there fails
+    max_tokens: int = 512  # the longest answer, thoughts included; an answer that is cut there fails
 
     def __post_init__(self) -> None:
         if self.max_tokens <= 0:
@@ -78,7 +88,8 @@ class Chat(Protocol):
 class Endpoint:
     """A model behind /chat/completions, as OpenAI defines it and vLLM, llama.cpp, Ollama and others serve it.
 
-    The key is read from TEXTHARMONY_API_KEY. All requests for one answer have the same Idempotency-Key.
+    The key is read from TEXTHARMONY_API_KEY. Repeated requests have the same Idempotency-Key. If the endpoint rejects
+    max_tokens, messages of the system or contents in parts, it is asked in the form that it accepts from then on.
 
     Args:
         url: The base, such as http://localhost:8000/v1, without a login.
@@ -100,22 +111,22 @@ class Endpoint:
             raise ValueError(f"{KEY_VARIABLE} has characters that no HTTP header may have, expected visible ASCII")
         self._client = Client(url, self._key, self._settings.timeout)
         self._pace = _Pace(60 / (self._settings.requests_per_minute or math.inf))
-        self._body: dict[str, Any] = {"model": model, "max_tokens": chat.max_tokens}
-        if chat.temperature is not None:
-            self._body["temperature"] = chat.temperature
+        self._chat, self._rejected = chat, frozenset[str]()  # names in _REJECTIONS
 
     def __call__(self, picture: Image.Image, turns: Sequence[Turn], log: Log, stop: threading.Event) -> str:
         """Ask for the answer; see `Chat`."""
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=95, subsampling=0)
-        url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-        body = self._body | {"messages": _messages(turns, {"type": "image_url", "image_url": {"url": url}})}
-        key = str(uuid.uuid4())
-        for attempt in range(1, self._settings.max_retries + 2):
+        picture.save(file, "PNG")  # the same pixels, as no JPEG has them
+        part = {
+            "type": "image_url",
+            "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()},
+        }
+        key, rejected, failures = str(uuid.uuid4()), self._rejected, 0
+        for attempt in itertools.count(1):
             self._pace.wait(stop)
             started, response, answer, failure = time.monotonic(), None, "", None
             try:
-                response = self._client.complete_chat(body, key)
+                response = self._client.complete_chat(self._body(turns, part, rejected), key)
                 answer = self._read(response)
             except (RequestFailed, OSError, ValueError) as error:  # ChatRefused is an OSError
                 failure = error
@@ -123,11 +134,28 @@ class Endpoint:
             log(attempt, response.status_code if response else None, time.monotonic() - started, problem)
             if problem is None:
                 return answer
+            if response is not None and (found := _rejections(response) - rejected):
+                self._rejected |= found
+                rejected, key = rejected | found, str(uuid.uuid4())  # it is another request
+                continue
             if isinstance(failure, (RequestFailed, ChatRefused)):
                 raise type(failure)(problem)
-            if attempt <= self._settings.max_retries:
-                self._wait(response, attempt, stop)
+            failures += 1
+            if failures > self._settings.max_retries:
+                break
+            self._wait(response, failures, stop)
         raise RequestFailed(f"{attempt} requests failed, the last by {problem}")
+
+    def _body(self, turns: Sequence[Turn], image: dict[str, Any], rejected: Set[str]) -> dict[str, Any]:
+        limit = "max_completion_tokens" if "max_tokens" in rejected else "max_tokens"
+        body: dict[str, Any] = {"model": self.name, limit: self._chat.max_tokens}
+        if self._chat.temperature is not None:
+            body["temperature"] = self._chat.temperature
+        messages = _messages(_without_system(turns) if "system" in rejected else turns, image)
+        for message in messages:
+            if "parts" in rejected and len(message["content"]) == 1:
+                message["content"] = message["content"][0]["text"]
+        return body | {"messages": messages}
 
     def _read(self, response: httpx2.Response) -> str:
         """Return the answer; raise ValueError if another request may bring one."""
@@ -140,13 +168,14 @@ class Endpoint:
             raise RequestFailed(f"status {status}: {excerpt}")
         try:
             choice = json.loads(response.content)["choices"][0]
-            text, reason = _answer_text(choice["message"]["content"]), choice.get("finish_reason")
+            text, reason = spoken_text(choice["message"]["content"]), choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"no chat completion in {len(response.content)} bytes: {excerpt!r}") from None
         if reason in ("length", "content_filter"):
-            raise RequestFailed(f"the answer was cut by {'max_tokens' if reason == 'length' else 'a content filter'}")
+            cut = f"max_tokens {self._chat.max_tokens}, raise it" if reason == "length" else "a content filter"
+            raise RequestFailed(f"the answer was cut by {cut}")
         if not text:
-            raise ValueError(f"a chat completion without text: {excerpt!r}")
+            raise ValueError(f"a chat completion without text, or with thoughts alone: {excerpt!r}")
         return text
 
     def _wait(self, response: httpx2.Response | None, attempt: int, stop: threading.Event) -> None:
@@ -221,19 +250,38 @@ class LocalChat:
         with self._lock:
             if stop.is_set():
                 raise RequestFailed("the run was stopped")
-            started, messages = time.monotonic(), _messages(turns, {"type": "image", "image": picture})
-            inputs = self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(self._model.device, self._model.dtype)
+            started = time.monotonic()
+            inputs = self._encode(turns, picture).to(self._model.device, self._model.dtype)
             tokens = self._model.generate(**inputs, **self._options)[0, inputs["input_ids"].shape[1] :]
-            text = _answer_text(self._processor.decode(tokens, skip_special_tokens=True))
-            problem, ends = None if text else "an answer without text", self._model.generation_config.eos_token_id
-            if int(tokens[-1]) not in (ends if isinstance(ends, list) else [ends]):
-                problem = "the answer was cut by max_tokens"
+            ends = self._model.generation_config.eos_token_id
+            ended = int(tokens[-1]) in (ends if isinstance(ends, list) else [ends])
+            text = self._decode(tokens[:-1] if ended else tokens)
+            problem = None if text else "an answer without text, or with thoughts alone"
+            if not ended:
+                problem = "the answer was cut by max_tokens, raise it"
             log(1, None, time.monotonic() - started, problem)
             if problem:
                 raise RequestFailed(problem)
             return text
+
+    def _encode(self, turns: Sequence[Turn], picture: Image.Image) -> Any:
+        from jinja2 import TemplateError
+
+        form: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        image = {"type": "image", "image": picture}
+        try:
+            messages = _messages(turns, image)
+            return self._processor.apply_chat_template(messages, add_generation_prompt=True, **form)
+        except TemplateError:  # the template may raise it for a message of the system
+            messages = _messages(_without_system(turns), image)
+            return self._processor.apply_chat_template(messages, add_generation_prompt=True, **form)
+
+    def _decode(self, tokens: Any) -> str:
+        # The marks of thoughts may be special tokens, so those are dropped after the thoughts.
+        text = spoken_text(self._processor.decode(tokens, skip_special_tokens=False))
+        for token in self._processor.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text.strip()
 
 
 def _messages(turns: Sequence[Turn], image: dict[str, Any]) -> list[dict[str, Any]]:
@@ -245,6 +293,18 @@ def _messages(turns: Sequence[Turn], image: dict[str, Any]) -> list[dict[str, An
     return messages
 
 
-def _answer_text(content: object) -> str:
-    """Extract the text from the content of an answer, "" if it has none."""
-    return content.strip() if isinstance(content, str) else ""
+def _without_system(turns: Sequence[Turn]) -> list[Turn]:
+    """Put what the system says before the first turn of the user."""
+    said = "\n\n".join(text for role, text in turns if role == "system")
+    others = [(role, text) for role, text in turns if role != "system"]
+    first = next(i for i, (role, _) in enumerate(others) if role == "user")
+    others[first] = ("user", f"{said}\n\n{others[first][1]}" if said else others[first][1])
+    return others
+
+
+def _rejections(response: httpx2.Response) -> set[str]:
+    """Find which parts of a request's form an endpoint rejects, by the words of its error; see `Endpoint`."""
+    if response.status_code not in (400, 422):
+        return set()
+    said = response.content[:2000].decode("utf-8", "replace").lower()
+    return {name for name, pattern in _REJECTIONS.items() if re.search(pattern, said)}

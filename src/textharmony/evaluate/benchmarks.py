@@ -9,15 +9,17 @@ from pathlib import Path
 
 from textharmony.config import PredictionSettings
 from textharmony.data.faults import Faults
-from textharmony.data.readers import read_dataset
+from textharmony.data.readers import READERS, read_dataset
 from textharmony.data.record import Record
 from textharmony.evaluate import fidelity
+from textharmony.evaluate.digests import digest_model
 from textharmony.evaluate.ocr import Ocr, RapidOcr
 from textharmony.evaluate.report import Report, score
 from textharmony.evaluate.run import load_run, predict
 from textharmony.images import open_image
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Task
+from textharmony.signals import stop_on_signals
 
 _ANSWERS = ("containment", "containment, released")
 _BOXES = ("Acc@0.5", "IoU")
@@ -84,43 +86,53 @@ def evaluate_benchmark(
 ) -> Report:
     """Make the predictions that a folder lacks, score all of them, and write report.md, report.json and worst.png.
 
+    SIGTERM and SIGINT end it after the batch that the model has; the predictions stay, and a later call goes on.
+
     Args:
         name: One of BENCHMARKS.
         data: The folder of the data set.
-        out: The folder of predictions, for one benchmark, split, model name and settings.
+        out: The folder of predictions, for one benchmark, split, model and settings.
         model: Makes the predictions; None: score the folder as it is.
         settings: How predictions are made; they have no effect without a model.
         model_name: Is written to run.json and to the report.
         split: Of the data set; None: the benchmark's.
-        limit: How many records are used; 0: all of them.
+        limit: How many records are used, for report-first-N.md and so on; 0: all of them.
         inception: Weights of Inception v3; None: no FID.
         clip: A folder of transformers' CLIP; None: no CLIP score.
         max_share: The share of records that may be corrupt, 0..1.
         ocr: Reads drawings and edits; None: rapidocr.
 
     Raises:
-        ValueError: There is no such benchmark or split, or the folder holds other predictions.
+        ValueError: There is no such benchmark or split, the folder holds other predictions or those of other data, or
+            the model's weights are offloaded.
+        Stopped: A signal came.
         FileNotFoundError: The data, the weights or the predictions are missing.
         TooManyFaults: Too many records are corrupt.
         ImportError: An optional library is missing.
     """
     benchmark = find_benchmark(name)
-    split = split or benchmark.split
+    if limit < 0:
+        raise ValueError(f"limit is {limit}, expected at least 0")
+    split = split or benchmark.split or READERS[benchmark.dataset].splits[0]
     fidelity.check_weights(inception, clip)
 
     def records(faults: Faults) -> Iterator[Record]:
-        return islice(read_dataset(benchmark.dataset, data, split, benchmark.task, faults), limit or None)
+        for record in islice(read_dataset(benchmark.dataset, data, split, benchmark.task, faults), limit or None):
+            stopped.check(f"the predictions in {out} are kept, run again to go on")
+            yield record
 
-    if model is not None:
-        about = {"benchmark": name, "split": split, "model": model_name}
-        settings = replace(settings, samples=settings.samples or benchmark.samples)
-        predict(model, records(Faults(max_share)), benchmark.measures, out, about, settings, Faults(max_share))
-    run = load_run(out)
-    if (run.get("benchmark"), run.get("split")) != (name, split):
-        raise ValueError(f"{out} holds predictions of {run}, not of {name}, split {split}")
-    corrupt = Faults(1.0)
-    report = score(records(corrupt), out, benchmark.measures, ocr or RapidOcr(), benchmark.group)
+    with stop_on_signals() as stopped:
+        if model is not None:
+            about = {"benchmark": name, "split": split, "model": model_name, "model_digest": digest_model(model)}
+            settings = replace(settings, samples=settings.samples or benchmark.samples)
+            predict(model, records(Faults(max_share)), benchmark.measures, out, about, settings, Faults(max_share))
+        run = load_run(out)
+        if (run.get("benchmark"), run.get("split")) != (name, split):
+            raise ValueError(f"{out} holds predictions of {run}, not of {name}, split {split}")
+        corrupt = Faults(1.0)
+        report = score(records(corrupt), out, benchmark.measures, ocr or RapidOcr(), benchmark.group)
     report.faults[:0] = corrupt.listed
+    report.limit = limit
     if report.drawings:
         report.all_drawings = _score_together(report.drawings, inception, clip)
     report.write(out)

@@ -16,7 +16,7 @@ from textharmony.data.faults import Fault
 from textharmony.data.record import Record
 from textharmony.evaluate.metrics import MEASURES, Prediction, match_lines, measure
 from textharmony.evaluate.ocr import Ocr
-from textharmony.evaluate.run import Row, load_rows, load_run
+from textharmony.evaluate.run import Row, check_row, load_rows, load_run
 from textharmony.images import contact_sheet, open_image, outline, pad_square, shorten
 from textharmony.prompts import Task
 
@@ -42,6 +42,7 @@ class Report:
     worst: list[dict[str, Any]] = field(default_factory=list)  # the predictions with the lowest scores
     cells: list[tuple[Image.Image, str]] = field(default_factory=list)  # the same as a sheet; not in report.json
     drawings: list[tuple[Record, Path]] = field(default_factory=list)  # all of them; not in report.json
+    limit: int = 0  # it is about the first records alone, if not 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values, without pictures."""
@@ -58,6 +59,7 @@ class Report:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
         lines = [f"# {self.settings['benchmark']}", "", f"Predictions: {settings}."]
         for what, count in (
+            ("Limit", self.limit),
             ("Records", self.records),
             ("OCR", self.ocr),
             ("Not predicted yet", self.missing),
@@ -78,7 +80,7 @@ class Report:
         """The whole report as Markdown."""
         lines = self.summary()
         if self.worst:
-            lines += ["", "## Worst predictions", "", "![worst predictions](worst.png)"]
+            lines += ["", "## Worst predictions", "", f"![worst predictions]({self.file('worst.png')})"]
             cells = [[_cell(item[key]) for key in ("id", "prompt", "prediction", "gold")] for item in self.worst]
             ranked = [" | ".join([id, f"{item['score']:.2f}", *texts]) for item, (id, *texts) in zip(self.worst, cells)]
             lines += _table("id | score | prompt | prediction | gold", ranked)
@@ -88,13 +90,19 @@ class Report:
                 lines += [f"- and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
         return "\n".join(lines) + "\n"
 
+    def file(self, name: str) -> str:
+        """The name of one of the report's files, "report.md", "report.json" or "worst.png"; with a limit, another."""
+        stem, _, suffix = name.partition(".")
+        return f"{stem}-first-{self.limit}.{suffix}" if self.limit else name
+
     def write(self, out: Path) -> None:
-        """Write report.md, report.json and worst.png."""
-        (out / "report.md").write_text(self.markdown(), encoding="utf-8")
-        (out / "report.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        """Write the report's files; one about the first records leaves the whole report as it is."""
+        plain = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        (out / self.file("report.md")).write_text(self.markdown(), encoding="utf-8")
+        (out / self.file("report.json")).write_text(plain + "\n", "utf-8")
         if self.cells:
             title = f"{self.settings['benchmark']}, worst predictions first"
-            contact_sheet(self.cells, _COLUMNS, title, zoom=1).save(out / "worst.png")
+            contact_sheet(self.cells, _COLUMNS, title, zoom=1).save(out / self.file("worst.png"))
 
 
 def _means(scores: Scores) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def score(records: Iterable[Record], out: Path, measures: Sequence[str], ocr: Oc
 
     Raises:
         FileNotFoundError: The folder holds no predictions.
-        ValueError: A prediction was made for another prompt than its record has, or a file has another form.
+        ValueError: A prediction was made for other data, or a file has another form.
     """
     rows, report = load_rows(out), Report(load_run(out))
 
@@ -138,8 +146,8 @@ def score(records: Iterable[Record], out: Path, measures: Sequence[str], ocr: Oc
             report.missing += record.id not in rows
             for row in rows.get(record.id, []):
                 where = f"{record.source} {record.id}"
-                if row["prompt"] != record.prompt:
-                    raise ValueError(f"{where} was predicted for {row['prompt']!r}, expected {record.prompt!r}")
+                if row["sample"] == 0:
+                    check_row(row, record, out)
                 if "fault" in row:
                     report.faults += [Fault(where, row["fault"])] if row["sample"] == 0 else []
                     continue

@@ -21,6 +21,7 @@ from textharmony.config import GenerationSettings, PredictionSettings
 from textharmony.data.faults import UNREADABLE, Faults
 from textharmony.data.readers.reader import find, read_json
 from textharmony.data.record import Record
+from textharmony.evaluate.digests import digest_record
 from textharmony.evaluate.metrics import Prediction, measure
 from textharmony.journal import Journal
 from textharmony.pipeline import TextHarmony
@@ -36,9 +37,9 @@ def claim(out: Path, wanted: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         _write(out / RUN, json.dumps(wanted, indent=2).encode() + b"\n")
     found = load_run(out)
-    for name in sorted(wanted.keys() | found.keys()):
+    for name in sorted((wanted.keys() | found.keys()) - {"model"}):  # a model is known by its digest, not by its path
         if found.get(name) != wanted.get(name):
-            before = f"{out} holds predictions with {name} {found.get(name)!r}"
+            before = f"{out} holds predictions of {found.get('model')} with {name} {found.get(name)!r}"
             raise ValueError(f"{before}, not {wanted.get(name)!r}: choose another --out")
 
 
@@ -65,6 +66,15 @@ def _by_record(journal: Journal, out: Path) -> dict[str, list[Row]]:
     return found
 
 
+def check_row(row: Row, record: Record, out: Path) -> None:
+    """Raise ValueError if a prediction was made for other content than its record has."""
+    if row.get("record") != digest_record(record):
+        raise ValueError(
+            f"{out / PREDICTIONS} has a prediction for {record.source} {record.id} as the data were before: its prompt "
+            f"was {row.get('prompt')!r}, or its picture has changed: choose another --out"
+        )
+
+
 def predict(
     model: TextHarmony,
     records: Iterable[Record],
@@ -76,20 +86,21 @@ def predict(
 ) -> None:
     """Append the predictions for records to out/predictions.jsonl, except for records that have them already.
 
-    A row has id, sample, prompt, and one of answer, boxes, picture (its file), refused (the model's reason) and fault
-    (what is wrong with the record). A run that was killed asks the same batches again, with the same results.
+    A row has id, sample, prompt, record (a digest of what the record asks), and one of answer, boxes, picture (its
+    file), refused (the model's reason) and fault (what is wrong with the record). A run that was killed asks the same
+    batches again, with the same results.
 
     Args:
         model: Makes the predictions.
         records: Of any tasks, each with an id of its own.
         measures: Names in MEASURES by which the predictions will be scored.
         out: The folder; it holds predictions of one benchmark, split, model and settings.
-        about: The benchmark, split and model, for run.json.
+        about: The benchmark, the split, the model's name and its digest, for run.json.
         settings: How predictions are made.
         faults: Counts the records, and lists the ones with a fault.
 
     Raises:
-        ValueError: Two records have the same id, or the folder holds other predictions.
+        ValueError: Two records have the same id, or the folder holds other predictions or those of other data.
         TooManyFaults: Too many records have a fault.
     """
     flat = asdict(settings) | {"samples": settings.samples or 1}
@@ -105,6 +116,8 @@ def predict(
                 if record.id in met:
                     raise ValueError(f"two records of {record.source} have the id {record.id!r}")
                 met.add(record.id)
+                for row in done[record.id][:1]:
+                    check_row(row, record, out)
             if any(len(done[record.id]) < _samples(record, settings) for record in batch):
                 for row in _predict_batch(model, batch, measures, out, settings):
                     if row["sample"] == len(done[row["id"]]):
@@ -126,7 +139,8 @@ def _predict_batch(
 ) -> Iterator[Row]:
     asked: list[tuple[Row, Request]] = []
     for record in batch:
-        rows = [{"id": record.id, "sample": i, "prompt": record.prompt} for i in range(_samples(record, settings))]
+        known = {"id": record.id, "prompt": record.prompt, "record": digest_record(record)}
+        rows = [known | {"sample": i} for i in range(_samples(record, settings))]
         # The seeds of a record do not depend on its position in the data set or on the other records in its batch.
         seed = settings.seed + zlib.crc32(record.id.encode())
         try:

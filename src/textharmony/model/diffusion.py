@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -9,15 +10,25 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class Diffusion(Protocol):
-    """What the image decoder needs of a noise schedule; an index counts the steps of the last `times`."""
+    """What the image decoder needs of a noise schedule; an index counts the steps of the last `times`.
+
+    Sampling changes the scheduler: each drawing samples with a copy of its own, since threads may draw at once.
+    """
 
     mask_first: bool  # a UNet for inpainting takes the mask before the kept latents, or after them
+    scheduler: Any  # of diffusers
+
+    def copy(self) -> Self:
+        """Return one with a scheduler of its own."""
+        copied = copy.copy(self)
+        copied.scheduler = copy.deepcopy(self.scheduler)
+        return copied
 
     def corrupt(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add noise to latents (B, C, h, w): the noisy ones, the times (B,) for the UNet, what it has to predict."""

@@ -182,17 +182,19 @@ class ImageDecoder(nn.Module):
             painted = F.pixel_unshuffle(draft(self.painter(layouts, context), layouts), self.cell)
             extra, unguided = torch.cat([extra, painted], 1), torch.cat([extra, torch.zeros_like(painted)], 1)
         noise = torch.stack([torch.randn(self.channels, *self.grid, generator=g) for g in generators]).to(kept)
-        latents = self.diffusion.begin(noise)
+        diffusion = self.diffusion.copy()
+        times = diffusion.times(steps, noise.device)
+        latents = diffusion.begin(noise)
         free = mask.ceil()  # (B, 1, h, w): 1 in cells that a region touches
-        for index, time in enumerate(self.diffusion.times(steps, latents.device)):
-            noisy = self.diffusion.scaled(latents, index)
+        for index, time in enumerate(times):
+            noisy = diffusion.scaled(latents, index)
             predicted = self._predict(noisy, time.expand(batch), context, extra)
             if scale != 1:
                 without = self._predict(noisy, time.expand(batch), self.unconditional.expand(batch, -1, -1), unguided)
                 predicted = without + scale * (predicted - without)
-            latents = self.diffusion.step(predicted, index, latents, generators)
+            latents = diffusion.step(predicted, index, latents, generators)
             if regions is not None and not self.inpaints:  # put back what is known outside the regions
-                latents = torch.where(free > 0, latents, self.diffusion.noised(kept, noise, index))
+                latents = torch.where(free > 0, latents, diffusion.noised(kept, noise, index))
         return self.decode(latents)
 
 

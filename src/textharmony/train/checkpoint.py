@@ -62,12 +62,11 @@ class Checkpoints:
         """Load the weights alone: a new stage starts with a new optimizer."""
         load_weights(self._model, [self._folder / "model.safetensors"], self._names)
 
-    def load_state(self) -> dict[str, Any]:
-        """Load weights, optimizer and scheduler, and return the state of this process's batch loader."""
+    def load_state(self) -> list[dict[str, Any]]:
+        """Load weights, optimizer and scheduler, and return the states of all processes' batch loaders, by rank."""
         self._accelerator.load_state(str(self._folder))
-        own = self._folder / f"loader-{self._accelerator.process_index}.json"
-        # A new process has no file of its own. Any other tells how many processes there were, which is then refused.
-        return json.loads((own if own.exists() else min(self._folder.glob("loader-*.json"))).read_text())
+        count = len(list(self._folder.glob("loader-*.json")))
+        return [json.loads((self._folder / f"loader-{rank}.json").read_text()) for rank in range(count)]
 
     def save(self, stage: int, step: int, loader: dict[str, Any]) -> None:
         """Replace the checkpoint; a run that is killed here keeps the one before.

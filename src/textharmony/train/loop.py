@@ -184,6 +184,7 @@ def _run_stage(run: _Run, number: int, start: int) -> None:
         accelerator.num_processes,
         config.max_faults,
         run.checkpoints.load_state() if start else None,
+        config.window,
     )
     means = Losses(out, number, stage.name)
     try:

@@ -1,4 +1,7 @@
+import base64
+import io
 import json
+import os
 import random
 import resource
 import signal
@@ -8,17 +11,24 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from chat_server import MISBEHAVIOURS, ChatServer, answer, echo_key, hang, status
+from chat_server import MISBEHAVIOURS, ChatServer, answer, completion, echo_key, hang, status
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from textharmony.captions.build import CaptionSettings, Prompt, Report, build_captions, find_pictures, missing_words
 from textharmony.captions.endpoint import KEY_VARIABLE, ChatRefused, Endpoint, EndpointSettings
+from textharmony.config import ModelConfig
+from textharmony.data.batch import Collator
+from textharmony.data.readers import read_dataset
+from textharmony.signals import Stopped
 
 Rows = list[dict]
 
@@ -100,7 +110,8 @@ def run(server: ChatServer, folder: Path, tmp_path: Path) -> Build:
     def run(read_text: Callable = read_color, endpoint: dict | None = None, **settings: int) -> Report:
         requests = EndpointSettings(**{"timeout": 5.0, "backoff": 0.01} | (endpoint or {}))
         chat = Endpoint(server.url, "m", requests=requests)
-        return build_captions(folder, tmp_path / "out", chat, read_text, settings=CaptionSettings(**settings))
+        size = {"size": (64, 64)}  # small pictures are sent quickly
+        return build_captions(folder, tmp_path / "out", chat, read_text, settings=CaptionSettings(**size | settings))
 
     return run
 
@@ -120,6 +131,7 @@ def test_every_picture_gets_a_row(run: Build, server: ChatServer, folder: Path, 
         "missing": [],
         "flagged": False,
         "asked": 1,
+        "size": [64, 64],
         "model": "m",
     }
     assert json.loads((tmp_path / "out" / "report.json").read_text())["captioned"] == 5
@@ -359,28 +371,73 @@ def test_find_pictures(folder: Path) -> None:
         find_pictures(folder / "empty")
 
 
-def test_ocr_gets_the_picture_as_people_see_it(run: Build, folder: Path) -> None:
-    """Turned by EXIF, on white where it is transparent, at most 2048 pixels long; the first frame of a GIF."""
+def test_ocr_and_the_model_see_the_pixels_that_training_sees(
+    run: Build, server: ChatServer, folder: Path, tmp_path: Path, config: ModelConfig, tokenizer: Any
+) -> None:
+    """Turned by EXIF, on white where it is transparent, fitted to the size of drawings; the first frame of a GIF."""
     folder.mkdir()
-    sideways = Image.new("RGB", (40, 20), "black")
-    sideways.paste((255, 0, 0), (0, 0, 20, 20))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 90, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
-    sideways.save(folder / "1.png", exif=exif)
-    Image.new("RGBA", (30, 10), (0, 0, 0, 0)).save(folder / "2.png")
+    noise.save(folder / "1.png", exif=exif)
+    noise.putalpha(100)
+    noise.save(folder / "2.png")
     Image.new("L", (5000, 50), 128).save(folder / "3.png")
     frames = [Image.new("P", (9, 9), color) for color in (0, 1)]
     frames[0].save(folder / "4.gif", save_all=True, append_images=frames[1:])
-    seen: list[Image.Image] = []
-    run(lambda picture: seen.append(picture) or [], workers=1)
-    assert [picture.mode for picture in seen] == ["RGB"] * 4
-    assert [picture.size for picture in seen] == [(20, 40), (30, 10), (2048, 20), (9, 9)]
-    assert seen[0].getpixel((10, 5)) == (255, 0, 0) and seen[0].getpixel((10, 35)) == (0, 0, 0)
-    assert seen[1].getpixel((5, 5)) == (255, 255, 255)
+    read: list[Image.Image] = []
+    assert run(lambda picture: read.append(picture) or ["A"], workers=1, size=config.target_size).captioned == 4
+
+    collator = Collator(config, tokenizer)
+    lines = (tmp_path / "out" / "captions.jsonl").read_text()
+    (tmp_path / "captions.jsonl").write_text(lines.replace("../", ""))
+    records = list(read_dataset("detailedtextcaps", tmp_path))
+    assert len(records) == 4
+    for record, seen, request in zip(records, read, server.requests, strict=True):
+        url = request.body["messages"][1]["content"][0]["image_url"]["url"]
+        sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        trained = collator.encode(replace(record, layout=None)).target.permute(1, 2, 0)
+        assert np.array_equal(np.asarray(seen), np.asarray(trained))
+        assert np.array_equal(np.asarray(sent), np.asarray(trained))
 
 
-@pytest.mark.parametrize("setting", [{"attempts": 0}, {"workers": 0}])
-def test_a_bad_setting_is_named(run: Build, folder: Path, setting: dict[str, int]) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_and_keeps_what_is_done(
+    run: Build, server: ChatServer, folder: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    names = write_pictures(folder, 12)
+
+    def answer_and_signal(handler: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.5)  # the main thread looks whether a signal came
+        answer()(handler)
+
+    server.plan = lambda words, before: answer_and_signal if words[0] == "W4" and not before else answer()
+    with pytest.raises(Stopped, match=f"stopped by {number.name}: the captions in .* are kept") as stop:
+        run(workers=2)
+    assert stop.value.code == code
+    done = rows(tmp_path / "out" / "captions.jsonl")
+    assert 0 < len(done) < 12 and "a/004.png" in {row["id"] for row in done}, "the request under way was finished"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["captioned"] == len(done)
+    assert run().captioned == 12
+    assert sorted(row["id"] for row in rows(tmp_path / "out" / "captions.jsonl")) == names
+    assert max(server.answered.values()) == 1
+
+
+def test_thoughts_are_in_no_caption(run: Build, server: ChatServer, folder: Path, tmp_path: Path) -> None:
+    write_pictures(folder, 2)
+    thoughts = '<think>It says "W0" and "W1" and "SALE".</think>'
+    server.plan = lambda words, before: (
+        status(200, completion(thoughts)) if words[0] == "W1" else answer(thoughts + "A wall.")
+    )
+    report = run(endpoint={"max_retries": 1}, attempts=1)
+    assert (report.captioned, report.flagged, [name for name, _ in report.failed]) == (1, 1, ["b/001.png"])
+    (row,) = rows(tmp_path / "out" / "captions.jsonl")
+    assert row["info"] == "A wall." and row["missing"] == ["W0", "SALE"]
+
+
+@pytest.mark.parametrize("setting", [{"attempts": 0}, {"workers": 0}, {"size": (0, 9)}])
+def test_a_bad_setting_is_named(run: Build, folder: Path, setting: dict[str, Any]) -> None:
     write_pictures(folder, 1)
-    with pytest.raises(ValueError, match=rf"{next(iter(setting))}.* 0"):
+    with pytest.raises(ValueError, match=rf"{next(iter(setting))} is .*0.*, expected at least 1"):
         run(**setting)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_llava
 import torch
-from chat_server import MISBEHAVIOURS, Behaviour, ChatServer, answer, completion, echo_key, status
+from chat_server import MISBEHAVIOURS, PARTICULAR, Behaviour, ChatServer, answer, completion, echo_key, status
 from PIL import Image
 
 from textharmony.captions.endpoint import (
@@ -70,9 +71,9 @@ def test_a_request_has_openais_layout(
     assert request.body == {"model": "some/model", "temperature": 0.5, "max_tokens": 7}
     uri = messages[1]["content"][0]["image_url"]["url"]
     kind, encoded = uri.split(",")
-    assert kind == "data:image/jpeg;base64"
+    assert kind == "data:image/png;base64"
     seen = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
-    assert seen.format == "JPEG" and np.abs(np.asarray(seen, float) - np.asarray(picture, float)).mean() < 1
+    assert seen.format == "PNG" and np.array_equal(np.asarray(seen), np.asarray(picture))
     part = {"type": "image_url", "image_url": {"url": uri}}
     assert messages == [
         {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
@@ -133,6 +134,51 @@ def test_a_misbehaving_endpoint_is_asked_again(server: ChatServer, ask: Ask, nam
         assert [row[1] for row in log[:2]] == [int(name)] * 2 and name in str(log[0][3])
     if name in ("hang", "drip", "drip_headers"):
         assert all("no whole answer within 0.4 s" in str(row[3]) and 0.3 < row[2] < 1.5 for row in log[:2])
+
+
+@pytest.mark.parametrize("name", PARTICULAR)
+def test_an_endpoint_is_asked_in_the_form_that_it_takes(server: ChatServer, picture: Image.Image, name: str) -> None:
+    server.plan = lambda words, before: PARTICULAR[name]
+    log: Log = []
+    endpoint = Endpoint(server.url, "m", requests=EndpointSettings(max_retries=0))
+    turns = [*TURNS, ("assistant", "a sign"), ("user", 'more ["B2"]')]
+    for asked in (TURNS, TURNS, turns):
+        text = endpoint(picture, asked, lambda *row: log.append(row), threading.Event())
+        assert text.startswith("A sign that says")
+    assert [row[1] == 200 for row in log] == [False, True, True, True]  # it is told once
+    keys = [request.headers["Idempotency-Key"] for request in server.requests]
+    assert len(set(keys)) == 4
+    said = str(server.requests[-1].body["messages"])
+    assert all(words in said for words in ("be brief", "read [", "a sign", "more [", "data:image/png"))
+
+
+def test_a_rejection_for_another_reason_is_no_rejection_of_the_form(server: ChatServer, ask: Ask) -> None:
+    server.plan = lambda words, before: status(400, b"this model's maximum context length is 4 tokens")
+    with pytest.raises(RequestFailed, match="maximum context length"):
+        ask()
+    assert len(server.requests) == 1
+
+
+def test_an_endpoint_that_rejects_every_form_fails(server: ChatServer, ask: Ask) -> None:
+    server.plan = lambda words, before: status(400, b"max_tokens: use max_completion_tokens")
+    with pytest.raises(RequestFailed, match="use max_completion_tokens"):
+        ask()
+    assert len(server.requests) == 2
+
+
+def test_thoughts_and_parts_of_a_reply_are_not_the_answer(server: ChatServer, ask: Ask) -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "A "}, {"type": "text", "text": "sign"}]
+    for content, fields in ((parts, {}), ("<think>hm</think>A sign", {}), ("A sign", {"reasoning_content": "hm"})):
+        server.plan = lambda words, before: status(200, completion(content, **fields))  # noqa: B023 (asked at once)
+        assert ask()[0] == "A sign"
+
+
+@pytest.mark.parametrize("content", ["<think>hm", "<think>hm</think>", None, [], [{"type": "thinking"}]])
+def test_a_reply_of_thoughts_alone_is_no_answer(server: ChatServer, ask: Ask, content: object) -> None:
+    server.plan = lambda words, before: status(200, completion(content, reasoning="hm", reasoning_content="hm"))
+    with pytest.raises(RequestFailed, match="without text, or with thoughts alone"):
+        ask(max_retries=1)
+    assert len(server.requests) == 2
 
 
 def test_it_gives_up_after_max_retries(server: ChatServer, ask: Ask) -> None:
@@ -322,6 +368,27 @@ def test_a_local_answer_that_is_cut_is_no_answer(llava: Path) -> None:
     with pytest.raises(RequestFailed, match="stopped"):
         chat(tiny_llava.sign("red"), tiny_llava.TURNS, lambda *row: log.append(row), stop)
     assert len(log) == 1
+
+
+def test_a_local_models_thoughts_are_not_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signs = {"red": "<think>?</think>red", "blue": "<think>blue"}
+    monkeypatch.setattr(tiny_llava, "SIGNS", signs)
+    tiny_llava.write(tmp_path)
+    chat, log = LocalChat(tmp_path, ChatSettings(temperature=None, max_tokens=40)), []
+    assert chat(tiny_llava.sign("red"), tiny_llava.TURNS, lambda *row: None, threading.Event()) == "red"
+    with pytest.raises(RequestFailed, match="thoughts alone"):
+        chat(tiny_llava.sign("blue"), tiny_llava.TURNS, lambda *row: log.append(row), threading.Event())
+    assert "thoughts alone" in str(log[0][3])
+
+
+def test_a_local_template_without_a_system_role_gets_its_words_from_the_user(llava: Path, tmp_path: Path) -> None:
+    shutil.copytree(llava, tmp_path / "llava")
+    template = tmp_path / "llava" / "chat_template.jinja"
+    refusal = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    template.write_text(refusal + template.read_text())
+    chat = LocalChat(tmp_path / "llava", ChatSettings(temperature=None, max_tokens=40))
+    with suppress(RequestFailed):  # the model has never seen these words in this order
+        chat(tiny_llava.sign("red"), tiny_llava.TURNS, lambda *row: None, threading.Event())
 
 
 def test_a_missing_local_model_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from textharmony.data.mixture import Mixture, Shard
+from textharmony.data.mixture import Done, Mixture, Shard, unite
 from textharmony.data.record import Record
 from textharmony.prompts import Task
 
@@ -106,3 +106,31 @@ def test_shards_share_the_records_in_blocks(count: int, block: int) -> None:
         assert mine == [whole[n] for n in numbers[:50]]
         later = [f"{r.source}{r.id}" for r in islice(mixture.records(shard, 17), 20)]
         assert later == mine[17:37]
+
+
+@pytest.mark.parametrize("done", [Done(17), Done(10, ((12, 15), (16, 30))), Done(0, ((0, 1), (399, 400)))])
+def test_shards_share_what_is_left(done: Done) -> None:
+    mixture = Mixture({"s": lambda: iter(records("s", 40)), "a": records("a", 7)}, {"s": 2, "a": 1}, 4, buffer=10)
+    whole = names(mixture, 400)
+    left = [n for n in range(400) if n >= done.before and not any(a <= n < b for a, b in done.ranges)]
+    assert [done.number(i) for i in range(len(left))] == left
+    for index in range(3):
+        shard = Shard(index, 3, 4, done)
+        numbers = [left[i] for i in range(len(left)) if i // 4 % 3 == index][:90]
+        mine = [f"{r.source}{r.id}" for r in islice(mixture.records(shard), 90)]
+        assert mine == [whole[n] for n in numbers]
+        later = [f"{r.source}{r.id}" for r in islice(mixture.records(shard, 21), 60)]
+        assert later == mine[21:81]
+
+
+def test_what_shards_used_is_united() -> None:
+    """By hand: two shards in blocks of two have 0 1, 4 5, 8 9 and 2 3, 6 7, 10 11."""
+    a, b = Shard(0, 2, 2), Shard(1, 2, 2)
+    assert unite({a: [], b: []}, {a: 0, b: 0}) == Done(0)
+    assert unite({a: [], b: []}, {a: 4, b: 2}) == Done(6)
+    assert unite({a: [], b: [3]}, {a: 4, b: 2}) == Done(6, ((7, 8),))
+    assert unite({a: [5], b: [2, 3]}, {a: 4, b: 2}) == Done(8, ((9, 10),))
+    c, d = Shard(0, 2, 1, Done(6, ((7, 8),))), Shard(1, 2, 1, Done(6, ((7, 8),)))  # 6, 9, 11 and 8, 10, 12
+    assert unite({c: [], d: []}, {c: 1, d: 0}) == Done(8)
+    assert unite({c: [], d: []}, {c: 3, d: 1}) == Done(10, ((11, 12),))
+    assert unite({c: [2], d: []}, {c: 0, d: 0}) == Done(6, ((7, 8), (11, 12)))

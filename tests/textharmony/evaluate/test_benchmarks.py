@@ -1,13 +1,17 @@
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from textharmony.config import GenerationSettings, PredictionSettings
 from textharmony.data.readers import READERS
 from textharmony.evaluate.benchmarks import BENCHMARKS, evaluate_benchmark, find_benchmark
+from textharmony.evaluate.digests import digest_model
 from textharmony.evaluate.fidelity import clip_score
 from textharmony.evaluate.metrics import MEASURES
 from textharmony.evaluate.run import load_rows
@@ -49,8 +53,8 @@ def evaluate(
     name: str, data: Path, out: Path, model: TextHarmony | None, samples: int | None = None, **options: Any
 ) -> dict[str, Any]:
     settings = PredictionSettings(samples=samples, generation=GenerationSettings(max_new_tokens=3))
-    evaluate_benchmark(name, data, out, model, settings, "test", **{"ocr": Lines()} | options)
-    found = json.loads((out / "report.json").read_text())
+    report = evaluate_benchmark(name, data, out, model, settings, "test", **{"ocr": Lines()} | options)
+    found = json.loads((out / report.file("report.json")).read_text())
     assert isinstance(found, dict)
     return found
 
@@ -95,7 +99,38 @@ def test_a_run_with_a_limit_is_continued(model: TextHarmony, textvqa: Path, tmp_
     out = tmp_path / "out"
     assert evaluate("textvqa", textvqa, out, model, limit=1)["records"] == 1
     assert evaluate("textvqa", textvqa, out, None)["missing"] == 2
-    assert evaluate("textvqa", textvqa, out, model)["missing"] == 0 and len(load_rows(out)) == 3
+    whole = evaluate("textvqa", textvqa, out, model)
+    assert whole["missing"] == 0 and len(load_rows(out)) == 3
+    assert evaluate("textvqa", textvqa, out, model, limit=2)["records"] == 2
+    assert json.loads((out / "report.json").read_text()) == whole  # that of the first two has files of its own
+    assert "](worst-first-2.png)" in (out / "report-first-2.md").read_text()
+    assert (out / "worst-first-2.png").is_file() and (out / "worst.png").is_file()
+    with pytest.raises(ValueError, match="limit is -1, expected at least 0"):
+        evaluate("textvqa", textvqa, out, model, limit=-1)
+
+
+def test_a_model_is_known_by_its_weights(
+    model: TextHarmony, make_model: Callable[..., TextHarmony], textvqa: Path, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    loaded = TextHarmony.from_pretrained(tmp_path / "model")
+    assert digest_model(loaded) == digest_model(model) == digest_model(copy.deepcopy(model))
+    evaluate("textvqa", textvqa, tmp_path / "out", model)
+    evaluate("textvqa", textvqa, tmp_path / "out", loaded)
+    with pytest.raises(ValueError, match=r"predictions of test with model_digest .*: choose another --out"):
+        evaluate("textvqa", textvqa, tmp_path / "out", make_model(1))
+    assert len({digest_model(m) for m in (model, make_model(1), loaded.bfloat16(), make_model(inference_steps=3))}) == 4
+    loaded.begin_image = torch.nn.Parameter(loaded.begin_image.to("meta"))
+    with pytest.raises(ValueError, match="begin_image is offloaded, expected weights in memory"):
+        digest_model(loaded)
+
+
+def test_a_changed_picture_is_not_scored_by_the_old_answer(model: TextHarmony, textvqa: Path, tmp_path: Path) -> None:
+    evaluate("textvqa", textvqa, tmp_path / "out", model)
+    paint(textvqa / "train_images" / "1.jpg", "DOG")
+    for asked in (model, None):
+        with pytest.raises(ValueError, match="a prediction for textvqa 1 as the data were before"):
+            evaluate("textvqa", textvqa, tmp_path / "out", asked)
 
 
 def test_a_split_without_answers_is_predicted_and_not_scored(model: TextHarmony, textvqa: Path, tmp_path: Path) -> None:
@@ -107,7 +142,7 @@ def test_a_split_without_answers_is_predicted_and_not_scored(model: TextHarmony,
     report = evaluate("textvqa", textvqa, tmp_path / "out", model, split="test")
     assert (report["records"], report["unscored"], report["means"]) == (3, 3, {})
     assert "Without an accepted answer, not scored: 3." in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises(ValueError, match="not of textvqa, split None"):
+    with pytest.raises(ValueError, match="not of textvqa, split val"):
         evaluate("textvqa", textvqa, tmp_path / "out", None)
 
 

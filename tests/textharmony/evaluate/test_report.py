@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from textharmony.data.record import Record
+from textharmony.evaluate.digests import digest_record
 from textharmony.evaluate.report import Report, score
 from textharmony.prompts import Task
 
@@ -40,6 +41,8 @@ def report_of(
     records: list[Record], rows: list[Row], measures: list[str], out: Path, group: str | None = None
 ) -> Report:
     out.mkdir(exist_ok=True)
+    digests = {record.id: digest_record(record) for record in records}
+    rows = [{"record": digests.get(row["id"]), **row} for row in rows]
     (out / "run.json").write_text(json.dumps({"benchmark": "test", "model": "tiny", "split": None}))
     (out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return score(records, out, measures, Lines(), group)
@@ -141,9 +144,11 @@ def test_edits_are_read_in_their_box_and_upright(drawn: Path) -> None:
     assert report.scores["outside unchanged"] == [0, 0] and report.drawings == []
 
 
-def test_another_prompt_is_another_benchmark(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="test 1 was predicted for 'who', expected 'what'"):
-        report_of([make("1", ("a",))], [row("1", answer="a") | {"prompt": "who"}], ["ANLS"], tmp_path)
+@pytest.mark.parametrize("old", ["another digest", None])
+def test_predictions_for_other_data_are_not_scored(tmp_path: Path, old: str | None) -> None:
+    rows = [row("1", answer="a", record=old) | {"prompt": "who"}]
+    with pytest.raises(ValueError, match="test 1 as the data were before: its prompt was 'who'"):
+        report_of([make("1", ("a",))], rows, ["ANLS"], tmp_path)
 
 
 def test_the_report_is_written_and_is_the_same_again(tmp_path: Path) -> None:

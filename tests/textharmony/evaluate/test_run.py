@@ -15,13 +15,14 @@ from PIL import Image
 from textharmony.config import GenerationSettings, PredictionSettings
 from textharmony.data.faults import Faults, TooManyFaults
 from textharmony.data.record import Record
+from textharmony.evaluate.digests import digest_record
 from textharmony.evaluate.metrics import MEASURES
 from textharmony.evaluate.run import PREDICTIONS, claim, load_rows, load_run, predict, request_for
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Request, Task
 
 NAMES = tuple(name for name in MEASURES if name != "TextVQA accuracy")
-ABOUT = {"benchmark": "folder", "split": None, "model": "test"}
+ABOUT = {"benchmark": "folder", "split": None, "model": "test", "model_digest": "abc"}
 SETTINGS = PredictionSettings(samples=2, batch_size=3, generation=GenerationSettings(3, num_inference_steps=1))
 BOX = (100.0, 200.0, 700.0, 900.0)
 
@@ -136,6 +137,7 @@ def test_run_json_is_flat(whole: Path) -> None:
         "benchmark": "folder",
         "split": None,
         "model": "test",
+        "model_digest": "abc",
         "seed": 0,
         "samples": 2,
         "batch_size": 3,
@@ -217,7 +219,7 @@ def test_a_run_on_fewer_records_is_continued(model: TextHarmony, whole: Path, tm
         ({}, {"seed": 1}, "seed 0, not 1"),
         ({}, {"samples": 4}, "samples 2, not 4"),
         ({}, {"generation": GenerationSettings(3, 2, 1)}, "num_beams None, not 2"),
-        ({"model": "other"}, {}, "model 'test', not 'other'"),
+        ({"model_digest": "other"}, {}, "model_digest 'abc', not 'other'"),
         ({"benchmark": "textvqa"}, {}, "benchmark 'folder', not 'textvqa'"),
     ],
 )
@@ -225,9 +227,56 @@ def test_a_folder_belongs_to_one_run(
     model: TextHarmony, whole: Path, about: dict[str, str | None], settings: dict[str, Any], message: str
 ) -> None:
     before = contents(whole)
-    with pytest.raises(ValueError, match=f"holds predictions with {message}: choose another --out"):
+    with pytest.raises(ValueError, match=f"holds predictions of test with {message}: choose another --out"):
         run(model, whole, settings=replace(SETTINGS, **settings), about=ABOUT | about)
     assert contents(whole) == before
+
+
+def test_a_model_is_known_by_its_digest_and_not_by_its_path(whole: Path) -> None:
+    before = contents(whole)
+    run(None, whole, about=ABOUT | {"model": "./test"})
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("index", "changes"),
+    [
+        (0, {"images": (picture(9),)}),
+        (0, {"images": (picture(9), picture(9))}),
+        (0, {"prompt": "what else"}),
+        (0, {"task": Task.READ}),
+        (1, {"words": ("B2",)}),
+        (3, {"texts": ("C3",)}),
+        (3, {"boxes": ((0.0, 0.0, 99.0, 99.0),)}),
+        (4, {"images": (picture(9),)}),  # a fault that is mended
+    ],
+)
+def test_predictions_for_other_data_are_refused(
+    model: TextHarmony, whole: Path, index: int, changes: dict[str, Any]
+) -> None:
+    before = contents(whole)
+    changed = [replace(r, **changes) if i == index else r for i, r in enumerate(RECORDS)]
+    with pytest.raises(ValueError, match=f"test {RECORDS[index].id} as the data were before.*choose another --out"):
+        run(model, whole, changed)
+    assert contents(whole) == before
+
+
+def test_other_accepted_answers_need_no_new_predictions(whole: Path) -> None:
+    run(None, whole, [replace(RECORDS[0], texts=("blue",)), *RECORDS[1:]])
+
+
+def test_pictures_in_files_are_known_by_their_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    record = make("a", Task.READ, "read", images=(path,))
+    absent = digest_record(record)
+    picture(1).save(path)
+    first = digest_record(record)
+    same = make("a", Task.READ, "read", images=(path.read_bytes(),))
+    assert first == digest_record(same) == digest_record(replace(record, images=(str(path),))) != absent
+    picture(2).save(path)
+    assert digest_record(record) != first
+    array = np.zeros((4, 6, 3), np.uint8)
+    assert digest_record(replace(record, images=(array,))) != digest_record(replace(record, images=(array[None],)))
 
 
 def test_two_records_with_one_id_are_an_error(tmp_path: Path) -> None:
@@ -301,13 +350,18 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def wait_for_lines(path: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while lines_of(path) < count and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
 @pytest.mark.slow
 def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
     """A process that got SIGKILL in the middle of its work leaves a folder that ends like the folder of a whole run."""
     process = subprocess.Popen([sys.executable, __file__, tmp_path / "killed"])
-    rows, deadline = tmp_path / "killed" / PREDICTIONS, time.monotonic() + 120
-    while lines_of(rows) < 5 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    rows = tmp_path / "killed" / PREDICTIONS
+    wait_for_lines(rows, 5, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert 5 <= lines_of(rows) < 64, "the process was not killed in the middle of its work"
