@@ -111,9 +111,8 @@ def _finish_save(path: Path) -> None:
 def load_folder(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
     """Load configuration and tokenizer; raise FileNotFoundError or ValueError naming a missing or damaged file."""
     _finish_save(folder)
-    weights = _INDEX if (folder / _INDEX).is_file() else _WEIGHTS
-    for name in ("config.json", weights, "tokenizer.json"):
-        if not (folder / name).is_file():
+    for name, pattern in (("config.json",) * 2, (_WEIGHTS, "model*.safetensors"), ("tokenizer.json",) * 2):
+        if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"{folder} has no {name}, expected a folder that save_pretrained wrote, or 'tiny'")
     check_manifest(folder)
     config = _load(folder / "config.json", lambda file: ModelConfig.from_dict(json.loads(file.read_text())))
