@@ -1,12 +1,14 @@
-"""Files that are written whole or not at all; an error, as on a full disk, names the file."""
+"""Files that are written whole or not at all, strict JSON, and messages that stay short whatever they quote."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -44,3 +46,34 @@ def naming(path: Path) -> Iterator[None]:
         if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+def quote(value: object, length: int = 80) -> str:
+    """A value as Python writes it, for a message: cut to `length` characters, and in time that does not depend on it."""
+    if isinstance(value, (str, bytes)):
+        return repr(value) if len(value) <= length else f"{value[:length]!r}... ({len(value)} long)"
+    if isinstance(value, (list, tuple, dict)) and len(value) > length:
+        return f"a {type(value).__name__} of {len(value)} items"
+    written = repr(value)
+    return written if len(written) <= length else f"{written[:length]}..."
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse JSON strictly: ValueError also for a name that an object has twice, NaN, infinity, and deep nesting."""
+    try:
+        return json.loads(content, object_pairs_hook=_unique, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply, expected at most some hundred levels") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):  # parsers disagree about which one counts
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the JSON has {quote(twice)} twice in an object, expected each name once")
+    return values
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"the JSON has {constant}, expected finite numbers")

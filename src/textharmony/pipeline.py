@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from textharmony.boxes import check_box, parse_boxes
 from textharmony.config import GenerationSettings, ModelConfig
+from textharmony.files import quote
 from textharmony.images import FittedImage, Picture, fit_image, hide, to_pil
 from textharmony.model.backbones import Backbones, DTypes, drawing_size, dtype_of, load_backbones, load_language
 from textharmony.model.checkpoint import load_folder, load_weights, save_folder, weight_files
@@ -210,7 +211,9 @@ class TextHarmony(TextHarmonyModel):
             ValueError: There are no parts, a text holds special tokens, or a picture cannot be read.
         """
         if not parts or max_pictures < 0:
-            raise ValueError(f"parts is {parts!r} and max_pictures {max_pictures}, expected some parts and at least 0")
+            raise ValueError(
+                f"parts is {quote(parts)} and max_pictures {max_pictures}, expected some parts and at least 0"
+            )
         settings = GenerationSettings(max_new_tokens, num_beams, num_inference_steps, guidance_scale)
         pixels = [self._fit(part).pixels for part in parts if not isinstance(part, str)]
         for part in parts:
