@@ -356,13 +356,14 @@ class CheckData:
     limit: int = 1000  # how many records are looked at; 0: all
     max_share: float = 0.01  # fail if more than this share of the records is corrupt
     faults: Path | None = None  # a file for everything that is wrong, one fault in a line
+    outside: bool = False  # let records name files outside of the folder
 
     def __call__(self) -> None:
         from textharmony.data.check import check_folder, sheet
         from textharmony.prompts import Task
 
         task = None if self.task is None else Task(self.task)
-        reports = check_folder(self.folder, self.name, self.split, task, self.limit)
+        reports = check_folder(self.folder, self.name, self.split, task, self.limit, self.outside)
         print("\n".join(line for report in reports for line in report.lines()))
         if self.faults is not None:
             listed = "".join(f"{fault}\n" for report in reports for fault in report.faults)

@@ -49,7 +49,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def quote(value: object, length: int = 80) -> str:
-    """A value as Python writes it, for a message: cut to `length` characters, and in time that does not depend on it."""
+    """Write a value as Python does, for a message; one of more than `length` characters or items is cut."""
     if isinstance(value, (str, bytes)):
         return repr(value) if len(value) <= length else f"{value[:length]!r}... ({len(value)} long)"
     if isinstance(value, (list, tuple, dict)) and len(value) > length:

@@ -29,6 +29,7 @@ class Source:
     split: str | None = None  # None: the reader's first
     task: str | None = None  # of a data set of scenes: what is asked about them; None: the reader's first
     weight: float = 1.0  # its share of the records, relative to the other sources
+    outside: bool = False  # whether its records may name files outside of the folder
 
     def __str__(self) -> str:
         details = ", ".join(value for value in (self.split, self.task) if value)
@@ -56,7 +57,9 @@ _KINDS: dict[str, Any] = {
     "split": (str, type(None)),
     "task": (str, type(None)),
     "weight": (int, float),
+    "outside": bool,
 }
+_EXPECTED = {"weight": "a number", "outside": "true or false"}
 
 
 def _source(item: Any, path: Path, stage: str) -> Source:
@@ -67,7 +70,7 @@ def _source(item: Any, path: Path, stage: str) -> Source:
         if field not in _KINDS:
             raise ValueError(f"{where} has a field {field!r}, expected some of {list(_KINDS)}")
         if not isinstance(value, _KINDS[field]):
-            raise ValueError(f"{where} has {field} {value!r}, expected {'a number' if field == 'weight' else 'text'}")
+            raise ValueError(f"{where} has {field} {value!r}, expected {_EXPECTED.get(field, 'text')}")
     if (task := item.get("task")) is not None and task not in [known.value for known in Task]:
         raise ValueError(f"{where} has task {task!r}, expected one of {', '.join(known.value for known in Task)}")
     return Source(**item | {"folder": str(path.parent / item["folder"])})
@@ -122,7 +125,7 @@ class SourceStream:
             self._listed |= dict.fromkeys(self._reading[source].listed)
         faults = self._reading[source] = Faults(self._max_faults)
         task = None if source.task is None else Task(source.task)
-        return read_dataset(source.name, Path(source.folder), source.split, task, faults)
+        return read_dataset(source.name, Path(source.folder), source.split, task, faults, source.outside)
 
 
 class _Item(NamedTuple):

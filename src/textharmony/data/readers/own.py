@@ -130,7 +130,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     begun = key
                     if sample > _MOST_BYTES or member.issparse():
                         raise ValueError(
-                            f"{quote(member.name)} has {member.size} bytes, expected a sample of {_MOST_BYTES}"
+                            f"{quote(member.name)} has {member.size} bytes, expected at most {_MOST_BYTES} for a sample"
                         )
                     content = tar.extractfile(member)
                     yield {"fname": member.name, "data": content.read() if content else b"", "__url__": ""}
@@ -147,7 +147,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 class _Limited:
-    """A stream that raises ValueError after `left` bytes: tarfile reads a member's header as long as it claims to be."""
+    """A stream that raises ValueError after `left` bytes, since tarfile reads a header as long as it claims to be."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.left = file, _MOST_HEADER

@@ -72,10 +72,9 @@ def require_inside(path: Path) -> None:
     if (root := _root.get()) is None:
         return
     # First without a look at the disk: some paths on Windows name other machines.
-    if not Path(os.path.abspath(path)).is_relative_to(root[0]) or not Path(os.path.realpath(path)).is_relative_to(
-        root[1]
-    ):
-        raise ValueError(f"{quote(str(path))} leads out of {root[0]}, expected a file in it: ask for others by outside")
+    named = Path(os.path.abspath(path)).is_relative_to(root[0])
+    if not named or not Path(os.path.realpath(path)).is_relative_to(root[1]):
+        raise ValueError(f"{quote(str(path), 200)} leads out of {root[0]}, expected a file in it, or outside=True")
 
 
 def find(folder: Path, *names: str) -> Path:
