@@ -20,6 +20,7 @@ from tyro.conf import Positional
 from textharmony.captions.build import CaptionSettings
 from textharmony.captions.endpoint import ChatSettings, EndpointSettings
 from textharmony.config import GenerationSettings, PredictionSettings
+from textharmony.files import replace_file
 
 if TYPE_CHECKING:
     from textharmony.pipeline import TextHarmony
@@ -34,6 +35,12 @@ def _load(model: str) -> TextHarmony:
     from textharmony.pipeline import TextHarmony
 
     return TextHarmony.from_pretrained(model)
+
+
+def _save(picture: Any, path: Path) -> None:
+    from textharmony.images import save_picture
+
+    save_picture(picture, path)
 
 
 @dataclass
@@ -88,7 +95,7 @@ class Draw:
 
     def __call__(self) -> None:
         settings = self.seed, self.num_inference_steps, self.guidance_scale
-        _load(self.model).draw(self.prompt, *settings).save(self.out)
+        _save(_load(self.model).draw(self.prompt, *settings), self.out)
         print(self.out)
 
 
@@ -104,7 +111,7 @@ class Edit:
     seed: int = 0  # another seed gives another picture
 
     def __call__(self) -> None:
-        _load(self.model).edit(self.image, self.box, self.text, self.seed).save(self.out)
+        _save(_load(self.model).edit(self.image, self.box, self.text, self.seed), self.out)
         print(self.out)
 
 
@@ -132,7 +139,7 @@ class Chat:
         for number, reply in enumerate(harmony.chat(parts, self.max_pictures, *writing, *drawing), 1):
             if not isinstance(reply, str):
                 self.out.mkdir(parents=True, exist_ok=True)
-                reply.save(self.out / f"{number}.png")
+                _save(reply, self.out / f"{number}.png")
                 print(self.out / f"{number}.png")
             elif not self.stream:
                 print(reply)
@@ -367,9 +374,9 @@ class CheckData:
         print("\n".join(line for report in reports for line in report.lines()))
         if self.faults is not None:
             listed = "".join(f"{fault}\n" for report in reports for fault in report.faults)
-            self.faults.write_text(listed, encoding="utf-8", errors="backslashreplace")
+            replace_file(self.faults, listed.encode(errors="backslashreplace"))
         if (picture := sheet(reports)) is not None:
-            picture.save(self.out)
+            _save(picture, self.out)
             print(f"look at {self.out}")
         if failed := [report.name for report in reports if not report.passed(self.max_share)]:
             wrong = " and no sound ".join(failed)
