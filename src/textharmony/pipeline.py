@@ -19,7 +19,7 @@ from textharmony.config import GenerationSettings, ModelConfig
 from textharmony.files import quote
 from textharmony.images import FittedImage, Picture, fit_image, hide, to_pil
 from textharmony.model.backbones import Backbones, DTypes, drawing_size, dtype_of, load_backbones, load_language
-from textharmony.model.checkpoint import load_folder, load_weights, save_folder, weight_files
+from textharmony.model.checkpoint import load_folder, load_weights, require_possible, save_folder, weight_files
 from textharmony.model.core import ADAPTER, TextHarmonyModel
 from textharmony.model.generation import draw, prompt, write
 from textharmony.presets.paper import PAPER
@@ -315,6 +315,7 @@ class TextHarmony(TextHarmonyModel):
         """
         folder = _EMBEDDED if str(path) == "tiny" else Path(path)
         config, tokenizer = load_folder(folder)
+        require_possible(lambda: cls(config, tokenizer), folder / "config.json")
         backbones = Backbones()
         if config.language_from is not None:
             kind = dtype_of(dtype, "language")

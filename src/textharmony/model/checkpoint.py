@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,15 +16,18 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from textharmony.config import ModelConfig
-from textharmony.files import naming, replace_file
+from textharmony.files import naming, parse_json, replace_file
 from textharmony.manifest import MANIFEST, SAVING, check_manifest, list_files, read_manifest, write_manifest
 
 T = TypeVar("T")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_JSON = 2**26  # bytes of config.json and of the index
+_MOST_PARAMETERS, _MOST_MODULES = 2**40, 100_000  # of a model
 # What a save writes besides weights; tokenizers of older versions of transformers write more.
 _FILES = {"config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 
@@ -115,15 +120,39 @@ def load_folder(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
         if not any(folder.glob(pattern)):
             raise FileNotFoundError(f"{folder} has no {name}, expected a folder that save_pretrained wrote, or 'tiny'")
     check_manifest(folder)
-    config = _load(folder / "config.json", lambda file: ModelConfig.from_dict(json.loads(file.read_text())))
-    return config, _load(folder / "tokenizer.json", lambda _: AutoTokenizer.from_pretrained(folder))
+    config = _load(folder / "config.json", lambda file: ModelConfig.from_dict(parse_json(_read(file))))
+    make = partial(AutoTokenizer.from_pretrained, trust_remote_code=False, local_files_only=True)
+    return config, _load(folder / "tokenizer.json", lambda _: make(folder))
+
+
+def require_possible(make: Callable[[], nn.Module], file: Path) -> None:
+    """Build a model without memory for its weights; raise ValueError naming its configuration if it is too large."""
+    count, thread = 0, threading.get_ident()
+
+    def add(module: nn.Module, name: str, submodule: nn.Module) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > _MOST_MODULES:
+            raise ValueError(f"it has more than {_MOST_MODULES} modules, expected fewer")
+
+    hook = register_module_module_registration_hook(add)
+    try:
+        with torch.device("meta"):
+            parameters = sum(tensor.numel() for tensor in make().state_dict().values())
+    except Exception as error:  # each library checks its part in its own way
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} does not describe a model: {reason}") from error
+    finally:
+        hook.remove()
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"{file} is of a model with {parameters} weights, expected at most {_MOST_PARAMETERS}")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights; raise FileNotFoundError for one that the index names in vain."""
     if not (folder / _INDEX).is_file():
         return [folder / _WEIGHTS]
-    shards = _load(folder / _INDEX, lambda file: set(json.loads(file.read_text())["weight_map"].values()))
+    shards = _load(folder / _INDEX, lambda file: set(parse_json(_read(file))["weight_map"].values()))
     files = [folder / name for name in sorted(shards)]
     for file in files:
         if file.parent != folder or not file.is_file():
@@ -169,4 +198,11 @@ def _load(file: Path, load: Callable[[Path], T]) -> T:
     try:
         return load(file)
     except Exception as error:  # tokenizers raises no narrower one
-        raise ValueError(f"{file} is cut short, or save_pretrained did not write it: {error}") from error
+        reason = " ".join(str(error).split())[:500]  # it may quote the file
+        raise ValueError(f"{file} is cut short, or save_pretrained did not write it: {reason}") from error
+
+
+def _read(file: Path) -> bytes:
+    if (size := file.stat().st_size) > _MOST_JSON:
+        raise ValueError(f"it has {size} bytes, expected at most {_MOST_JSON}")
+    return file.read_bytes()
