@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.files.bounds import MOST_BYTES, is_bounded, require_bounded
+from slidelora.files.bounds import MOST_BYTES, is_bounded, require_bounded, shorten
 from slidelora.gating import kind_of
 from slidelora.injection import (
     find_targets,
@@ -90,11 +90,11 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
     require_files(directory)
     with open_weights(directory) as file:
         config = _read_config(directory / CONFIG, file.metadata() or {})
-        setup = f"for experts {list(config.experts)}, r={config.r}, target_modules={config.target_modules!r}"
+        setup = shorten(f"for experts {list(config.experts)}, r={config.r}, target_modules={config.target_modules!r}")
         try:
             expected = _expected(model, config)
         except ValueError as error:
-            raise ValueError(f"{directory / CONFIG} does not fit {type(model).__name__}: {error}") from None
+            raise ValueError(f"{directory / CONFIG} does not fit {type(model).__name__}: {shorten(error)}") from None
         tensors = read_tensors(file, expected, setup, directory / WEIGHTS)
     inject(model, config)
     with torch.no_grad():
@@ -167,16 +167,16 @@ def open_weights(directory: Path) -> Iterator[Any]:
                 raise ValueError(f"{directory / WEIGHTS} has other metadata than were saved, {_UNDAMAGED}")
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS} is not a complete safetensors file: {error}") from None
+        raise ValueError(f"{directory / WEIGHTS} is not a complete safetensors file: {shorten(error)}") from None
 
 
 def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str, path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file, after a check of names, shapes and dtypes, which raises ValueError."""
     slices = {name: file.get_slice(name) for name in file.keys()}
     if missing := sorted(set(expected) - set(slices)):
-        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more, expected them {setup}")
+        raise ValueError(f"{path} lacks {shorten(missing[0])} and {len(missing) - 1} more, expected them {setup}")
     if unexpected := sorted(set(slices) - set(expected)):
-        raise ValueError(f"{path} has {unexpected[0]} and {len(unexpected) - 1} more, not expected {setup}")
+        raise ValueError(f"{path} has {shorten(unexpected[0])} and {len(unexpected) - 1} more, not expected {setup}")
     for name, shape in expected.items():
         if (found := tuple(slices[name].get_shape())) != shape:
             raise ValueError(f"{path} has {name} of shape {found}, expected {shape} {setup}")
@@ -231,7 +231,7 @@ def read_object(path: Path, content: bytes) -> dict[str, Any]:
     try:
         values = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {shorten(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
@@ -265,7 +265,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> SlideLoRAConfig:
         require_bounded(values)
         return SlideLoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a Slide-LoRA configuration: {error}") from None
+        raise ValueError(f"{path} is not a Slide-LoRA configuration: {shorten(error)}") from None
 
 
 def _digest(content: bytes) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.files import native
-from slidelora.files.bounds import require_bounded
+from slidelora.files.bounds import require_bounded, shorten
 from slidelora.files.native import CONFIG, PREFIX, WEIGHTS
 from slidelora.gating import GateValue, kind_of
 from slidelora.injection import find_targets, first_names, inject, plain_modules, require_plain, slide_layers
@@ -183,7 +183,9 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
         targets = find_targets(model, config)
         native.require_weights(targets, config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {error}") from None
+        raise ValueError(
+            f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {shorten(error)}"
+        ) from None
     # PEFT adapts a module that has two names under the first.
     names = list(first_names(targets))
     with native.open_weights(directory) as file:
@@ -197,7 +199,7 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
             (rank,), (d_in, d_out) = config.ranks(name), linear_features(targets[name]) or (0, 0)
             shapes[f"{PREFIX}{name}.lora_A.weight"] = (rank, d_in)
             shapes[f"{PREFIX}{name}.lora_B.weight"] = (d_out, rank)
-        setup = f"for r={config.r}, target_modules={config.target_modules!r}"
+        setup = shorten(f"for r={config.r}, target_modules={config.target_modules!r}")
         tensors = native.read_tensors(file, shapes, setup, directory / WEIGHTS)
     A, B = ([tensors[f"{PREFIX}{name}.lora_{factor}.weight"] for name in names] for factor in "AB")
     return {name: Expert(A, B.T, config.scalings(name)[0]) for name, A, B in zip(names, A, B)}
