@@ -49,7 +49,7 @@ def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
         FileNotFoundError: There is no such file.
     """
     with _decoding(source), _open(source) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
+        picture = ImageOps.exif_transpose(picture)
         if mode == "RGB" and picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -23,7 +23,7 @@ from textharmony.model.checkpoint import load_folder, load_weights, require_poss
 from textharmony.model.core import ADAPTER, TextHarmonyModel
 from textharmony.model.generation import draw, prompt, write
 from textharmony.presets.paper import PAPER
-from textharmony.prompts import Request, Task, check_plain, compose, image_tokens
+from textharmony.prompts import Request, Task, check_length, check_plain, compose, image_tokens
 
 _BATCH = 50  # requests that go through the model together
 _EMBEDDED = Path(__file__).parent / "weights" / "tiny"
@@ -158,10 +158,13 @@ class TextHarmony(TextHarmonyModel):
             image to draw and to edit.
 
         Raises:
-            ValueError: A request lacks something, or the model cannot draw its text; raised before anything is done.
+            ValueError: A request lacks something, is longer than the language model's positions, or the model cannot
+                draw its text; raised before anything is done.
         """
         settings = settings or GenerationSettings()
         requests = [request.completed(self.config.layout) for request in requests]
+        for request in requests:
+            self._compose(request)  # refuses one that is too long
         results: list[Any] = [None] * len(requests)
         groups: list[tuple[str, list[int]]] = []
         for modality in ("text", "image"):
@@ -239,6 +242,8 @@ class TextHarmony(TextHarmonyModel):
             if drawn + 1 == max_pictures and not self.config.feed_back:
                 break  # such a model was not trained on what follows a picture
             ids += [self.image_id] * self.config.visual_tokens
+            if not self._fits(ids):
+                break
             pixels.append(self._fit(replies[-1]).pixels)
         return replies
 
@@ -246,7 +251,17 @@ class TextHarmony(TextHarmonyModel):
         return fit_image(picture, self.config.image_size)
 
     def _encode(self, text: str) -> list[int]:
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        check_length(text, self.positions)
+        ids = cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not self._fits(ids):
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens with those of its pictures, expected fewer than {self.positions}, the "
+                "language model's positions: shorten it"
+            )
+        return ids
+
+    def _fits(self, ids: Sequence[int]) -> bool:
+        return self.positions is None or len(ids) < self.positions
 
     def _compose(self, request: Request) -> list[int]:
         bos = self.tokenizer.bos_token or ""

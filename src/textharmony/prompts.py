@@ -20,6 +20,7 @@ IMAGE = "<|image|>"
 TEXT_PROMPT = "Based on the image, please answer the question. {image}{question} The answer is: "
 DRAW_PROMPT = "Generate an image according to the caption. {caption}"
 EDIT_PROMPT = "{image}{question}"
+_LONGEST_TOKEN = 64  # characters; few tokens have more than 20
 READ_QUESTION = "read all the text"
 LOCATE_QUESTION = 'where is "{text}"'
 FILL_QUESTION = 'Fill the masked part in this image with "{text}"'
@@ -142,6 +143,12 @@ def compose(task: Task, prompt: str, visual_tokens: int, bos: str) -> str:
 def image_tokens(visual_tokens: int) -> str:
     """The tokens that stand for a picture in a prompt."""
     return BOI + IMAGE * visual_tokens
+
+
+def check_length(text: str, tokens: int | None) -> None:
+    """Raise ValueError, without a look at it, for a text that cannot have as few as `tokens` tokens; None: no limit."""
+    if tokens is not None and len(text) > _LONGEST_TOKEN * tokens:
+        raise ValueError(f"{quote(text)} is too long, expected at most {tokens} tokens")
 
 
 def check_plain(text: str) -> None:

@@ -80,6 +80,15 @@ def _transformers_config(values: Mapping[str, Any], field: str) -> Any:
         raise ValueError(f"{field} is no configuration of {kind}: {' '.join(str(error).split())[:300]}") from error
 
 
+def count_positions(config: ModelConfig) -> int | None:
+    """Count the tokens of the longest row that the language model was made for; None where nothing tells."""
+    language = _transformers_config(config.language, "language").get_text_config()
+    positions = getattr(language, "max_position_embeddings", None)
+    rope = getattr(language, "rope_parameters", None) or {}
+    stretched = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
+    return max(positions, int(stretched)) if isinstance(positions, int) else None
+
+
 def build_unet(config: ModelConfig) -> Any:
     """Build a diffusers UNet with random weights."""
     return _diffusers_class(config.unet, "unet").from_config(dict(config.unet))
