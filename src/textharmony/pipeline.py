@@ -255,8 +255,8 @@ class TextHarmony(TextHarmonyModel):
         ids = cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if not self._fits(ids):
             raise ValueError(
-                f"the prompt has {len(ids)} tokens with those of its pictures, expected fewer than {self.positions}, the "
-                "language model's positions: shorten it"
+                f"the prompt has {len(ids)} tokens with those of its pictures, expected fewer than {self.positions}, "
+                "the language model's positions: shorten it"
             )
         return ids
 
@@ -308,13 +308,16 @@ class TextHarmony(TextHarmonyModel):
             dtype: Of the floating-point weights on disk; None: their own.
             max_shard_size: Of a file.
         """
-        names = self._saved_names()
-        tensors = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name in names}
-        save_folder(Path(path), self.config, self.tokenizer, tensors, dtype, max_shard_size)
+        save_folder(Path(path), self.config, self.tokenizer, self.saved_tensors(), dtype, max_shard_size)
 
-    def _saved_names(self) -> set[str]:
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """The tensors that `save_pretrained` writes, by name."""
         elsewhere = self.config.language_from is not None
-        return {n for n in self.state_dict() if not (elsewhere and n.startswith("language.") and not ADAPTER.search(n))}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if not (elsewhere and name.startswith("language.") and not ADAPTER.search(name))
+        }
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: DTypes = None) -> TextHarmony:
@@ -330,7 +333,7 @@ class TextHarmony(TextHarmonyModel):
         """
         folder = _EMBEDDED if str(path) == "tiny" else Path(path)
         config, tokenizer = load_folder(folder)
-        require_possible(lambda: cls(config, tokenizer), folder / "config.json")
+        require_possible(lambda: cls(config, tokenizer).saved_tensors(), folder)
         backbones = Backbones()
         if config.language_from is not None:
             kind = dtype_of(dtype, "language")
@@ -340,7 +343,7 @@ class TextHarmony(TextHarmonyModel):
         with init_empty_weights() if backbones.language is None else nullcontext():
             model = cls(config, tokenizer, backbones, dtype)
         model.language.tie_weights()  # empty weights, and weights that are loaded, come apart
-        load_weights(model, weight_files(folder), model._saved_names(), assign=True)
+        load_weights(model, weight_files(folder), model.saved_tensors(), assign=True)
         model.language.tie_weights()
         return model.eval()
 

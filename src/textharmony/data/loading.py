@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from textharmony.data.faults import Fault, Faults
 from textharmony.data.mixture import Mixture, Shard
 from textharmony.data.readers import read_dataset
 from textharmony.data.record import Record
+from textharmony.files import parse_json, quote
 from textharmony.prompts import Task
 
 
@@ -43,7 +43,7 @@ def load_sources(path: Path) -> dict[str, tuple[Source, ...]]:
     A relative folder is relative to the file.
     """
     try:
-        stages = json.loads(path.read_text(encoding="utf-8"))
+        stages = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(stages, dict) or not all(isinstance(items, list) for items in stages.values()):
@@ -63,16 +63,16 @@ _EXPECTED = {"weight": "a number", "outside": "true or false"}
 
 
 def _source(item: Any, path: Path, stage: str) -> Source:
-    where = f"{path}, stage {stage!r}: {item!r}"
+    where = f"{path}, stage {quote(stage)}: {quote(item)}"
     if not isinstance(item, dict) or not {"name", "folder"} <= set(item):
         raise ValueError(f"{where} is no source, expected an object with name and folder")
     for field, value in item.items():
         if field not in _KINDS:
-            raise ValueError(f"{where} has a field {field!r}, expected some of {list(_KINDS)}")
+            raise ValueError(f"{where} has a field {quote(field)}, expected some of {list(_KINDS)}")
         if not isinstance(value, _KINDS[field]):
-            raise ValueError(f"{where} has {field} {value!r}, expected {_EXPECTED.get(field, 'text')}")
+            raise ValueError(f"{where} has {field} {quote(value)}, expected {_EXPECTED.get(field, 'text')}")
     if (task := item.get("task")) is not None and task not in [known.value for known in Task]:
-        raise ValueError(f"{where} has task {task!r}, expected one of {', '.join(known.value for known in Task)}")
+        raise ValueError(f"{where} has task {quote(task)}, expected one of {', '.join(known.value for known in Task)}")
     return Source(**item | {"folder": str(path.parent / item["folder"])})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MOST_JSON = 2**26  # bytes of config.json and of the index
-_MOST_PARAMETERS, _MOST_MODULES = 2**40, 100_000  # of a model
+_MOST_MODULES = 50_000  # of a model
 # What a save writes besides weights; tokenizers of older versions of transformers write more.
 _FILES = {"config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 
@@ -67,7 +67,8 @@ def save_folder(
         saving.mkdir()
         _write_weights(path, written, max_shard_size)
         config_file = saving / "config.json"
-        replace_file(config_file, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+        with naming(path / "config.json"):
+            replace_file(config_file, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
         with naming(path / "tokenizer.json"):
             tokenizer.save_pretrained(saving)
         for file in saving.iterdir():  # safetensors writes files that nobody else may read
@@ -89,7 +90,8 @@ def _write_weights(path: Path, tensors: dict[str, Tensor], max_shard_size: str) 
             save_file({key: tensors[key] for key in keys}, path / SAVING / name, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        replace_file(path / SAVING / _INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        with naming(path / _INDEX):
+            replace_file(path / SAVING / _INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _own_files(path: Path) -> set[str]:
@@ -125,8 +127,13 @@ def load_folder(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
     return config, _load(folder / "tokenizer.json", lambda _: make(folder))
 
 
-def require_possible(make: Callable[[], nn.Module], file: Path) -> None:
-    """Build a model without memory for its weights; raise ValueError naming its configuration if it is too large."""
+def require_possible(build: Callable[[], Mapping[str, Tensor]], folder: Path) -> None:
+    """Raise ValueError if a configuration is of a larger model than the folder's files have weights for.
+
+    Args:
+        build: Builds the model and returns the tensors that the files must have. It gets no memory for them.
+        folder: A model's folder.
+    """
     count, thread = 0, threading.get_ident()
 
     def add(module: nn.Module, name: str, submodule: nn.Module) -> None:
@@ -138,14 +145,17 @@ def require_possible(make: Callable[[], nn.Module], file: Path) -> None:
     hook = register_module_module_registration_hook(add)
     try:
         with torch.device("meta"):
-            parameters = sum(tensor.numel() for tensor in make().state_dict().values())
+            tensors = {id(tensor): tensor for tensor in build().values()}
     except Exception as error:  # each library checks its part in its own way
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} does not describe a model: {reason}") from error
+        raise ValueError(f"{folder / 'config.json'} does not describe a model: {reason}") from error
     finally:
         hook.remove()
-    if parameters > _MOST_PARAMETERS:
-        raise ValueError(f"{file} is of a model with {parameters} weights, expected at most {_MOST_PARAMETERS}")
+    weights, size = sum(map(Tensor.numel, tensors.values())), sum(file.stat().st_size for file in weight_files(folder))
+    if weights > size:  # none takes less than a byte
+        raise ValueError(
+            f"{folder / 'config.json'} is of a model with {weights} weights, expected the one of its {size} bytes"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -23,7 +23,8 @@ from textharmony.prompts import Task
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
 _SHARDS = ("*.tar", "*.tar.gz")
-_MOST_BYTES = 2**28  # of a sample in a shard
+_LONGEST_NAME = 4096  # characters of the name of a file in a shard, and of a record's id
+_MOST_BYTES = 2**27  # of a sample in a shard
 _MOST_HEADER = 2**20  # bytes of the header of a file in a shard
 
 
@@ -32,10 +33,13 @@ def _own_record(picture: Callable[[str], Picture], id: object, item: dict[str, A
     lists = {key: item.get(key, []) for key in ("images", "texts", "boxes", "words")}
     if wrong := [key for key, value in lists.items() if not isinstance(value, list)]:
         raise ValueError(f"{wrong[0]} is {quote(lists[wrong[0]])}, expected a list")
+    names = str(item.get("id", id)), str(item.get("source", "own"))
+    if wrong := [name for name in names if len(name) > _LONGEST_NAME]:
+        raise ValueError(f"the id or source is {quote(wrong[0])}, expected at most {_LONGEST_NAME} characters")
     record = Record(
-        str(item.get("id", id)),
+        names[0],
         Task(item.get("task")),
-        str(item.get("source", "own")),
+        names[1],
         text(item["prompt"]),
         images=tuple(picture(text(name)) for name in lists["images"]),
         texts=tuple(map(text, lists["texts"])),
@@ -108,7 +112,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     the file's name. The extension is the rest of the name in lower case; files without one are passed over.
 
     Raises:
-        ValueError: The file is no tar file or is cut off, or a sample has more than 256 MiB; the whole samples before
+        ValueError: The file is no tar file or is cut off, or a sample has more than 128 MiB; the whole samples before
             that have been given.
     """
     errors: list[Exception] = []
@@ -125,6 +129,8 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     stream.left = _MOST_HEADER + member.size
                     if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own notes
                         continue
+                    if len(member.name) > _LONGEST_NAME:
+                        raise ValueError(f"a file's name is {quote(member.name)}, expected at most {_LONGEST_NAME}")
                     key, _ = base_plus_ext(member.name)
                     sample = (sample if key == begun else 0) + member.size + tarfile.BLOCKSIZE
                     begun = key
