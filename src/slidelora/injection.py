@@ -20,6 +20,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 ADAPTERS = "slidelora_peft"  # the attribute of a model that PEFT injected: its adapters by name
 RESTING = "slide_adapters"  # the submodule with those of them that do not act
+_MOST_WEIGHTS = 2**36  # of all experts and gates: 256 GiB in fp32
 _UNDO = "slidelora_undo"  # hook handles, and the names of the parameters that were trainable before
 
 
@@ -56,6 +57,7 @@ def inject(model: nn.Module, config: SlideLoRAConfig | None = None, **fields: An
     targets, modules = find_targets(host, config), dict(plain_modules(host))
     _require_called(modules, targets)
     _require_unscaled(host, targets)
+    _require_possible(host, targets, config)
     state = Routing(config)
     gate = _model_gate(host, config).train(host.training) if kind_of(config).in_model else None
     wrappers: dict[int, SlideLoRALinear] = {}
@@ -339,6 +341,18 @@ def _fused_experts(model: nn.Module, config: SlideLoRAConfig) -> list[str]:
             if experts and _is_targeted(name, config, True):
                 found[re.sub(r"\.\d+\.", ".*.", name)] = None
     return list(found)
+
+
+def _require_possible(model: nn.Module, targets: Mapping[str, nn.Module], config: SlideLoRAConfig) -> None:
+    """Raise ValueError, before anything is allocated, for experts and gates that no machine has the memory for."""
+    features = {name: linear_features(module) or (0, 0) for name, module in targets.items()}
+    count = sum(sum(config.ranks(name)) * (d_in + d_out) for name, (d_in, d_out) in features.items())
+    count += config.gate_hidden * gate_input(model, config)[1] if kind_of(config).in_model else 0
+    if count > _MOST_WEIGHTS:
+        raise ValueError(
+            f"r, rank_pattern and gate_hidden ask for {count} weights in {len(targets)} layers, expected at most "
+            f"{_MOST_WEIGHTS}"
+        )
 
 
 def _model_gate(model: nn.Module, config: SlideLoRAConfig) -> Gate:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from textharmony.files import quote
+
 SCALE = 999  # the unit is a thousandth of a side: 0 is the left or top edge, 999 the right or bottom one
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 Polygon = tuple[tuple[float, float], ...]
@@ -18,10 +20,10 @@ def check_box(box: Any) -> Box:
     """Return the box as floats if 0 <= x1 < x2 <= 999 and 0 <= y1 < y2 <= 999; raise ValueError otherwise."""
     try:
         x1, y1, x2, y2 = (float(side) for side in box)
-    except (TypeError, ValueError):
-        raise ValueError(f"box is {box!r}, expected four numbers x1, y1, x2, y2 in thousandths") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"box is {quote(box)}, expected four numbers x1, y1, x2, y2 in thousandths") from None
     if not (0 <= x1 < x2 <= SCALE and 0 <= y1 < y2 <= SCALE):
-        raise ValueError(f"box is {box!r}, expected 0 <= x1 < x2 <= 999 and 0 <= y1 < y2 <= 999 (thousandths)")
+        raise ValueError(f"box is {quote(box)}, expected 0 <= x1 < x2 <= 999 and 0 <= y1 < y2 <= 999 (thousandths)")
     return x1, y1, x2, y2
 
 
@@ -80,7 +82,7 @@ def polygon_from_pixels(points: Iterable[tuple[float, float]], size: tuple[int, 
     """
     (width, height), points = size, tuple(points)
     if not all(math.isfinite(value) for point in points for value in point):
-        raise ValueError(f"outline is {points!r}, expected finite numbers")
+        raise ValueError(f"outline is {quote(points)}, expected finite numbers")
     return tuple((_clip(x / width), _clip(y / height)) for x, y in points)
 
 
@@ -93,5 +95,5 @@ def bounding_box(points: Iterable[tuple[float, float]]) -> Box:
     points = tuple(points)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     if not points or min(xs) >= max(xs) or min(ys) >= max(ys):
-        raise ValueError(f"outline is {points!r}, expected one with an area inside the picture")
+        raise ValueError(f"outline is {quote(points)}, expected one with an area inside the picture")
     return min(xs), min(ys), max(xs), max(ys)

@@ -21,6 +21,7 @@ from tyro.conf import Positional
 from textharmony.captions.build import CaptionSettings
 from textharmony.captions.endpoint import ChatSettings, EndpointSettings
 from textharmony.config import GenerationSettings, PredictionSettings
+from textharmony.files import replace_file
 from textharmony.signals import Stopped
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def _load(model: str) -> TextHarmony:
     from textharmony.pipeline import TextHarmony
 
     return TextHarmony.from_pretrained(model)
+
+
+def _save(picture: Any, path: Path) -> None:
+    from textharmony.images import save_picture
+
+    save_picture(picture, path)
 
 
 @dataclass
@@ -90,7 +97,7 @@ class Draw:
 
     def __call__(self) -> None:
         settings = self.seed, self.num_inference_steps, self.guidance_scale
-        _load(self.model).draw(self.prompt, *settings).save(self.out)
+        _save(_load(self.model).draw(self.prompt, *settings), self.out)
         print(self.out)
 
 
@@ -106,7 +113,7 @@ class Edit:
     seed: int = 0  # another seed gives another picture
 
     def __call__(self) -> None:
-        _load(self.model).edit(self.image, self.box, self.text, self.seed).save(self.out)
+        _save(_load(self.model).edit(self.image, self.box, self.text, self.seed), self.out)
         print(self.out)
 
 
@@ -134,7 +141,7 @@ class Chat:
         for number, reply in enumerate(harmony.chat(parts, self.max_pictures, *writing, *drawing), 1):
             if not isinstance(reply, str):
                 self.out.mkdir(parents=True, exist_ok=True)
-                reply.save(self.out / f"{number}.png")
+                _save(reply, self.out / f"{number}.png")
                 print(self.out / f"{number}.png")
             elif not self.stream:
                 print(reply)
@@ -361,19 +368,20 @@ class CheckData:
     limit: int = 1000  # how many records are looked at; 0: all
     max_share: float = 0.01  # fail if more than this share of the records is corrupt
     faults: Path | None = None  # a file for everything that is wrong, one fault in a line
+    outside: bool = False  # let records name files outside of the folder
 
     def __call__(self) -> None:
         from textharmony.data.check import check_folder, sheet
         from textharmony.prompts import Task
 
         task = None if self.task is None else Task(self.task)
-        reports = check_folder(self.folder, self.name, self.split, task, self.limit)
+        reports = check_folder(self.folder, self.name, self.split, task, self.limit, self.outside)
         print("\n".join(line for report in reports for line in report.lines()))
         if self.faults is not None:
             listed = "".join(f"{fault}\n" for report in reports for fault in report.faults)
-            self.faults.write_text(listed, encoding="utf-8", errors="backslashreplace")
+            replace_file(self.faults, listed.encode(errors="backslashreplace"))
         if (picture := sheet(reports)) is not None:
-            picture.save(self.out)
+            _save(picture, self.out)
             print(f"look at {self.out}")
         if failed := [report.name for report in reports if not report.passed(self.max_share)]:
             wrong = " and no sound ".join(failed)

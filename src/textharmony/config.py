@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from textharmony.files import quote
+
 DTYPES = ("float32", "bfloat16", "float16")
+
+# The largest numbers of a configuration that is read from a file. They are far above those of any model, and keep a
+# damaged or hostile file from filling the memory. The first pattern in the name of a field counts.
+_LARGEST = (
+    (re.compile("theta|base|vocab|id$|timesteps"), 10**12),  # nothing is as large as these numbers
+    (re.compile("layers|depth|blocks|every|levels"), 1024),
+    (re.compile("experts"), 4096),
+    (re.compile("image_size|drawing_size|glyph_size|sample_size|slots"), 8192),
+    (re.compile("n_positions|n_ctx"), 2**15),  # GPT-2 has a mask of their square
+    (re.compile(""), 2**24),
+)
+_MOST_VALUES = 100_000  # in a mapping or a list
+_DEEPEST = 16  # levels of mappings and lists
 
 
 @dataclass(frozen=True)
@@ -113,21 +129,82 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; an unknown field raises ValueError."""
+        """The inverse of `to_dict`; an unknown field, and a value that no model has, raise ValueError.
+
+        Refused before anything is built from them: numbers beyond those of any model, NaN and infinity, another type
+        than a field has, and what makes transformers run code from a hub.
+        """
+        require_bounded("configuration", values)
         return _from_dict(cls, values)
 
 
+def require_bounded(name: str, value: Any, level: int = 0) -> None:
+    """Raise ValueError if a value of a configuration, or one inside of it, is beyond the values of any model."""
+    if level > _DEEPEST:
+        raise ValueError(f"{name} is nested more than {_DEEPEST} levels deep, expected the configuration of a model")
+    if name == "auto_map" or (name.endswith("implementation") and "/" in str(value)):
+        raise ValueError(f"{name} is {quote(value)}, expected none: it names code, which is not loaded")
+    if isinstance(value, (Mapping, list, tuple)):
+        if len(value) > _MOST_VALUES:
+            raise ValueError(f"{name} has {len(value)} values, expected at most {_MOST_VALUES}")
+        for key, item in value.items() if isinstance(value, Mapping) else ((name, item) for item in value):
+            if not isinstance(key, str):
+                raise ValueError(f"{name} has the key {quote(key)}, expected a name")
+            require_bounded(key, item, level + 1)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        largest = next(number for pattern, number in _LARGEST if pattern.search(name))
+        if not abs(value) <= largest:  # nor is NaN
+            raise ValueError(f"{quote(name)} is {quote(value)}, expected a number of at most {largest}")
+
+
 def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__name__} is {quote(values)}, expected an object with its fields")
     known = {one.name for one in fields(cls)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"{cls.__name__} has no field {unknown}, expected some of {sorted(known)}")
+        raise ValueError(f"{cls.__name__} has no field {quote(unknown)}, expected some of {sorted(known)}")
     arguments = {}
     for name, value in values.items():
         if name in _NESTED and value is not None:
             value = _from_dict(_NESTED[name], value)
         tuples = ("image_size", "drawing_size", "pixel_mean", "pixel_std", "stem", "glyph_size", "colors")
         arguments[name] = tuple(value) if isinstance(value, list) and name in tuples else value
+    for one in fields(cls):
+        if one.name in arguments:
+            _require_type(one.name, str(one.type), arguments[one.name])
+        elif one.default is MISSING and one.default_factory is MISSING:
+            raise ValueError(f"{cls.__name__} lacks {one.name}, expected it")
     return cls(**arguments)
+
+
+_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+    "None": type(None),
+    "Mapping": Mapping,
+    "tuple": (list, tuple),
+}
+
+
+def _require_type(name: str, declared: str, value: Any) -> None:
+    """Check a value against the annotation of its field, such as "tuple[int, int] | None"."""
+    for kind in declared.split(" | "):
+        outer, _, inner = kind.partition("[")
+        if is_dataclass(value) and type(value).__name__ == kind:
+            return
+        if (expected := _TYPES.get(outer)) is None or not isinstance(value, expected):
+            continue
+        if isinstance(value, bool) and outer in ("int", "float"):
+            continue
+        items = inner.rstrip("]").split(", ")
+        if outer != "tuple" or (
+            all(isinstance(item, _TYPES[items[0]]) and not isinstance(item, bool) for item in value)
+            and (items[-1] == "..." or len(value) == len(items))
+        ):
+            return
+    raise ValueError(f"{name} is {quote(value)}, expected {declared}")
 
 
 _NESTED = {

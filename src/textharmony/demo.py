@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from textharmony.boxes import SCALE
-from textharmony.images import contact_sheet, open_image, outline
+from textharmony.images import contact_sheet, open_image, outline, save_picture
 from textharmony.pipeline import TextHarmony
 
 PICTURES = Path(__file__).parent / "pictures_to_read"
@@ -45,7 +45,7 @@ def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callab
         say(f"edit    {f'{old} to {NEW_WORD}':<32} -> reads itself back as {model.read(edited)}")
         cells.append((_fit(edited), f"edit: {old} to {NEW_WORD}"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(cells, 4, "textharmony, the embedded tiny model").save(out)
+    save_picture(contact_sheet(cells, 4, "textharmony, the embedded tiny model"), out)
 
 
 def _fit(picture: Image.Image) -> Image.Image:

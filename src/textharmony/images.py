@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,18 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 from textharmony.boxes import Box, covered_pixels, from_pixels, to_pixels
+from textharmony.files import quote, replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # An open picture, an array uint8 (H, W, 3), an encoded file, or the path of one.
 Picture = Image.Image | np.ndarray | bytes | str | Path
+
+MOST_PIXELS = 2**26  # of a picture that is decoded from a file: 8192 x 8192
+MOST_BYTES = 2**28  # of an encoded picture
+# No others, because Pillow runs other programs for some formats.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 # The grey that hides a region from the vision model: 127 of 255, in -1..1 and rounded as other pixels are.
 _GREY = 127
@@ -38,7 +45,8 @@ def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
         A new picture.
 
     Raises:
-        ValueError: Pillow cannot read the picture.
+        ValueError: Pillow cannot read the picture, its format is none of FORMATS, or an encoded one has more than
+            MOST_PIXELS or MOST_BYTES.
         FileNotFoundError: There is no such file.
     """
     with _decoding(source), _open(source) as picture:
@@ -97,9 +105,22 @@ def _describe(source: Picture) -> str:
 def _open(source: Picture) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.copy()
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source))
-    return Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, expected at most {MOST_BYTES}")
+    picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+    if picture.width * picture.height > MOST_PIXELS:
+        picture.close()
+        raise ValueError(f"it has {picture.width} x {picture.height} pixels, expected at most {MOST_PIXELS} in all")
+    return picture
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(format for format in FORMATS if format in Image.OPEN)  # not every Pillow was built with all
 
 
 def check_picture(picture: object) -> None:
@@ -108,7 +129,7 @@ def check_picture(picture: object) -> None:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
             raise ValueError(f"picture is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3)")
     elif not isinstance(picture, (Image.Image, bytes, str, Path)):
-        raise ValueError(f"picture is {picture!r}, expected a PIL image, a numpy array, bytes or a path")
+        raise ValueError(f"picture is {quote(picture)}, expected a PIL image, a numpy array, bytes or a path")
 
 
 @dataclass(frozen=True)
@@ -220,6 +241,17 @@ def pad_square(picture: Image.Image, side: int) -> Image.Image:
 def shorten(text: str, length: int) -> str:
     """Cut a text to at most `length` characters; a cut text ends in an ellipsis."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a picture in the format of the file's name, whole or not at all; raise ValueError for an unknown format."""
+    path = Path(path)
+    format = Image.registered_extensions().get(path.suffix.lower())
+    if format is None or format not in Image.SAVE:
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected the suffix of a picture, such as .png")
+    encoded = io.BytesIO()
+    picture.save(encoded, format)
+    replace_file(path, encoded.getvalue())
 
 
 _GAP, _CAPTION = 8, 18  # pixels

@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from textharmony.files import naming, quote
+
 
 class Journal(AbstractContextManager["Journal"]):
     """A JSONL file to which the threads of one process append rows; `rows` holds all of them.
 
-    Opening the file drops a last line that a killed run did not finish.
+    Opening the file drops a last line that a killed run did not finish. A row that cannot be written, on a full disk,
+    raises OSError, which names the file, and leaves no part.
 
     Raises:
         ValueError: A line is not a JSON object, or another process has opened the file (where flock can tell).
@@ -22,8 +25,8 @@ class Journal(AbstractContextManager["Journal"]):
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._path, self._lock = path, threading.Lock()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             _claim(self._file, path)
             content = path.read_bytes()
@@ -38,10 +41,15 @@ class Journal(AbstractContextManager["Journal"]):
     def append(self, row: Mapping[str, Any]) -> None:
         """Write a row as one line, and wait until it is on the disk."""
         line = memoryview(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        with self._lock:
-            while line:
-                line = line[os.write(self._file, line) :]
-            os.fsync(self._file)
+        with self._lock, naming(self._path):
+            end = os.fstat(self._file).st_size
+            try:
+                while line:
+                    line = line[os.write(self._file, line) :]
+                os.fsync(self._file)
+            except OSError:  # the disk is full: a part of a row would spoil the next one
+                os.ftruncate(self._file, end)
+                raise
             self.rows.append(dict(row))
 
     def __exit__(self, *error: object) -> None:
@@ -62,8 +70,8 @@ def _claim(file: int, path: Path) -> None:
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {line[:60]!r}, expected a JSON object")
+        raise ValueError(f"{where} is {quote(line, 60)}, expected a JSON object")
     return row

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from textharmony.boxes import check_box, parse_boxes
 from textharmony.config import GenerationSettings, ModelConfig
+from textharmony.files import quote
 from textharmony.images import FittedImage, Picture, fit_image, hide, to_pil
 from textharmony.model.backbones import Backbones, DTypes, drawing_size, dtype_of, load_backbones, load_language
-from textharmony.model.checkpoint import load_folder, load_weights, save_folder, weight_files
+from textharmony.model.checkpoint import load_folder, load_weights, require_possible, save_folder, weight_files
 from textharmony.model.core import ADAPTER, TextHarmonyModel
 from textharmony.model.generation import draw, prompt, write
 from textharmony.presets.paper import PAPER
-from textharmony.prompts import Request, Task, check_plain, compose, image_tokens
+from textharmony.prompts import Request, Task, check_length, check_plain, compose, image_tokens
 
 _BATCH = 50  # requests that go through the model together
 _EMBEDDED = Path(__file__).parent / "weights" / "tiny"
@@ -157,10 +158,13 @@ class TextHarmony(TextHarmonyModel):
             image to draw and to edit.
 
         Raises:
-            ValueError: A request lacks something, or the model cannot draw its text; raised before anything is done.
+            ValueError: A request lacks something, is longer than the language model's positions, or the model cannot
+                draw its text; raised before anything is done.
         """
         settings = settings or GenerationSettings()
         requests = [request.completed(self.config.layout) for request in requests]
+        for request in requests:
+            self._compose(request)  # refuses one that is too long
         results: list[Any] = [None] * len(requests)
         groups: list[tuple[str, list[int]]] = []
         for modality in ("text", "image"):
@@ -210,7 +214,9 @@ class TextHarmony(TextHarmonyModel):
             ValueError: There are no parts, a text holds special tokens, or a picture cannot be read.
         """
         if not parts or max_pictures < 0:
-            raise ValueError(f"parts is {parts!r} and max_pictures {max_pictures}, expected some parts and at least 0")
+            raise ValueError(
+                f"parts is {quote(parts)} and max_pictures {max_pictures}, expected some parts and at least 0"
+            )
         settings = GenerationSettings(max_new_tokens, num_beams, num_inference_steps, guidance_scale)
         pixels = [self._fit(part).pixels for part in parts if not isinstance(part, str)]
         for part in parts:
@@ -236,6 +242,8 @@ class TextHarmony(TextHarmonyModel):
             if drawn + 1 == max_pictures and not self.config.feed_back:
                 break  # such a model was not trained on what follows a picture
             ids += [self.image_id] * self.config.visual_tokens
+            if not self._fits(ids):
+                break
             pixels.append(self._fit(replies[-1]).pixels)
         return replies
 
@@ -243,7 +251,17 @@ class TextHarmony(TextHarmonyModel):
         return fit_image(picture, self.config.image_size)
 
     def _encode(self, text: str) -> list[int]:
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        check_length(text, self.positions)
+        ids = cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not self._fits(ids):
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens with those of its pictures, expected fewer than {self.positions}, "
+                "the language model's positions: shorten it"
+            )
+        return ids
+
+    def _fits(self, ids: Sequence[int]) -> bool:
+        return self.positions is None or len(ids) < self.positions
 
     def _compose(self, request: Request) -> list[int]:
         bos = self.tokenizer.bos_token or ""
@@ -290,13 +308,16 @@ class TextHarmony(TextHarmonyModel):
             dtype: Of the floating-point weights on disk; None: their own.
             max_shard_size: Of a file.
         """
-        names = self._saved_names()
-        tensors = {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name in names}
-        save_folder(Path(path), self.config, self.tokenizer, tensors, dtype, max_shard_size)
+        save_folder(Path(path), self.config, self.tokenizer, self.saved_tensors(), dtype, max_shard_size)
 
-    def _saved_names(self) -> set[str]:
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """The tensors that `save_pretrained` writes, by name."""
         elsewhere = self.config.language_from is not None
-        return {n for n in self.state_dict() if not (elsewhere and n.startswith("language.") and not ADAPTER.search(n))}
+        return {
+            name: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if not (elsewhere and name.startswith("language.") and not ADAPTER.search(name))
+        }
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: DTypes = None) -> TextHarmony:
@@ -312,6 +333,7 @@ class TextHarmony(TextHarmonyModel):
         """
         folder = _EMBEDDED if str(path) == "tiny" else Path(path)
         config, tokenizer = load_folder(folder)
+        require_possible(lambda: cls(config, tokenizer).saved_tensors(), folder)
         backbones = Backbones()
         if config.language_from is not None:
             kind = dtype_of(dtype, "language")
@@ -321,7 +343,7 @@ class TextHarmony(TextHarmonyModel):
         with init_empty_weights() if backbones.language is None else nullcontext():
             model = cls(config, tokenizer, backbones, dtype)
         model.language.tie_weights()  # empty weights, and weights that are loaded, come apart
-        load_weights(model, weight_files(folder), model._saved_names(), assign=True)
+        load_weights(model, weight_files(folder), model.saved_tensors(), assign=True)
         model.language.tie_weights()
         return model.eval()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from textharmony.boxes import Box, check_box
 from textharmony.config import LayoutConfig
+from textharmony.files import quote
 
 if TYPE_CHECKING:
     from textharmony.images import Picture
@@ -19,6 +20,7 @@ IMAGE = "<|image|>"
 TEXT_PROMPT = "Based on the image, please answer the question. {image}{question} The answer is: "
 DRAW_PROMPT = "Generate an image according to the caption. {caption}"
 EDIT_PROMPT = "{image}{question}"
+_LONGEST_TOKEN = 64  # characters; few tokens have more than 20
 READ_QUESTION = "read all the text"
 LOCATE_QUESTION = 'where is "{text}"'
 FILL_QUESTION = 'Fill the masked part in this image with "{text}"'
@@ -35,7 +37,7 @@ class Task(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> None:
-        raise ValueError(f"task is {value!r}, expected one of {', '.join(cls)}")
+        raise ValueError(f"task is {quote(value)}, expected one of {', '.join(cls)}")
 
     @property
     def modality(self) -> str:
@@ -80,18 +82,18 @@ class Request:
             ValueError: Something is missing or superfluous, or the model cannot draw the text.
         """
         if not isinstance(self.prompt, str):
-            raise ValueError(f"prompt is {self.prompt!r}, expected text")
+            raise ValueError(f"prompt is {quote(self.prompt)}, expected text")
         if (self.image is None) != (self.task is Task.DRAW):
             wanted = "none" if self.task is Task.DRAW else "a picture"
-            raise ValueError(f"a request to {self.task.value} has image {self.image!r}, expected {wanted}")
+            raise ValueError(f"a request to {self.task.value} has image {quote(self.image)}, expected {wanted}")
         if self.box is not None and self.task is not Task.EDIT:
-            raise ValueError(f"a request to {self.task.value} has box {self.box!r}, expected none")
+            raise ValueError(f"a request to {self.task.value} has box {quote(self.box)}, expected none")
         check_plain(self.prompt)
         if self.task is Task.READ:
             return replace(self, prompt=self.prompt or READ_QUESTION)
         if self.task is Task.LOCATE:
             if not self.prompt.strip():
-                raise ValueError(f"cannot locate {self.prompt!r}, expected a word")
+                raise ValueError(f"cannot locate {quote(self.prompt)}, expected a word")
             return replace(self, prompt=LOCATE_QUESTION.format(text=self.prompt))
         if self.task is Task.ANSWER:
             return self
@@ -105,15 +107,15 @@ class Request:
 def _caption(text: str, layout: LayoutConfig | None) -> str:
     """The caption, with its word in quotes where layouts are planned."""
     if not text.strip():
-        raise ValueError(f"cannot draw {text!r}, expected a text")
+        raise ValueError(f"cannot draw {quote(text)}, expected a text")
     if layout is None:
         return text
     caption = text if '"' in text else f'"{text}"'
     if caption.count('"') != 2:
-        raise ValueError(f"{text!r} has {caption.count(chr(34))} double quotes, expected one quoted text")
+        raise ValueError(f"{quote(text)} has {caption.count(chr(34))} double quotes, expected one quoted text")
     word = caption.split('"')[1]
     if not 1 <= len(word) <= layout.slots or set(word) - set(layout.characters):
-        raise ValueError(f"cannot draw {word!r}, expected 1 to {layout.slots} characters of {layout.characters}")
+        raise ValueError(f"cannot draw {quote(word)}, expected 1 to {layout.slots} characters of {layout.characters}")
     return caption
 
 
@@ -143,7 +145,13 @@ def image_tokens(visual_tokens: int) -> str:
     return BOI + IMAGE * visual_tokens
 
 
+def check_length(text: str, tokens: int | None) -> None:
+    """Raise ValueError, without a look at it, for a text that cannot have as few as `tokens` tokens; None: no limit."""
+    if tokens is not None and len(text) > _LONGEST_TOKEN * tokens:
+        raise ValueError(f"{quote(text)} is too long, expected at most {tokens} tokens")
+
+
 def check_plain(text: str) -> None:
     """Raise ValueError for a text that holds a picture's special tokens."""
     if BOI in text or IMAGE in text:
-        raise ValueError(f"{text!r} holds {BOI} or {IMAGE}, expected plain text: pass pictures as pictures")
+        raise ValueError(f"{quote(text)} holds {BOI} or {IMAGE}, expected plain text: pass pictures as pictures")

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 import textharmony.train.loop
 from textharmony.cli import main
 from textharmony.data.loading import Source
+from textharmony.manifest import write_manifest
 from textharmony.pipeline import TextHarmony
 from textharmony.presets import PAPER_TRAINING, TINY, TINY_TRAINING
 
@@ -230,6 +231,7 @@ def test_bad_input_is_one_line_and_status_one(
     if "OTHER" in arguments:
         config = tmp_path / "OTHER" / "config.json"
         config.write_text(config.read_text().replace('"context_tokens": 8', '"context_tokens": 7'))
+        write_manifest(config.parent)
     places = {
         "PICTURE": picture,
         "NOTE": tmp_path / "note.txt",

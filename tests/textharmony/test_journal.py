@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 import threading
 from pathlib import Path
 
@@ -68,3 +70,27 @@ def test_a_file_is_written_by_one_journal_at_a_time(tmp_path: Path) -> None:
         journal.append({"id": "a"})
     with Journal(path) as journal:
         assert journal.rows == [{"id": "a"}]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE is POSIX's")
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_part_and_names_the_file(tmp_path: Path) -> None:
+    """A limit on the size of files acts like a disk that is full in the middle of a row."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(tmp_path / "rows.jsonl") as journal:
+        journal.append({"id": "a"})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"too large: '.*rows\.jsonl'"):
+                journal.append({"id": "b" * 1000})
+            journal.append({"id": "c"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "rows.jsonl").read_bytes() == b'{"id": "a"}\n{"id": "c"}\n'
+
+
+def test_a_deep_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b"[" * 1_000_000 + b"\n")
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl, line 1 is b'\[+'\.\.\. \(1000000 long\), expected a JSON object"
+    ):
+        Journal(tmp_path / "rows.jsonl")

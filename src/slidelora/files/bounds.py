@@ -43,6 +43,12 @@ def require_bounded(values: Mapping[str, Any]) -> None:
             )
 
 
+def shorten(message: object) -> str:
+    """Return a message without line breaks and of at most 500 characters: it may quote a stranger's file."""
+    text = " ".join(str(message)[:4000].split())
+    return text if len(text) <= 500 else f"{text[:500]}..."
+
+
 def is_bounded(values: Mapping[str, Any]) -> bool:
     """Say whether `require_bounded` accepts a configuration."""
     try:

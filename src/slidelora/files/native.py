@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
-from slidelora.files.bounds import MOST_BYTES, is_bounded, require_bounded
+from slidelora.files.bounds import MOST_BYTES, is_bounded, require_bounded, shorten
 from slidelora.gating import kind_of
 from slidelora.injection import (
     find_targets,
@@ -42,27 +42,27 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_UNDAMAGED = "expected a file without damage: copy or save the adapter again"
 
 
 def save_pretrained(model: nn.Module, save_directory: str | Path) -> None:
     """Write the experts, gate and configuration of an injected model to a directory, over an adapter that is there.
 
-    Each file is replaced as a whole, the weights first. The weights contain the SHA-256 of each tensor, which the
-    loader checks, their configuration and the digest of the
-    configuration file that they replace, so a save that is interrupted between the two files still loads.
+    Both files are written beside the earlier ones and then replace them, the weights first. The weights contain the
+    SHA-256 of each tensor, their configuration, the digest of the configuration file that they replace (so a save that
+    is interrupted between the two files still loads), and the SHA-256 of all this. The loader checks all of it.
 
     Under FSDP2 (fully_shard) call this in all processes, since it gathers the weights; each process writes all of them.
     """
     host = injected(model)
     config = json.dumps(savable(routing(host).config, slide_layers(host)).to_dict(), indent=2) + "\n"
     directory = Path(save_directory)
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / CONFIG
     replaced = _digest(path.read_bytes()) if path.exists() else ""
     tensors = {name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in _parameters(host).items()}
-    metadata = {"format": "pt", "config": config, "replaces": replaced, **digests(tensors)}
-    replace_file(directory / WEIGHTS, lambda partial: save_file(tensors, partial, metadata))
-    replace_file(path, lambda partial: Path(partial).write_text(config))
+    replace_files(
+        directory, {WEIGHTS: weights_writer(tensors, config=config, replaces=replaced), CONFIG: config.encode()}
+    )
 
 
 def savable(config: SlideLoRAConfig, layers: Iterable[str]) -> SlideLoRAConfig:
@@ -81,19 +81,19 @@ def load_pretrained(model: nn.Module, save_directory: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, has NaN or infinite weights, or does not fit the model. In both cases the
-            model is as before.
+        ValueError: If a file is damaged, is not of the same save as the other, has NaN or infinite weights, or does not
+            fit the model. In both cases the model is as before.
     """
     require_plain(model)
     directory = Path(save_directory)
     require_files(directory)
     with open_weights(directory) as file:
         config = _read_config(directory / CONFIG, file.metadata() or {})
-        setup = f"for experts {list(config.experts)}, r={config.r}, target_modules={config.target_modules!r}"
+        setup = shorten(f"for experts {list(config.experts)}, r={config.r}, target_modules={config.target_modules!r}")
         try:
             expected = _expected(model, config)
         except ValueError as error:
-            raise ValueError(f"{directory / CONFIG} does not fit {type(model).__name__}: {error}") from None
+            raise ValueError(f"{directory / CONFIG} does not fit {type(model).__name__}: {shorten(error)}") from None
         tensors = read_tensors(file, expected, setup, directory / WEIGHTS)
     inject(model, config)
     with torch.no_grad():
@@ -161,18 +161,21 @@ def open_weights(directory: Path) -> Iterator[Any]:
     """Open the weights of an adapter, reading only the header; raises ValueError if they are damaged."""
     try:
         with safe_open(directory / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if any(key.startswith("sha256") for key in metadata) and metadata != _sealed(metadata):
+                raise ValueError(f"{directory / WEIGHTS} has other metadata than were saved, {_UNDAMAGED}")
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{directory / WEIGHTS} is not a complete safetensors file: {error}") from None
+        raise ValueError(f"{directory / WEIGHTS} is not a complete safetensors file: {shorten(error)}") from None
 
 
 def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str, path: Path) -> dict[str, Tensor]:
     """Read the tensors of a file, after a check of names, shapes and dtypes, which raises ValueError."""
     slices = {name: file.get_slice(name) for name in file.keys()}
     if missing := sorted(set(expected) - set(slices)):
-        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more, expected them {setup}")
+        raise ValueError(f"{path} lacks {shorten(missing[0])} and {len(missing) - 1} more, expected them {setup}")
     if unexpected := sorted(set(slices) - set(expected)):
-        raise ValueError(f"{path} has {unexpected[0]} and {len(unexpected) - 1} more, not expected {setup}")
+        raise ValueError(f"{path} has {shorten(unexpected[0])} and {len(unexpected) - 1} more, not expected {setup}")
     for name, shape in expected.items():
         if (found := tuple(slices[name].get_shape())) != shape:
             raise ValueError(f"{path} has {name} of shape {found}, expected {shape} {setup}")
@@ -181,19 +184,31 @@ def read_tensors(file: Any, expected: Mapping[str, tuple[int, ...]], setup: str,
     metadata = file.metadata() or {}
     tensors = {name: file.get_tensor(name) for name in expected}
     for name, tensor in tensors.items():
-        key, digest = next(iter(digests({name: tensor}).items()))
+        key, digest = next(iter(_digests({name: tensor}).items()))
         if metadata.get(key, digest) != digest:  # files of other programs and of older versions have none
-            raise ValueError(f"{path} has {name} with other bytes than were saved, expected a file without damage")
+            raise ValueError(f"{path} has {name} with other bytes than were saved, {_UNDAMAGED}")
         require_finite(tensor, name, path)
     return tensors
 
 
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the SHA-256 of each contiguous CPU tensor's bytes, as metadata of a safetensors file."""
+def weights_writer(tensors: Mapping[str, Tensor], **metadata: str) -> Callable[[str], None]:
+    """Return what writes CPU tensors to a path as safetensors, with these metadata and the digests that we check."""
+    sealed = _sealed({"format": "pt", **metadata, **_digests(tensors)})
+    return lambda path: save_file(dict(tensors), path, sealed)
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the SHA-256 of each contiguous CPU tensor's bytes."""
     return {
         f"sha256 {name}": _digest(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))  # numpy has no bfloat16
         for name, tensor in tensors.items()
     }
+
+
+def _sealed(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata with a SHA-256 of all the others."""
+    others = {key: value for key, value in metadata.items() if key != "sha256"}
+    return {**others, "sha256": _digest(json.dumps(others, sort_keys=True).encode())}
 
 
 def require_finite(tensor: Tensor, name: str, path: object) -> None:
@@ -213,42 +228,94 @@ def read_object(path: Path, content: bytes) -> dict[str, Any]:
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path} is too long, expected at most {MOST_BYTES} bytes")
     try:
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {shorten(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
 
 
-def _read_config(path: Path, metadata: dict[str, str]) -> SlideLoRAConfig:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):  # which one counts is another for each parser
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice[:80]!r} is there twice, expected each name once")
+    return values
+
+
+def read_values(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Read a configuration, and raise ValueError unless it is the one that the weights' metadata name, if they do."""
     content = read_config_bytes(path)
     if "config" in metadata and metadata.get("replaces") == _digest(content):
         content = metadata["config"].encode()  # the save was interrupted after the weights
     values = read_object(path, content)
+    if "config" in metadata and metadata["config"].encode() != content:
+        raise ValueError(
+            f"{path} is not the one that {WEIGHTS} was saved with, expected both from one save: copy or save the "
+            "adapter again"
+        )
+    return values
+
+
+def _read_config(path: Path, metadata: Mapping[str, str]) -> SlideLoRAConfig:
+    values = read_values(path, metadata)
     try:
         require_bounded(values)
         return SlideLoRAConfig.from_dict(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a Slide-LoRA configuration: {error}") from None
+        raise ValueError(f"{path} is not a Slide-LoRA configuration: {shorten(error)}") from None
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Write a temporary file next to `path` and rename it, so that the file changes in one step."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
+def replace_files(directory: Path, contents: Mapping[str, bytes | Callable[[str], object]]) -> None:
+    """Write files to a directory, new or not, and, when all are on the disk, put them in their places in this order.
+
+    A file is given by its content or by a function that writes it to a path.
+
+    Raises:
+        OSError: A file cannot be written, on a full disk for instance. The error names it; nothing of it stays.
+    """
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    partials = {name: directory / f".{name}-{os.getpid()}-{os.urandom(4).hex()}" for name in contents}
     try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)  # the only way to read it is to set it
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)
-        os.replace(partial, path)
+        for name, content in contents.items():
+            with _naming(directory / name):
+                _write(partials[name], content)
+        for name, partial in partials.items():
+            os.replace(partial, directory / name)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):
+                directory.rmdir()
         raise
+
+
+def _write(partial: Path, content: bytes | Callable[[str], object]) -> None:
+    with partial.open("xb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # what the umask gives; safetensors makes files for their owner alone
+        if isinstance(content, bytes):
+            file.write(content)
+    if not isinstance(content, bytes):
+        content(str(partial))
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.chmod(mode)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has an error of its own
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error

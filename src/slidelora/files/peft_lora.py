@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
 from slidelora.files import native
-from slidelora.files.bounds import require_bounded
-from slidelora.files.native import CONFIG, PREFIX, WEIGHTS, replace_file
+from slidelora.files.bounds import require_bounded, shorten
+from slidelora.files.native import CONFIG, PREFIX, WEIGHTS
 from slidelora.gating import GateValue, kind_of
 from slidelora.injection import find_targets, first_names, inject, plain_modules, require_plain, slide_layers
 from slidelora.layers import Expert, gathered, linear_features
@@ -67,7 +66,6 @@ def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue |
 
 
 def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     targets = _peft_targets(host, list(loras))
     weights = {f"{name}.weight": lora for name, lora in loras.items()}
     targeted = loras | {name: weights[name] for name in targets.get("target_parameters", [])}
@@ -86,8 +84,9 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
     for name, lora in loras.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora.A  # (r, d_in)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.B.T  # (d_out, r)
-    replace_file(directory / WEIGHTS, _writer(tensors))
-    replace_file(directory / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+    configuration = json.dumps(config, indent=2) + "\n"
+    files: dict[str, bytes | Callable[[str], None]]
+    files = {WEIGHTS: _writer(tensors, config=configuration), CONFIG: configuration.encode()}
     if hasattr(host, "load_lora_adapter"):  # a model of diffusers: other names, and no configuration file
         prefix = "unet" if type(host).__name__.startswith("UNet") else "transformer"
         scaled = {}
@@ -96,7 +95,8 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
             scaled[f"{prefix}.{name}.lora_B.weight"] = lora.B.T * lora.scaling
         values = sizes | {"lora_alpha": r, "alpha_pattern": rank_pattern}
         metadata = json.dumps({f"{prefix}.{name}": value for name, value in values.items()})
-        replace_file(directory / DIFFUSERS_WEIGHTS, _writer(scaled, lora_adapter_metadata=metadata))
+        files[DIFFUSERS_WEIGHTS] = _writer(scaled, lora_adapter_metadata=metadata)
+    native.replace_files(directory, files)
 
 
 # PEFT takes layers with these names for fused experts in some MoE models of transformers, a shared expert's layers too,
@@ -127,7 +127,7 @@ def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
 
 def _writer(tensors: dict[str, Tensor], **metadata: str) -> Callable[[str], None]:
     contiguous = {name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
-    return lambda path: save_file(contiguous, path, {"format": "pt", **native.digests(contiguous), **metadata})
+    return native.weights_writer(contiguous, **metadata)
 
 
 # Fields of a PEFT configuration that we read, fields that do not change the output of a trained adapter, and values of
@@ -176,13 +176,16 @@ def import_peft(model: nn.Module, adapters: Mapping[str, str | Path], **fields: 
 def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
     """Read the LoRA of an adapter by layer, on the CPU."""
     native.require_files(directory)
-    values = native.read_object(directory / CONFIG, native.read_config_bytes(directory / CONFIG))
+    with native.open_weights(directory) as file:
+        values = native.read_values(directory / CONFIG, file.metadata() or {})
     try:
         config = _plain_config(values)
         targets = find_targets(model, config)
         native.require_weights(targets, config)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {error}") from None
+        raise ValueError(
+            f"{directory / CONFIG} is not a plain LoRA for {type(model).__name__}: {shorten(error)}"
+        ) from None
     # PEFT adapts a module that has two names under the first.
     names = list(first_names(targets))
     with native.open_weights(directory) as file:
@@ -196,7 +199,7 @@ def _read_lora(model: nn.Module, directory: Path) -> dict[str, Expert]:
             (rank,), (d_in, d_out) = config.ranks(name), linear_features(targets[name]) or (0, 0)
             shapes[f"{PREFIX}{name}.lora_A.weight"] = (rank, d_in)
             shapes[f"{PREFIX}{name}.lora_B.weight"] = (d_out, rank)
-        setup = f"for r={config.r}, target_modules={config.target_modules!r}"
+        setup = shorten(f"for r={config.r}, target_modules={config.target_modules!r}")
         tensors = native.read_tensors(file, shapes, setup, directory / WEIGHTS)
     A, B = ([tensors[f"{PREFIX}{name}.lora_{factor}.weight"] for name in names] for factor in "AB")
     return {name: Expert(A, B.T, config.scalings(name)[0]) for name, A, B in zip(names, A, B)}

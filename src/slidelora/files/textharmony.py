@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slidelora.config import SlideLoRAConfig
+from slidelora.files.bounds import shorten
 from slidelora.files.native import require_finite, require_weights
 from slidelora.files.peft_lora import exact_targets
 from slidelora.injection import inject, plain_modules, require_plain, slide_layers
@@ -118,10 +119,18 @@ def _read_tensors(path: Path, keys: Container[str]) -> tuple[dict[str, Tensor], 
             names = list(loaded.keys())
             found = {name: loaded[name] for name in names if name in keys}
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{path} is not a complete checkpoint, expected a dictionary of tensors: {error}") from None
+        raise ValueError(
+            f"{path} is not a complete checkpoint, expected a dictionary of tensors: {shorten(error)}"
+        ) from None
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
-            kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
-            raise ValueError(f"{path} has {kind} under {name}, expected floating-point numbers of three dimensions")
+            kind = (
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else shorten(repr(tensor))
+            )
+            raise ValueError(
+                f"{path} has {kind} under {shorten(name)}, expected floating-point numbers of three dimensions"
+            )
         require_finite(tensor, name, path)
     return found, [str(name) for name in names if name not in found]

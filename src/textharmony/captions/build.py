@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from textharmony.captions.endpoint import Chat, RequestFailed
+from textharmony.files import replace_file
 from textharmony.journal import Journal
 from textharmony.signals import stop_on_signals
 
@@ -174,7 +175,7 @@ def build_captions(
             pool.shutdown(cancel_futures=True)
             flagged = sum(bool(row.get("flagged")) for row in captions.rows)
             report = Report(len(paths), len(captions.rows), flagged, len(without_text.rows), tuple(failed))
-            (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+            replace_file(out / "report.json", (json.dumps(asdict(report), indent=2) + "\n").encode())
     return report
 
 

@@ -15,7 +15,8 @@ from textharmony.data.faults import UNREADABLE
 from textharmony.data.record import Record, TextLayout
 from textharmony.data.word_labels import label_words, move_layout
 from textharmony.images import FittedImage, fit_image, hide, normalise
-from textharmony.prompts import BOI, IMAGE, Task, check_plain, compose, image_tokens
+from textharmony.model.backbones import count_positions
+from textharmony.prompts import BOI, IMAGE, Task, check_length, check_plain, compose, image_tokens
 
 _IGNORE = -100
 
@@ -40,8 +41,10 @@ class Collator:
         """Prepare for a model.
 
         A row of more than `max_length` tokens loses the end of its answer, or of its prompt if a picture is the answer.
+        Without `max_length`, a record with more tokens than the language model has positions is corrupt.
         """
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
+        self._positions = count_positions(config)
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         # Whether stacked pictures stay uint8, which are a quarter of the bytes to send, until `unpack` converts them.
         self.packs = False
@@ -84,8 +87,14 @@ class Collator:
     def _encode_texts(self, record: Record, image: FittedImage | None) -> tuple[list[int], list[int]]:
         """input_ids and labels of a row."""
         bos = self.tokenizer.bos_token or ""
-        prompt = self._tokens(compose(record.task, record.prompt, self.config.visual_tokens, bos))
-        answer = self._tokens(self._answer(record, image))
+        longest = self.max_length or self._positions
+        texts = compose(record.task, record.prompt, self.config.visual_tokens, bos), self._answer(record, image)
+        for text in texts:
+            check_length(text, longest)
+        prompt, answer = map(self._tokens, texts)
+        if self.max_length is None and longest is not None and len(prompt) + len(answer) > longest:
+            count = len(prompt) + len(answer)
+            raise ValueError(f"it has {count} tokens, expected at most {longest}, or a max_length to which it is cut")
         over = 0 if self.max_length is None else max(0, len(prompt) + len(answer) - self.max_length)
         if record.task.modality == "image":
             prompt = prompt[: len(prompt) - over]

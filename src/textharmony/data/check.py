@@ -51,7 +51,12 @@ class Report:
 
 
 def check_folder(
-    folder: Path, name: str | None = None, split: str | None = None, task: Task | None = None, limit: int = 1000
+    folder: Path,
+    name: str | None = None,
+    split: str | None = None,
+    task: Task | None = None,
+    limit: int = 1000,
+    outside: bool = False,
 ) -> list[Report]:
     """Read a folder's records and decode their pictures.
 
@@ -61,6 +66,7 @@ def check_folder(
         split: One of the reader's; None: its first.
         task: For a data set of scenes, what is asked about them; None: the reader's first task.
         limit: How many records are checked, corrupt ones included; 0: all.
+        outside: Whether records may name files outside of the folder, as in `read_dataset`.
 
     Returns:
         A report for each data set.
@@ -72,12 +78,12 @@ def check_folder(
     names = [name] if name else detect(folder)
     if not names:
         raise ValueError(f"{folder} has an unknown layout, expected one of {', '.join(READERS)}")
-    return [_report(name, folder, split, task, limit) for name in names]
+    return [_report(name, folder, split, task, limit, outside) for name in names]
 
 
-def _report(name: str, folder: Path, split: str | None, task: Task | None, limit: int) -> Report:
+def _report(name: str, folder: Path, split: str | None, task: Task | None, limit: int, outside: bool) -> Report:
     read, decoded = Faults(max_share=1.0), Faults(max_share=1.0)
-    records = read_dataset(name, folder, split, task, read)
+    records = read_dataset(name, folder, split, task, read, outside)
     report = Report(name, split or READERS[name].splits[0], task or next(iter(READERS[name].tasks), None))
     rng = random.Random(0)
     for record in records:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from textharmony.data.faults import Fault, Faults
 from textharmony.data.mixture import Done, Mixture, Shard, unite
 from textharmony.data.readers import read_dataset
 from textharmony.data.record import Record
+from textharmony.files import parse_json, quote
 from textharmony.prompts import Task
 from textharmony.signals import outlive_signals
 
@@ -34,6 +34,7 @@ class Source:
     split: str | None = None  # None: the reader's first
     task: str | None = None  # of a data set of scenes: what is asked about them; None: the reader's first
     weight: float = 1.0  # its share of the records, relative to the other sources
+    outside: bool = False  # whether its records may name files outside of the folder
 
     def __str__(self) -> str:
         details = ", ".join(value for value in (self.split, self.task) if value)
@@ -47,7 +48,7 @@ def load_sources(path: Path) -> dict[str, tuple[Source, ...]]:
     A relative folder is relative to the file.
     """
     try:
-        stages = json.loads(path.read_text(encoding="utf-8"))
+        stages = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(stages, dict) or not all(isinstance(items, list) for items in stages.values()):
@@ -61,20 +62,22 @@ _KINDS: dict[str, Any] = {
     "split": (str, type(None)),
     "task": (str, type(None)),
     "weight": (int, float),
+    "outside": bool,
 }
+_EXPECTED = {"weight": "a number", "outside": "true or false"}
 
 
 def _source(item: Any, path: Path, stage: str) -> Source:
-    where = f"{path}, stage {stage!r}: {item!r}"
+    where = f"{path}, stage {quote(stage)}: {quote(item)}"
     if not isinstance(item, dict) or not {"name", "folder"} <= set(item):
         raise ValueError(f"{where} is no source, expected an object with name and folder")
     for field, value in item.items():
         if field not in _KINDS:
-            raise ValueError(f"{where} has a field {field!r}, expected some of {list(_KINDS)}")
+            raise ValueError(f"{where} has a field {quote(field)}, expected some of {list(_KINDS)}")
         if not isinstance(value, _KINDS[field]):
-            raise ValueError(f"{where} has {field} {value!r}, expected {'a number' if field == 'weight' else 'text'}")
+            raise ValueError(f"{where} has {field} {quote(value)}, expected {_EXPECTED.get(field, 'text')}")
     if (task := item.get("task")) is not None and task not in [known.value for known in Task]:
-        raise ValueError(f"{where} has task {task!r}, expected one of {', '.join(known.value for known in Task)}")
+        raise ValueError(f"{where} has task {quote(task)}, expected one of {', '.join(known.value for known in Task)}")
     return Source(**item | {"folder": str(path.parent / item["folder"])})
 
 
@@ -127,7 +130,7 @@ class SourceStream:
             self._listed |= dict.fromkeys(self._reading[source].listed)
         faults = self._reading[source] = Faults(self._max_faults)
         task = None if source.task is None else Task(source.task)
-        return read_dataset(source.name, Path(source.folder), source.split, task, faults)
+        return read_dataset(source.name, Path(source.folder), source.split, task, faults, source.outside)
 
 
 class _Place(NamedTuple):

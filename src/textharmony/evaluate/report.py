@@ -17,7 +17,8 @@ from textharmony.data.record import Record
 from textharmony.evaluate.metrics import MEASURES, Prediction, match_lines, measure
 from textharmony.evaluate.ocr import Ocr
 from textharmony.evaluate.run import Row, check_row, load_rows, load_run
-from textharmony.images import contact_sheet, open_image, outline, pad_square, shorten
+from textharmony.files import replace_file
+from textharmony.images import contact_sheet, open_image, outline, pad_square, save_picture, shorten
 from textharmony.prompts import Task
 
 _WORST, _COLUMNS, _SIDE = 24, 4, 300  # pictures on the sheet, side in pixels
@@ -98,11 +99,11 @@ class Report:
     def write(self, out: Path) -> None:
         """Write the report's files; one about the first records leaves the whole report as it is."""
         plain = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        (out / self.file("report.md")).write_text(self.markdown(), encoding="utf-8")
-        (out / self.file("report.json")).write_text(plain + "\n", "utf-8")
+        replace_file(out / self.file("report.md"), self.markdown().encode())
+        replace_file(out / self.file("report.json"), (plain + "\n").encode())
         if self.cells:
             title = f"{self.settings['benchmark']}, worst predictions first"
-            contact_sheet(self.cells, _COLUMNS, title, zoom=1).save(out / self.file("worst.png"))
+            save_picture(contact_sheet(self.cells, _COLUMNS, title, zoom=1), out / self.file("worst.png"))
 
 
 def _means(scores: Scores) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from textharmony.data.readers.reader import find, read_json
 from textharmony.data.record import Record
 from textharmony.evaluate.digests import digest_record
 from textharmony.evaluate.metrics import Prediction, measure
+from textharmony.files import replace_file
 from textharmony.journal import Journal
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Request, Task
@@ -35,7 +35,7 @@ def claim(out: Path, wanted: Mapping[str, Any]) -> None:
     """Write run.json to a folder; raise ValueError if the folder holds predictions with other settings."""
     if not (out / RUN).exists():
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / RUN, json.dumps(wanted, indent=2).encode() + b"\n")
+        replace_file(out / RUN, json.dumps(wanted, indent=2).encode() + b"\n")
     found = load_run(out)
     for name in sorted((wanted.keys() | found.keys()) - {"model"}):  # a model is known by its digest, not by its path
         if found.get(name) != wanted.get(name):
@@ -158,7 +158,7 @@ def _predict_batch(
         elif isinstance(result, Image.Image):
             name = f"pictures/{hashlib.sha256(row['id'].encode()).hexdigest()[:16]}-{row['sample']}.png"
             result.save(encoded := io.BytesIO(), format="PNG")
-            _write(out / name, encoded.getvalue())
+            replace_file(out / name, encoded.getvalue())
             yield row | {"picture": name}
         else:
             yield row | {"boxes" if request.task is Task.LOCATE else "answer": result}
@@ -183,13 +183,3 @@ def _perform(model: TextHarmony, requests: Sequence[Request], settings: Generati
             return [error]
     half = len(requests) // 2
     return _perform(model, requests[:half], settings) + _perform(model, requests[half:], settings)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is on the disk whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -22,7 +22,8 @@ from textharmony.data.synthetic import COLORS, SyntheticWords
 from textharmony.evaluate.metrics import outside_unchanged
 from textharmony.evaluate.ocr import ground_color, recognise
 from textharmony.evaluate.run import request_for
-from textharmony.images import contact_sheet, open_image
+from textharmony.files import replace_file
+from textharmony.images import contact_sheet, open_image, save_picture
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Task
 
@@ -106,10 +107,10 @@ def measure_tiny(model: TextHarmony, out: Path, counts: Mapping[Task, int] = COU
         part = [right for prompt, right in answered if prompt.startswith(start)]
         rows.append(_row(f"- of these, {name}", part, 0.90))
     rows.append(_row("gate on held-out prompts: right modality", exam.gates, 0.99))
-    (out / "evaluation.md").write_text(markdown_table(rows) + "\n")
+    replace_file(out / "evaluation.md", (markdown_table(rows) + "\n").encode())
     machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     report = json.dumps({"rows": [asdict(row) | {"passed": row.passed} for row in rows], **machine}, indent=2)
-    (out / "evaluation.json").write_text(report + "\n")
+    replace_file(out / "evaluation.json", (report + "\n").encode())
     return rows
 
 
@@ -154,7 +155,7 @@ def _drawing(exam: _Exam, out: Path) -> list[Row]:
         colors.append((named_colors(drawn) == names, named_colors(target) == names))
         cells.append((drawn, f"{record.prompt}  [{read}]"))
     worst = [cells[i] for i in sorted(range(len(cells)), key=lambda i: words[i][0])[:60]]
-    contact_sheet(worst, 5, "drawn, worst first: prompt [what PP-OCR reads]").save(out / "drawing.png")
+    save_picture(contact_sheet(worst, 5, "drawn, worst first: prompt [what PP-OCR reads]"), out / "drawing.png")
     judged = (
         ("drawing, held-out words, exact by PP-OCR", words),
         ("drawing: ink and ground are the named ones", colors),
@@ -170,7 +171,7 @@ def _seeds(model: TextHarmony, out: Path) -> Row:
     read = [recognise(picture) for picture in drawn]
     right = [same_text(text, word) and boxes.count(box) == 1 for text, box in zip(read, boxes, strict=True)]
     cells = [(picture, f"seed {i}  [{text}]") for i, (picture, text) in enumerate(zip(drawn, read, strict=True))]
-    contact_sheet(cells, 4, prompt).save(out / "seeds.png")
+    save_picture(contact_sheet(cells, 4, prompt), out / "seeds.png")
     return _row("one prompt, 8 seeds: right word, all different", right, 1.0)
 
 
@@ -185,7 +186,7 @@ def _editing(exam: _Exam, out: Path) -> list[Row]:
         judge.append(same_text(recognise(open_image(record.target).crop(region)), word))
         unchanged.append(outside_unchanged(record, edited) == 1)
         cells += [(before, "before"), (edited, f'"{word}"  [{read}]')]
-    contact_sheet(cells[:60], 6, "edited: new word [what PP-OCR reads]").save(out / "editing.png")
+    save_picture(contact_sheet(cells[:60], 6, "edited: new word [what PP-OCR reads]"), out / "editing.png")
     return [
         _row("editing, held-out words, exact by PP-OCR", right, 0.85, judge),
         _row("editing: every pixel outside the box unchanged", unchanged, 1.0),

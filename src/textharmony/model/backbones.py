@@ -12,6 +12,7 @@ import diffusers
 import torch
 from tokenizers import AddedToken
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from textharmony.config import ModelConfig
+from textharmony.files import quote
 from textharmony.prompts import BOI, IMAGE
 
 DTypes = torch.dtype | Mapping[str, torch.dtype] | None
@@ -51,7 +53,7 @@ def dtype_of(dtype: DTypes, part: str) -> torch.dtype:
 
 def build_vision(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build a transformers vision model with random weights."""
-    return cast(PreTrainedModel, AutoModel.from_config(AutoConfig.for_model(**config.vision), dtype=dtype))
+    return cast(PreTrainedModel, AutoModel.from_config(_transformers_config(config.vision, "vision"), dtype=dtype))
 
 
 def build_language(
@@ -64,17 +66,46 @@ def build_language(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=dtype))
+    return cast(
+        PreTrainedModel, AutoModelForCausalLM.from_config(_transformers_config(values, "language"), dtype=dtype)
+    )
+
+
+def _transformers_config(values: Mapping[str, Any], field: str) -> Any:
+    if not isinstance(kind := values.get("model_type"), str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"{field} has model_type {quote(kind)}, expected a kind of model that transformers has")
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # each configuration checks its fields in its own way
+        raise ValueError(f"{field} is no configuration of {kind}: {' '.join(str(error).split())[:300]}") from error
+
+
+def count_positions(config: ModelConfig) -> int | None:
+    """Count the tokens of the longest row that the language model was made for; None where nothing tells."""
+    language = _transformers_config(config.language, "language").get_text_config()
+    positions = getattr(language, "max_position_embeddings", None)
+    rope = getattr(language, "rope_parameters", None) or {}
+    stretched = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
+    return max(positions, int(stretched)) if isinstance(positions, int) else None
 
 
 def build_unet(config: ModelConfig) -> Any:
     """Build a diffusers UNet with random weights."""
-    return getattr(diffusers, config.unet["_class_name"]).from_config(dict(config.unet))
+    return _diffusers_class(config.unet, "unet").from_config(dict(config.unet))
 
 
 def build_vae(config: ModelConfig) -> Any:
     """Build a diffusers VAE with random weights."""
-    return getattr(diffusers, config.vae["_class_name"]).from_config(dict(config.vae))
+    return _diffusers_class(config.vae, "vae").from_config(dict(config.vae))
+
+
+def _diffusers_class(values: Mapping[str, Any], field: str) -> Any:
+    """The class that a configuration names: a model of diffusers, and nothing else that is there."""
+    name = values.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise ValueError(f"{field} has _class_name {quote(name)}, expected a model of diffusers")
+    return found
 
 
 def load_backbones(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 import slidelora
 from textharmony.config import LOSSES, ModelConfig
-from textharmony.model.backbones import Backbones, DTypes, build_language, build_vision, dtype_of
+from textharmony.model.backbones import Backbones, DTypes, build_language, build_vision, count_positions, dtype_of
 from textharmony.model.image_decoder import ImageDecoder
 from textharmony.model.layout_planner import crop_to_words
 from textharmony.model.multi_scale import MultiScaleFeatures
@@ -63,6 +63,7 @@ class TextHarmonyModel(nn.Module):
         """Build the model; raise ValueError if its parts do not fit each other."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.positions = count_positions(config)  # of the language model
         given = backbones or Backbones()
         language = given.language or build_language(config, tokenizer, dtype_of(dtype, "language"))
         words: Any = language.get_input_embeddings()

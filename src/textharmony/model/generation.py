@@ -45,13 +45,16 @@ def prompt(
 
 
 def write(model: TextHarmonyModel, prompted: Prompted, settings: GenerationSettings, streamer: object = None) -> Tensor:
-    """Let the language model write token ids (B, T), up to the end of its text or BOI."""
+    """Let the language model write token ids (B, T), up to the end of its text, BOI, or the last of its positions."""
+    longest = settings.max_new_tokens or model.config.max_new_tokens
+    if model.positions is not None:
+        longest = min(longest, model.positions - prompted.inputs_embeds.shape[1])
     with model.read_under(prompted.gates, prompted.features, settings.num_beams):
         generate = cast(Callable[..., Tensor], model.language.generate)
         return generate(
             inputs_embeds=prompted.inputs_embeds,
             attention_mask=prompted.attention_mask,
-            max_new_tokens=settings.max_new_tokens or model.config.max_new_tokens,
+            max_new_tokens=longest,
             num_beams=settings.num_beams,
             do_sample=False,
             streamer=streamer,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import drop_metadata
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -51,6 +52,7 @@ each_loader = pytest.mark.parametrize("loader", [(write_native, load_native), (w
 def is_refused(make_base: Make, loader: Any, path: Path, message: str, **values: Any) -> None:
     write, load = loader
     write(make_base, path)
+    drop_metadata(path)
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**config, **values}))
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_files import drop_metadata
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from injected_models import count_hooks
@@ -105,7 +106,7 @@ values = st.recursive(
 @given(data=st.data())
 def test_a_configuration_with_changed_values(loader: Any, tmp_path: Path, data: st.DataObject) -> None:
     load, write = loader
-    path = fresh(write, tmp_path) / "adapter_config.json"
+    path = drop_metadata(fresh(write, tmp_path)) / "adapter_config.json"
     config = json.loads(path.read_text())
     for key in data.draw(st.lists(st.sampled_from(sorted(config)) | texts, min_size=1, max_size=2)):
         config[key] = data.draw(values)
@@ -121,7 +122,7 @@ def test_a_configuration_with_changed_values(loader: Any, tmp_path: Path, data: 
 @example(content=b'{"r": 1' + b"0" * 5000 + b"}")
 def test_a_configuration_with_any_content(loader: Any, tmp_path: Path, content: bytes) -> None:
     load, write = loader
-    path = fresh(write, tmp_path) / "adapter_config.json"
+    path = drop_metadata(fresh(write, tmp_path)) / "adapter_config.json"
     path.write_bytes(content)
     assert not loads_or_says_why(load, path.parent)
 
@@ -199,7 +200,7 @@ def test_a_missing_file(loader: Any, tmp_path: Path, file: str, kind: str) -> No
 
 
 def test_a_gate_larger_than_its_file_is_never_allocated(tmp_path: Path) -> None:
-    path = fresh(write_pretrained, tmp_path) / "adapter_config.json"
+    path = drop_metadata(fresh(write_pretrained, tmp_path)) / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "gate_hidden": 2**31 - 1}))  # of 34 GB
     with pytest.raises(ValueError, match=r"slidelora_gate.hidden.weight of shape \(3, 4\), expected \(2147483647, 4\)"):

@@ -1,14 +1,15 @@
 import json
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapter_files import drop_metadata
 from injected_models import is_unchanged, snapshot
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -100,6 +101,7 @@ def fails(make_base: Make, path: Path, error: type[Exception], message: str, **c
     ],
 )
 def test_a_configuration_that_does_not_fit(make_base: Make, saved: Path, change: dict[str, Any], message: str) -> None:
+    drop_metadata(saved)
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, **change}))
     fails(make_base, saved, ValueError, message)
@@ -156,7 +158,7 @@ def test_an_interrupted_save_leaves_a_complete_adapter(
         slidelora.save_pretrained(other, saved)
     monkeypatch.undo()
     loaded = slidelora.load_pretrained(make_base(), saved)
-    complete = make_model() if stop in ("weights", "first replace") else other
+    complete = other if stop == "second replace" else make_model()
     assert all(torch.equal(parameter, complete.get_parameter(name)) for name, parameter in loaded.named_parameters())
     assert len(list(saved.iterdir())) == 2
     slidelora.save_pretrained(other, saved)
@@ -204,15 +206,61 @@ def test_a_flipped_bit_is_noticed(
         fails(make_base, tmp_path, ValueError, "has base_model.* with other bytes than were saved, expected a file wi")
 
 
-def test_a_folder_of_an_older_version_has_no_digests(make_base: Make, saved: Path) -> None:
+def test_weights_of_other_programs_have_no_digests(make_base: Make, saved: Path) -> None:
+    slidelora.load_pretrained(make_base(), drop_metadata(saved))
+
+
+def test_another_configuration_than_at_the_save_is_refused(make_model: Make, make_base: Make, saved: Path) -> None:
+    path = saved / "adapter_config.json"
+    values = json.loads(path.read_text())
+    for content in (
+        json.dumps(values | {"lora_alpha": 17}, indent=2),
+        json.dumps(values | {"top_k": 1}, indent=2),
+        json.dumps(values),
+    ):
+        path.write_text(content)
+        fails(
+            make_base, saved, ValueError, r"adapter_config\.json is not the one that .* copy or save the adapter again"
+        )
+    slidelora.save_pretrained(make_model(), saved)
+    slidelora.load_pretrained(make_base(), saved)
+
+
+def test_weights_of_another_adapter_are_refused(make_model: Make, make_base: Make, saved: Path, tmp_path: Path) -> None:
+    slidelora.save_pretrained(make_model(lora_alpha=8), tmp_path / "other")  # the shapes are the same
+    os.replace(tmp_path / "other" / "adapter_model.safetensors", saved / "adapter_model.safetensors")
+    fails(
+        make_base, saved, ValueError, r"adapter_config\.json is not the one that adapter_model\.safetensors was saved"
+    )
+
+
+def test_a_configuration_with_a_name_twice_is_refused(make_base: Make, saved: Path) -> None:
+    path = drop_metadata(saved) / "adapter_config.json"
+    path.write_text(path.read_text().replace("{", '{"lora_alpha": 1,', 1))
+    fails(make_base, saved, ValueError, "adapter_config.json is not JSON: 'lora_alpha' is there twice")
+
+
+def test_flipped_metadata_are_refused(make_base: Make, saved: Path) -> None:
     path = saved / "adapter_model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = {name: value for name, value in file.metadata().items() if not name.startswith("sha256 ")}
-    assert set(metadata) == {"format", "config", "replaces"}
-    save_file(load_file(path), path, metadata)
-    slidelora.load_pretrained(make_base(), saved)
-    save_file(load_file(path), path)
-    slidelora.load_pretrained(make_base(), saved)
+    whole = path.read_bytes()
+    for old, new in ((b"sha256 base", b"sha257 base"), (b'"sha256":', b'"sha356":'), (b'"replaces"', b'"replacer"')):
+        path.write_bytes(whole.replace(old, new, 1))
+        fails(
+            make_base, saved, ValueError, r"adapter_model\.safetensors has other metadata than were saved, expected a f"
+        )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_gives(make_model: Make, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        slidelora.save_pretrained(make_model(), tmp_path / "own")
+        slidelora.export_peft(make_model(), tmp_path / "peft", gates="text")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*/*")}
+    assert modes == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

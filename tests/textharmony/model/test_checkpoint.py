@@ -1,6 +1,8 @@
 """A model's folder: what is written, and what is refused when it is read."""
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import textharmony.model.checkpoint
 from textharmony.config import ModelConfig
+from textharmony.manifest import write_manifest
 from textharmony.model.checkpoint import load_folder, load_weights, save_folder, weight_files
 from textharmony.pipeline import TextHarmony
 
@@ -213,17 +216,31 @@ def test_a_missing_folder_or_file_is_named(folder: Path) -> None:
 def test_a_file_cut_short_is_named(folder: Path, name: str, share: float) -> None:
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError) as error:
-        load_folder(folder)
-    assert str(folder / name) in str(error.value)
+    for _ in range(2):  # against the manifest, and as it is
+        with pytest.raises(ValueError) as error:
+            load_folder(folder)
+        assert str(folder / name) in str(error.value)
+        write_manifest(folder)
 
 
 @pytest.mark.parametrize("change", [{"colour": 1}, {"vision": None}, {"layout": {"slots": 6, "shape": 2}}])
 def test_a_configuration_of_another_form_is_named(folder: Path, change: dict[str, object]) -> None:
     values = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    write_manifest(folder)
     with pytest.raises(ValueError, match=r"config\.json .*(colour|vision|shape)"):
         load_folder(folder)
+
+
+# Saving over a model
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def other(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor + 1 for name, tensor in tensors.items()}
 
 
 def test_an_interrupted_save_keeps_the_model_before(
@@ -233,12 +250,93 @@ def test_an_interrupted_save_keeps_the_model_before(
     tensors: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    for step in ("save_file", "replace_file", "write_manifest"):
+        with monkeypatch.context() as patched:
+            patched.setattr(textharmony.model.checkpoint, step, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                save_folder(folder, config, tokenizer, other(tensors), None, "5GB")
+        load_folder(folder)
+        assert torch.equal(load_file(folder / "model.safetensors")["embed.weight"], tensors["embed.weight"])
+        assert not (folder / ".saving").exists() and [entry.name for entry in folder.parent.iterdir()] == ["model"]
 
-    monkeypatch.setattr(textharmony.model.checkpoint, "save_torch_state_dict", interrupt)
-    other = {name: tensor + 1 for name, tensor in tensors.items()}
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 4])
+def test_a_save_that_is_killed_while_it_moves_files_is_finished_by_the_next_load(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    tensors: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    moved: int,
+) -> None:
+    replace, moves = Path.replace, []
+
+    def kill(path: Path, target: Path) -> Path:
+        if path.parent.name == ".saving" and target.parent == folder:
+            moves.append(path.name)
+            if len(moves) > moved:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", kill)
     with pytest.raises(KeyboardInterrupt):
-        save_folder(folder, config, tokenizer, other, None, "5GB")
-    assert torch.equal(load_file(folder / "model.safetensors")["embed.weight"], tensors["embed.weight"])
-    assert [entry.name for entry in folder.parent.iterdir()] == ["model"]
+        save_folder(folder, config, tokenizer, other(tensors), None, "0.03KB")  # in shards
+    monkeypatch.undo()
+    load_folder(folder)
+    found = load_file(weight_files(folder)[0]) | load_file(weight_files(folder)[1]) | load_file(weight_files(folder)[2])
+    assert all(torch.equal(found[name], tensor + 1) for name, tensor in tensors.items())
+    assert not (folder / "model.safetensors").exists() and not (folder / ".saving").exists()
+
+
+def test_what_a_killed_save_left_is_passed_over_and_replaced(
+    folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, tensors: dict[str, Tensor]
+) -> None:
+    (folder / ".saving").mkdir()
+    (folder / ".saving" / "model.safetensors").write_bytes(b"part")
+    load_folder(folder)
+    save_folder(folder, config, tokenizer, other(tensors), None, "5GB")
+    load_folder(folder)
+    assert not (folder / ".saving").exists()
+
+
+def test_files_of_an_earlier_model_go_and_documents_stay(
+    folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, tensors: dict[str, Tensor]
+) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_text("a model card")
+    write_manifest(folder)
+    save_folder(folder, config, tokenizer, tensors, None, "5GB")
+    load_folder(folder)
+    assert not (folder / "chat_template.jinja").exists() and (folder / "README.md").read_text() == "a model card"
+
+
+def test_a_damaged_model_can_be_saved_over(
+    folder: Path, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, tensors: dict[str, Tensor]
+) -> None:
+    for name in ("manifest.json", "config.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    save_folder(folder, config, tokenizer, tensors, None, "5GB")
+    load_folder(folder)
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"thesis\.tex is no file of an earlier model, expected an empty folder"):
+        save_folder(tmp_path, config, tokenizer, tensors, None, "5GB")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_gives(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, tensors: dict[str, Tensor], tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        save_folder(tmp_path / "model", config, tokenizer, tensors, None, "0.03KB")
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert len(modes) > 5 and set(modes.values()) == {0o666 & ~umask}

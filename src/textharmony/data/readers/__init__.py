@@ -7,7 +7,7 @@ from pathlib import Path
 
 from textharmony.data.faults import Faults
 from textharmony.data.readers import docowl, drawing, own, scenes, vqa
-from textharmony.data.readers.reader import Entry, Reader, scene_records
+from textharmony.data.readers.reader import Entry, Reader, reading_inside, require_inside, scene_records
 from textharmony.data.record import Record
 from textharmony.prompts import Task
 
@@ -24,7 +24,12 @@ def detect(folder: Path) -> list[str]:
 
 
 def read_dataset(
-    name: str, folder: Path, split: str | None = None, task: Task | None = None, faults: Faults | None = None
+    name: str,
+    folder: Path,
+    split: str | None = None,
+    task: Task | None = None,
+    faults: Faults | None = None,
+    outside: bool = False,
 ) -> Iterator[Record]:
     """Read the records of a data set in its own order, streamed where the data set allows it, with pictures undecoded.
 
@@ -34,6 +39,8 @@ def read_dataset(
         split: One of the reader's; None: its first.
         task: For a data set of scenes, what is asked about them; None: the reader's first task.
         faults: Counts and lists the corrupt records, which are skipped; None: counted with the default threshold.
+        outside: Whether records may name files outside of the folder: by "..", as absolute paths, or through links. By
+            default such a record is corrupt.
 
     Raises:
         ValueError: The reader has no such name, split or task, or the files are laid out in another way.
@@ -51,14 +58,26 @@ def read_dataset(
         tasks = " or ".join(known.value for known in reader.tasks) or "None"
         raise ValueError(f"task of {name} is {getattr(task, 'value', task)!r}, expected {tasks}")
     chosen = next(iter(reader.tasks), None) if task is None else Task(task)
-    return _records(reader, folder, split or reader.splits[0], chosen, Faults() if faults is None else faults)
+    root = None if outside else folder
+    return _records(reader, folder, split or reader.splits[0], chosen, Faults() if faults is None else faults, root)
 
 
-def _records(reader: Reader, folder: Path, split: str, task: Task | None, faults: Faults) -> Iterator[Record]:
-    for where, make in _entries(reader, folder, split):
+def _records(
+    reader: Reader, folder: Path, split: str, task: Task | None, faults: Faults, root: Path | None
+) -> Iterator[Record]:
+    entries = _entries(reader, folder, split)
+    while True:
+        with reading_inside(root):
+            where, make = next(entries, ("", None))
+        if make is None:
+            return
         records: list[Record] = []
-        with faults.skipping(where):
-            records = [make()] if task is None else list(scene_records(make(), task))
+        with faults.skipping(where), reading_inside(root):
+            record = make()
+            for picture in (*record.images, record.target, record.mask):
+                if isinstance(picture, (str, Path)):
+                    require_inside(Path(picture))
+            records = [record] if task is None else list(scene_records(record, task))
         yield from records
 
 

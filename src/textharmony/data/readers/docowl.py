@@ -16,6 +16,7 @@ from typing import Any
 from textharmony.boxes import SCALE, Box, check_box
 from textharmony.data.readers.reader import Entry, Reader, contains, find, jsonl_entries, text
 from textharmony.data.record import Record
+from textharmony.files import quote
 from textharmony.prompts import Task
 
 _CHAT = (
@@ -62,7 +63,7 @@ def _box(written: str) -> Box:
     """The one box in a text; its unit, 0..999, is ours (DocOwl1.5/evaluation/benchmarks_eval.py divides by 999)."""
     found = _BOX.findall(written)
     if len(found) != 1:
-        raise ValueError(f"{written!r} has {len(found)} boxes, expected one <bbox>x1, y1, x2, y2</bbox>")
+        raise ValueError(f"{quote(written)} has {len(found)} boxes, expected one <bbox>x1, y1, x2, y2</bbox>")
     return check_box([min(SCALE, int(side)) for side in found[0]])
 
 

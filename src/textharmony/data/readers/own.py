@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import re
+import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from textharmony.boxes import check_box
-from textharmony.data.readers.reader import Entry, contains, find, jsonl_entries, parse_object, reads, text
+from textharmony.data.readers.reader import Entry, contains, find, jsonl_entries, parse_object, read_text, reads, text
 from textharmony.data.record import Record
+from textharmony.files import quote
 from textharmony.images import Picture
 from textharmony.prompts import Task
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp")
 _SHARDS = ("*.tar", "*.tar.gz")
+_LONGEST_NAME = 4096  # characters of the name of a file in a shard, and of a record's id
+_MOST_BYTES = 2**27  # of a sample in a shard
+_MOST_HEADER = 2**20  # bytes of the header of a file in a shard
 
 
 def _own_record(picture: Callable[[str], Picture], id: object, item: dict[str, Any]) -> Record:
     """A record of its JSON, which has Record's fields, with the names of pictures."""
     lists = {key: item.get(key, []) for key in ("images", "texts", "boxes", "words")}
     if wrong := [key for key, value in lists.items() if not isinstance(value, list)]:
-        raise ValueError(f"{wrong[0]} is {lists[wrong[0]]!r}, expected a list")
+        raise ValueError(f"{wrong[0]} is {quote(lists[wrong[0]])}, expected a list")
+    names = str(item.get("id", id)), str(item.get("source", "own"))
+    if wrong := [name for name in names if len(name) > _LONGEST_NAME]:
+        raise ValueError(f"the id or source is {quote(wrong[0])}, expected at most {_LONGEST_NAME} characters")
     record = Record(
-        str(item.get("id", id)),
+        names[0],
         Task(item.get("task")),
-        str(item.get("source", "own")),
+        names[1],
         text(item["prompt"]),
         images=tuple(picture(text(name)) for name in lists["images"]),
         texts=tuple(map(text, lists["texts"])),
@@ -85,7 +95,7 @@ def captioned(folder: Path, split: str) -> Iterator[Entry]:
     """
 
     def make(path: Path) -> Record:
-        caption = text(find(path.with_suffix(".txt")).read_text(encoding="utf-8").strip())
+        caption = text(read_text(path.with_suffix(".txt")).strip())
         return Record(path.relative_to(folder).with_suffix("").as_posix(), Task.DRAW, "own", caption, target=path)
 
     for parent, folders, names in os.walk(folder):
@@ -96,32 +106,72 @@ def captioned(folder: Path, split: str) -> Iterator[Entry]:
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Stream the samples of a tar file, compressed or not: keys, each with the contents of its files by extension.
+    """Stream the samples of a tar file, plain or gzipped: keys, each with the contents of its files by extension.
 
     webdataset makes a sample of files that follow each other and share a key, which is a path up to the first dot of
     the file's name. The extension is the rest of the name in lower case; files without one are passed over.
 
     Raises:
-        ValueError: The file is no tar file or is cut off; the whole samples before that have been given.
+        ValueError: The file is no tar file or is cut off, or a sample has more than 128 MiB; the whole samples before
+            that have been given.
     """
     errors: list[Exception] = []
-    begun = None  # the key of the last file that was begun
+    begun: str | None = None  # the key of the last file that was begun
 
-    def begin(name: str) -> bool:
+    def files(file: IO[bytes]) -> Iterator[dict[str, Any]]:
         nonlocal begun
-        begun, _ = base_plus_ext(name)
-        return True
+        sample = 0  # bytes
+        try:
+            stream = _Limited(_decompressed(file))
+            with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
+                while (member := tar.next()) is not None:
+                    tar.members = []  # else it would hold them all
+                    stream.left = _MOST_HEADER + member.size
+                    if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own notes
+                        continue
+                    if len(member.name) > _LONGEST_NAME:
+                        raise ValueError(f"a file's name is {quote(member.name)}, expected at most {_LONGEST_NAME}")
+                    key, _ = base_plus_ext(member.name)
+                    sample = (sample if key == begun else 0) + member.size + tarfile.BLOCKSIZE
+                    begun = key
+                    if sample > _MOST_BYTES or member.issparse():
+                        raise ValueError(
+                            f"{quote(member.name)} has {member.size} bytes, expected at most {_MOST_BYTES} for a sample"
+                        )
+                    content = tar.extractfile(member)
+                    yield {"fname": member.name, "data": content.read() if content else b"", "__url__": ""}
+        except Exception as error:  # listed, since it would be lost with the sample before it if it were raised
+            errors.append(error)
 
     with path.open("rb") as file:  # opened here, because webdataset takes some paths for a URL or a shell command
-        source = [{"url": str(path), "stream": file}]
-        # An error is listed and ends the iteration: if it were raised, the sample before it would be lost.
-        files = tar_file_expander(source, handler=errors.append, select_files=begin)
-        for sample in group_by_keys(files, handler=errors.append):
+        for sample in group_by_keys(files(file), handler=errors.append):
             if not errors or sample["__key__"] != begun:  # else a part of the sample is missing
                 yield sample["__key__"], {key: value for key, value in sample.items() if key[:2] != "__"}
     if errors:
-        reason = str(errors[0].args[0]).partition(" @ ")[0]  # webdataset appends the open file
+        reason = str(errors[0].args[0] if errors[0].args else type(errors[0]).__name__)[:300]
         raise ValueError(f"{path} is not a sound tar file: {reason}") from errors[0]
+
+
+class _Limited:
+    """A stream that raises ValueError after `left` bytes, since tarfile reads a header as long as it claims to be."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.left = file, _MOST_HEADER
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError(f"a header has more than {_MOST_HEADER} bytes, expected that of one file")
+        return content
+
+
+def _decompressed(file: IO[bytes]) -> IO[bytes]:
+    magic = file.read(6)
+    file.seek(0)
+    if magic.startswith((b"BZh", b"\xfd7zXZ")):
+        raise ValueError("it is compressed by bzip2 or xz, expected a plain tar file or gzip")
+    return cast(IO[bytes], gzip.open(file)) if magic.startswith(b"\x1f\x8b") else file
 
 
 @reads("shards", ("all",), contains(*_SHARDS))

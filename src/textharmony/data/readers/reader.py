@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from textharmony.boxes import Box, Polygon, bounding_box, polygon_from_pixels
 from textharmony.data.record import Record
+from textharmony.files import parse_json, quote
 from textharmony.images import Picture, image_size
 from textharmony.prompts import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, Task
+
+_LONGEST_PATH = 4096  # characters of a name in a record
+_LONGEST_LINE = 2**24  # bytes of a line of JSONL, and of a file with the text of one picture
+_LONGEST_TEXT = 2**20  # characters of a question, an answer or a caption
 
 # Where an item is, and a function that makes its record, or raises an error if the item is corrupt.
 Entry = tuple[str, Callable[[], Record]]
@@ -46,9 +53,39 @@ def contains(*patterns: str) -> Callable[[Path], bool]:
     return lambda folder: any(any(folder.glob(pattern)) for pattern in patterns)
 
 
+# The folder of the data set that is read, as it was given and without links; None: files may be anywhere.
+_root: ContextVar[tuple[str, str] | None] = ContextVar("_root", default=None)
+
+
+@contextmanager
+def reading_inside(folder: Path | None) -> Iterator[None]:
+    """Let `find` and `require_inside` refuse files outside of a folder in the body, which must not yield."""
+    token = _root.set(None if folder is None else (os.path.abspath(folder), os.path.realpath(folder)))
+    try:
+        yield
+    finally:
+        _root.reset(token)
+
+
+def require_inside(path: Path) -> None:
+    """Raise ValueError for a path that leads out of the folder that is read: by "..", as an absolute path or a link."""
+    if (root := _root.get()) is None:
+        return
+    # First without a look at the disk: some paths on Windows name other machines.
+    named = Path(os.path.abspath(path)).is_relative_to(root[0])
+    if not named or not Path(os.path.realpath(path)).is_relative_to(root[1]):
+        raise ValueError(f"{quote(str(path), 200)} leads out of {root[0]}, expected a file in it, or outside=True")
+
+
 def find(folder: Path, *names: str) -> Path:
     """The first of these files in a folder, or without names the path; raise FileNotFoundError if there is none."""
+    if wrong := [name for name in names if len(name) > _LONGEST_PATH or "\0" in name]:
+        raise ValueError(
+            f"a path is {quote(wrong[0])}, expected at most {_LONGEST_PATH} characters and no null among them"
+        )
     paths = [folder / name for name in names] or [folder]
+    for path in paths:
+        require_inside(path)
     found = next(filter(Path.is_file, paths), None)
     if found is None:
         several = f"{folder} has none of {', '.join(names)}"
@@ -56,17 +93,28 @@ def find(folder: Path, *names: str) -> Path:
     return found
 
 
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Read a small text file, such as a caption; raise ValueError if it is too long or is not in its encoding."""
+    with find(path).open("rb") as file:
+        content = file.read(_LONGEST_LINE + 1)
+    if len(content) > _LONGEST_LINE:
+        raise ValueError(
+            f"{path} has more than {_LONGEST_LINE} bytes, expected a caption or annotations of one picture"
+        )
+    return content.decode(encoding)
+
+
 def read_json(path: Path) -> Any:
     """Parse a whole JSON file; raise ValueError that names the file."""
     try:
         return json.loads(find(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse one JSON object; raise ValueError for anything else."""
-    item = json.loads(line)
+    item = parse_json(line)
     if not isinstance(item, dict):
         raise ValueError(f"the JSON is of type {type(item).__name__}, expected an object")
     return item
@@ -75,7 +123,9 @@ def parse_object(line: bytes) -> dict[str, Any]:
 def text(value: object) -> str:
     """Return the value; raise ValueError if it is no text, if it is blank, or if UTF-8 cannot hold it."""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"text is {value!r}, expected text that is not blank")
+        raise ValueError(f"text is {quote(value)}, expected text that is not blank")
+    if len(value) > _LONGEST_TEXT:
+        raise ValueError(f"text is {quote(value)}, expected at most {_LONGEST_TEXT} characters")
     value.encode()
     return value
 
@@ -95,13 +145,23 @@ def jsonl_entries(path: Path, make: Callable[[int, Any], Record], only: str = ""
     """
 
     def parse(index: int, line: bytes) -> Record:
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(f"the line has more than {_LONGEST_LINE} bytes, expected one record")
         return make(index, parse_object(line))
 
     with find(path).open("rb") as file:
-        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        lines = ((number, line) for number, line in enumerate(_lines(file), 1) if line.strip())
         for index, (number, line) in enumerate(lines):
             if only.encode() in line:
                 yield f"{path}:{number}", partial(parse, index, line)
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, only a part."""
+    while line := file.readline(_LONGEST_LINE + 1):
+        yield line
+        while len(line) > _LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(_LONGEST_LINE + 1) or b"\n"
 
 
 def pairs(flat: Iterable[float]) -> list[tuple[float, float]]:

@@ -9,8 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from textharmony.boxes import Polygon, corners
-from textharmony.data.readers.reader import Entry, contains, find, list_entries, pairs, read_json, reads, scene, text
+from textharmony.data.readers.reader import (
+    Entry,
+    contains,
+    find,
+    list_entries,
+    pairs,
+    read_json,
+    read_text,
+    reads,
+    scene,
+    text,
+)
 from textharmony.data.record import Record
+from textharmony.files import quote
 from textharmony.prompts import Task
 
 _TASKS = (Task.READ, Task.LOCATE, Task.EDIT)
@@ -46,9 +58,9 @@ def _test_names(folder: Path) -> frozenset[str]:
 
 def _mario_laion_record(item: Path) -> Record:
     picture = find(item, "image.jpg", "image.png")
-    caption = text(find(item, "caption.txt").read_text(encoding="utf-8").strip())
+    caption = text(read_text(item / "caption.txt").strip())
     lines = []
-    for line in filter(str.strip, find(item, "ocr.txt").read_text(encoding="utf-8").splitlines()):
+    for line in filter(str.strip, read_text(item / "ocr.txt").splitlines()):
         word, corners, _ = line.rsplit(" ", 2)
         lines.append((text(word), pairs(map(float, corners.split(",")))))
     return scene(item.name, "mario-laion", picture, lines, {"caption": caption}, _SIZE)
@@ -182,10 +194,10 @@ def icdar2015(folder: Path, split: str) -> Iterator[Entry]:
 
 def _icdar_record(picture: Path, truth: Path) -> Record:
     rows = []
-    for line in filter(str.strip, find(truth).read_text(encoding="utf-8-sig").splitlines()):
+    for line in filter(str.strip, read_text(truth, "utf-8-sig").splitlines()):
         rows.append(line.split(",", 8))  # the transcription may hold commas
         if len(rows[-1]) != 9:
-            raise ValueError(f"{truth} has the line {line!r}, expected eight numbers and a transcription")
+            raise ValueError(f"{truth} has the line {quote(line)}, expected eight numbers and a transcription")
     lines = [(text(row[8]), pairs(map(float, row[:8]))) for row in rows if row[8] != "###"]
     return scene(picture.stem, "icdar2015", picture, lines, {"ignored": len(rows) - len(lines)})
 

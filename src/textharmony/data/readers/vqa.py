@@ -9,6 +9,7 @@ from typing import Any
 
 from textharmony.data.readers.reader import Entry, contains, find, list_entries, read_json, reads, text
 from textharmony.data.record import Record
+from textharmony.files import quote
 from textharmony.prompts import Task
 
 _SPLITS = ("val", "train", "test")
@@ -19,10 +20,10 @@ def _answers(item: Item) -> tuple[str, ...]:
     """The accepted answers, or none: the test splits are published without answers."""
     answers = item.get("answers", [])
     if not isinstance(answers, list):
-        raise ValueError(f"answers is {answers!r}, expected a list")
+        raise ValueError(f"answers is {quote(answers)}, expected a list")
     # An annotator who wrote nothing stays among the others, because TextVQA's accuracy counts all ten.
     if not all(isinstance(answer, str) for answer in answers) or (answers and not "".join(answers).strip()):
-        raise ValueError(f"answers is {answers!r}, expected texts, one of them not blank")
+        raise ValueError(f"answers is {quote(answers)}, expected texts, one of them not blank")
     return tuple(answers)
 
 
@@ -147,7 +148,7 @@ def ocrbench(folder: Path, split: str) -> Iterator[Entry]:
 def _ocrbench_record(folder: Path, index: int, item: Item) -> Record:
     kind, image, question = text(item["type"]), text(item["image_path"]), text(item["question"])
     if kind not in OCRBENCH_PARTS:
-        raise ValueError(f"type is {kind!r}, expected one of {sorted(OCRBENCH_PARTS)}")
+        raise ValueError(f"type is {quote(kind)}, expected one of {sorted(OCRBENCH_PARTS)}")
     part = OCRBENCH_PARTS[kind]
     task = Task.READ if part in ("recognition", "formulae") else Task.ANSWER
     picture = find(folder, f"OCRBench_Images/{image}", f"images/{image}")
