@@ -7,6 +7,7 @@ imported when it runs, so that help and mistakes come at once.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from tyro.conf import Positional
 from textharmony.captions.build import CaptionSettings
 from textharmony.captions.endpoint import ChatSettings, EndpointSettings
 from textharmony.config import GenerationSettings, PredictionSettings
+from textharmony.signals import Stopped
 
 if TYPE_CHECKING:
     from textharmony.pipeline import TextHarmony
@@ -376,7 +378,10 @@ class CheckData:
 
 
 def main() -> None:
-    """Run a command; an error in what was given is one line on stderr and exit status 1."""
+    """Run a command; an error in what was given is one line on stderr and exit status 1.
+
+    A signal ends it with the usual status, 143 for SIGTERM and 130 for SIGINT, and no traceback.
+    """
     app, captions, data = (tyro.extras.SubcommandApp() for _ in range(3))
     for command in (Read, Answer, Locate, Draw, Edit, Chat, Init, Train, Evaluate, Demo):
         app.command(name=command.__name__.lower())(command)
@@ -386,5 +391,10 @@ def main() -> None:
     app.command(data, name="data", help="Data sets on disk.")
     try:
         app.cli(prog="textharmony")()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Stopped as stop:
+        print(f"textharmony: {stop}", file=sys.stderr)
+        raise
     except (ValueError, OSError, ImportError) as error:
         sys.exit("textharmony: " + " ".join(str(error).split()))
