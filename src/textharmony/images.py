@@ -41,6 +41,8 @@ def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
     """
     with _decoding(source), _open(source) as picture:
         picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+            raise ValueError("it has pixels that are no finite numbers")
         if mode == "RGB" and picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -22,6 +22,7 @@ _IGNORE = -100
 class Encoded(NamedTuple):
     """One record as tensors."""
 
+    name: str  # of the record, in messages
     task: Task
     input_ids: list[int]
     labels: list[int]
@@ -60,6 +61,7 @@ class Collator:
             pictures.append(fit_image(to_pil(target.pixels), self.config.image_size).pixels)
         layout = record.layout if self.config.layout else None
         return Encoded(
+            f"{record.source} {record.id}",
             record.task,
             *self._encode_texts(record, image),
             pictures,

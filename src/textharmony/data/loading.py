@@ -18,6 +18,7 @@ from textharmony.data.mixture import Mixture, Shard
 from textharmony.data.readers import read_dataset
 from textharmony.data.record import Record
 from textharmony.prompts import Task
+from textharmony.signals import outlive_signals
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class BatchLoader(IterableDataset[_Item]):
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # else it would draw from the generator of the training
         )
         for item in loader:
