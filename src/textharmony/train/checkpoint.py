@@ -59,8 +59,11 @@ class Checkpoints:
     def _select(self, models: list[torch.nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         for tensors in weights:
             plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+            held = {name: tensor for name, tensor in plain.items() if name in self._names}
+            own = self._model.state_dict(keep_vars=True)
+            once = {id(own[name]): name for name in reversed(held)}  # a tied weight is held under its first name
             tensors.clear()
-            tensors.update({name: tensor for name, tensor in plain.items() if name in self._names})
+            tensors.update({name: held[name] for name in reversed(once.values())})
 
     def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
         models.clear()  # accelerate would expect all tensors

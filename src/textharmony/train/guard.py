@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from textharmony.train.progress import add_lines
 
-EXPLODED = 1e3  # times the stage's first loss, or times 1 if that was smaller: no training that works comes there
+EXPLODED = 10  # times the stage's first loss, or times 1 if that was smaller: no training that works comes there
 _SHOWN = 4  # samples that a message names; the file has all
 
 
@@ -61,7 +61,7 @@ class Guard:
             tqdm.write(f"{line}; samples: {', '.join(records[:_SHOWN])}{more}", file=sys.stderr)
         if self.in_a_row >= self._allowed:
             raise Diverged(
-                f"{line}, the {self.in_a_row}th in a row, expected fewer than {self._allowed}: lower the learning "
+                f"{line}, as were {self.in_a_row} in a row, expected fewer than {self._allowed}: lower the learning "
                 f"rate, or see {self._out / 'skipped.txt'} for the samples"
             )
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from short_runs import changed, newest
 
 from textharmony.config import ModelConfig, Stage, TrainConfig
 from textharmony.data.faults import TooManyFaults
@@ -65,16 +66,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         backward(self, loss, **kwargs)
 
     monkeypatch.setattr(Accelerator, "backward", interrupted)
-
-
-def newest(out: Path) -> Path:
-    """A run's last checkpoint."""
-    return max(path for path in (out / "checkpoint").iterdir() if path.name[0] != ".")
-
-
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 @pytest.mark.parametrize("steps", [(2,), (8,), (4, 3, 5)], ids=str)
