@@ -220,7 +220,7 @@ class Stage:
 RESUME = ("newest", "auto")
 _AT_LEAST_1 = ("gradient_accumulation_steps", "save_every", "sample_every", "keep", "max_skipped")
 # Fields of TrainConfig that a resumed run may change: they do not change what is trained.
-FREE = ("save_every", "save_minutes", "keep", "resume", "sample_every", "max_skipped")
+FREE = ("save_every", "save_minutes", "keep", "resume", "sample_every", "max_skipped", "trackers", "workers")
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,10 @@ class TrainConfig:
     resume: str = "newest"
     max_skipped: int = 10  # steps in a row whose loss or gradient is not finite; each is skipped, and then the run ends
     sample_every: int = 400  # optimizer steps between two sheets of samples
+    # Names of accelerate's trackers, such as "tensorboard", "trackio" and "wandb"; None: tensorboard where it is
+    # installed.
+    trackers: tuple[str, ...] | None = None
+    ema_decay: float | None = None  # of a moving average of the image decoder's weights, which is saved; None: none
     mixed_precision: str | None = None  # "no", "bf16" or "fp16"; None: as accelerate is configured
     gradient_accumulation_steps: int = 1  # micro-batches into which each process divides its part of a batch
     gradient_checkpointing: bool = False  # recompute the hidden states of ViT, language model and UNet in backward
@@ -254,6 +258,8 @@ class TrainConfig:
         for name, least in (*((name, 1) for name in _AT_LEAST_1), ("workers", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, expected a number between 0 and 1")
         if self.save_minutes is not None and not self.save_minutes > 0:
             raise ValueError(f"save_minutes is {self.save_minutes}, expected a number above 0")
         if self.resume not in RESUME:

@@ -8,14 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from tqdm import tqdm
 
 from textharmony.config import FREE, Stage
@@ -23,8 +25,10 @@ from textharmony.files import replace_file
 from textharmony.manifest import check_manifest, write_manifest
 from textharmony.model.checkpoint import load_weights
 from textharmony.model.core import TextHarmonyModel
+from textharmony.train.ema import Average
 
 T = TypeVar("T")
+_SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for the folder of a model's shards
 _NAME = re.compile(r"(\d+)-.*-step(\d+)")
 _FAILED = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk makes the writers raise
 
@@ -35,6 +39,10 @@ class Progress(NamedTuple):
     stage: int  # to go on in
     step: int  # steps that are done in it
     loss: float | None = None  # the total loss of the stage's first step
+    size: int = 0  # records in a micro-batch
+    base: int = 0  # what of the stage's stream was left when the number of processes changed last: see Remaining
+    taken: tuple[int, ...] = ()
+    averaged: int = 0  # steps that the moving average has followed
 
 
 class Checkpoints:
@@ -53,6 +61,8 @@ class Checkpoints:
         self._run = {**run, "training": {k: v for k, v in run.get("training", {}).items() if k not in FREE}}
         self._model, self._names = model, names
         self._folder: Path | None = None  # the checkpoint to go on from
+        self.average: Average | None = None  # it is saved and loaded with the rest
+        self._averaged = 0  # steps that it has followed
         accelerator.register_save_state_pre_hook(self._select)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -67,7 +77,8 @@ class Checkpoints:
 
     def _load_weights(self, models: list[torch.nn.Module], folder: str) -> None:
         models.clear()  # accelerate would expect all tensors
-        load_weights(self._model, [Path(folder) / "model.safetensors"], self._names)
+        if not self._accelerator.is_fsdp2:
+            load_weights(self._model, [Path(folder) / "model.safetensors"], self._names)
 
     def find(self, resume: str = "newest") -> Progress:
         """Choose the checkpoint to go on from, the same in all processes: where it ends, or the start if there is none.
@@ -76,8 +87,9 @@ class Checkpoints:
             ValueError: The newest checkpoint is damaged or of another run, or, if `resume` is "auto", all are.
         """
         found = self._together(lambda: self._find(resume))
-        self._folder = None if found is None else found[0]
-        return Progress(0, 0) if found is None else found[1]
+        self._folder, reached = (None, Progress(0, 0)) if found is None else found
+        self._averaged = reached.averaged
+        return reached
 
     def _find(self, resume: str) -> tuple[Path, Progress] | None:
         folders = self._folders()
@@ -111,20 +123,35 @@ class Checkpoints:
             raise _Damaged(str(error)) from error
         if progress["run"] != self._run:
             raise ValueError(f"{folder} is of another configuration, expected the one of this run: use another folder")
-        return Progress(progress["stage"], progress["step"], progress["loss"])
+        sharded = (folder / _SHARDS).is_dir()
+        if sharded != self._accelerator.is_fsdp2:
+            was, now = ("FSDP", "DDP or one process")[:: 1 if sharded else -1]
+            raise ValueError(f"{folder} is of {was}, and this run is of {now}: expected the same engine")
+        reached = Progress(**{name: value for name, value in progress.items() if name != "run"})
+        return reached._replace(taken=tuple(reached.taken))
 
     def load_model(self) -> None:
-        """Load the weights alone: a new stage starts with a new optimizer."""
+        """Load the weights alone, and the average: a new stage starts with a new optimizer."""
         assert self._folder is not None
-        load_weights(self._model, [self._folder / "model.safetensors"], self._names)
+        if self._accelerator.is_fsdp2:
+            state = {"model": get_model_state_dict(self._model)}
+            dcp.load(state, checkpoint_id=self._folder / _SHARDS)
+            set_model_state_dict(self._model, state["model"])
+        else:
+            load_weights(self._model, [self._folder / "model.safetensors"], self._names)
+        self._load_average()
 
-    def load_state(self) -> dict[str, Any]:
-        """Load weights, optimizer and scheduler, and return the state of this process's batch loader."""
+    def load_state(self) -> list[dict[str, Any]]:
+        """Load weights, optimizer, scheduler and average, and return the state of each process's batch loader."""
         assert self._folder is not None
         self._accelerator.load_state(str(self._folder))
-        own = self._folder / f"loader-{self._accelerator.process_index}.json"
-        # A new process has no file of its own. Any other tells how many processes there were, which is then refused.
-        return json.loads((own if own.exists() else min(self._folder.glob("loader-*.json"))).read_text())
+        self._load_average()
+        files = sorted(self._folder.glob("loader-*.json"), key=lambda path: int(path.stem.split("-")[1]))
+        return [json.loads(file.read_text()) for file in files]
+
+    def _load_average(self) -> None:
+        if self.average is not None:
+            self.average.load(cast(Path, self._folder), self._averaged)
 
     def save(self, name: str, done: int, progress: Progress, loader: dict[str, Any]) -> Path:
         """Save a checkpoint after `done` steps of the stage `name`, and delete the oldest ones.
@@ -147,6 +174,8 @@ class Checkpoints:
         failed = None
         try:
             accelerator.save_state(str(partial))
+            if self.average is not None:
+                progress = progress._replace(averaged=self.average.save(partial))
             replace_file(partial / f"loader-{accelerator.process_index}.json", json.dumps(loader).encode())
         except _FAILED as error:
             failed = _describe(error, partial)

@@ -22,7 +22,8 @@ from textharmony.data.loading import Source
 from textharmony.pipeline import TextHarmony
 from textharmony.presets import PAPER_TRAINING, TINY_TRAINING
 from textharmony.presets.tiny import build_tokenizer
-from textharmony.train.loop import select_parameters, train
+from textharmony.train.engine import select_parameters
+from textharmony.train.loop import train
 
 ALL = {"read": 0.6, "locate": 0.4, "draw": 1, "answer": 1, "edit": 1}
 CONFIG = TrainConfig(
