@@ -18,6 +18,7 @@ from accelerate import (
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed import DistError
 from torch.distributed.fsdp import FSDPModule
 
 import slidelora
@@ -26,7 +27,12 @@ from textharmony.pipeline import TextHarmony
 
 
 def make_accelerator(config: TrainConfig, out: str, trackers: Sequence[str]) -> Accelerator:
-    """Make the accelerator that the launcher's environment describes; raise ValueError for FSDP1."""
+    """Make the accelerator that the launcher's environment describes; raise ValueError for FSDP1 and DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "the launcher asks for DeepSpeed, expected DDP or FSDP2: ZeRO waits for weights and gradients of the ViT and "
+            "the UNet in all processes, and a process without pictures or drawings has none"
+        )
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -131,6 +137,20 @@ def usable_parts(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.reshard()
+
+
+@contextmanager
+def naming_lost_processes(processes: int) -> Iterator[None]:
+    """Raise ConnectionError, in one line, if the body fails since another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not (isinstance(error, DistError) or "gloo" in str(error)):
+            raise
+        raise ConnectionError(
+            f"another of the {processes} processes has ended, see its messages; start the run again to go on from its "
+            f"last checkpoint ({str(error).strip().splitlines()[0][:200]})"
+        ) from error
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:

@@ -33,6 +33,7 @@ from textharmony.train.engine import (
     checkpoint_activations,
     group_parameters,
     make_accelerator,
+    naming_lost_processes,
     prepare_stage,
     settle_shards,
     sum_over_processes,
@@ -109,7 +110,7 @@ def train(
     }
     out.mkdir(parents=True, exist_ok=True)
     names = set(model.state_dict()) if fresh else trained_names(model, config.stages)
-    with ExitStack() as stack:
+    with naming_lost_processes(accelerator.num_processes), ExitStack() as stack:
         if accelerator.is_main_process:
             stack.callback(release, claim(out / ".lock"))
         checkpoints = Checkpoints(out, accelerator, model, names, json.loads(json.dumps(identity)), config.keep)
