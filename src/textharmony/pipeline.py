@@ -298,8 +298,8 @@ class TextHarmony(TextHarmonyModel):
             state_dict: The weights to write, as gathered from processes that share them; None: the model's own.
         """
         names, own = self._saved_names(), self.state_dict(keep_vars=True)
-        if state_dict is not None:  # a tied weight was gathered twice
-            own = {name: state_dict[name] for name in {id(own[name]): name for name in reversed(own)}.values()}
+        if state_dict is not None:  # a tied weight was gathered twice, and several weights into one storage
+            own = {name: state_dict[name].clone() for name in {id(own[n]): n for n in reversed(own)}.values()}
         tensors = {name: tensor for name, tensor in own.items() if name in names}
         save_folder(Path(path), self.config, self.tokenizer, tensors, dtype, max_shard_size)
 

@@ -45,7 +45,14 @@ def read(left: Remaining, processes: int, steps: int, states: list[Any] | None =
     for rank in range(processes):
         state = None if states is None else states[rank]
         loader = BatchLoader(
-            left.of(Numbers()), Names(), BATCH // processes, 0, rank, processes, 1.0, state  # type: ignore[arg-type]
+            left.of(Numbers()),
+            Names(),
+            BATCH // processes,
+            0,
+            rank,
+            processes,
+            1.0,
+            state,  # type: ignore[arg-type]
         )
         for batch in itertools.islice(loader.batches(), steps):
             seen += batch["ids"]
