@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -40,10 +41,10 @@ class Average:
 
     def save(self, folder: Path) -> int:
         """Write the averages to a checkpoint, with all processes; return how many steps they have followed."""
-        dcp.save(self._state(), checkpoint_id=folder / _FOLDER)
+        dcp.save(self._state(), checkpoint_id=folder / _FOLDER, no_dist=not dist.is_initialized())
         return int(self._average.optimization_step)
 
     def load(self, folder: Path, steps: int) -> None:
         """Load what `save` wrote."""
-        dcp.load(self._state(), checkpoint_id=folder / _FOLDER)  # in place
+        dcp.load(self._state(), checkpoint_id=folder / _FOLDER, no_dist=not dist.is_initialized())  # in place
         self._average.optimization_step = steps

@@ -38,7 +38,7 @@ def make_accelerator(config: TrainConfig, out: str, trackers: Sequence[str]) -> 
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # the scheduler steps once, not once a process
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
         project_dir=out,
     )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

@@ -90,7 +90,7 @@ def test_a_group_is_trained_at_its_own_rate(config: ModelConfig, tmp_path: Path)
 
 
 def test_only_lost_processes_are_named() -> None:
-    with pytest.raises(ConnectionError, match="another of the 2 processes has ended.*Connection closed"):
+    with pytest.raises(ConnectionError, match=r"another of the 2 processes has ended.*Connection closed"):
         with naming_lost_processes(2):
             raise RuntimeError("[gloo/pair.cc:1] Connection closed\nmore")
     for processes, text in ((1, "gloo"), (2, "shapes differ")):
