@@ -214,6 +214,9 @@ class Train:
     # "newest": go on from the newest checkpoint, which must be sound; "auto": from the newest sound one.
     resume: Literal["newest", "auto"] | None = None
     max_skipped: int | None = None  # steps in a row that are skipped, as their loss is not finite, before the run ends
+    ema_decay: float | None = None  # of a moving average of the image decoder's weights, which is saved
+    # Of accelerate, such as "tensorboard", "trackio" and "wandb"; tensorboard where it is installed, if not given.
+    trackers: tuple[str, ...] | None = None
 
     def __call__(self) -> None:
         from textharmony.data.loading import load_sources
@@ -235,7 +238,7 @@ class Train:
         ]
         shared = self._given(
             *("mixed_precision", "gradient_accumulation_steps", "language_dtype", "workers"),
-            *("save_every", "save_minutes", "keep", "resume", "max_skipped"),
+            *("save_every", "save_minutes", "keep", "resume", "max_skipped", "ema_decay", "trackers"),
         )
         out = self.out or Path("runs") / name
         started = time.monotonic()
