@@ -218,9 +218,9 @@ class Stage:
 
 
 RESUME = ("newest", "auto")
-_AT_LEAST_1 = ("gradient_accumulation_steps", "save_every", "sample_every", "keep", "max_skipped")
+_AT_LEAST_1 = ("gradient_accumulation_steps", "save_every", "sample_every", "keep", "max_skipped", "window")
 # Fields of TrainConfig that a resumed run may change: they do not change what is trained.
-FREE = ("save_every", "save_minutes", "keep", "resume", "sample_every", "max_skipped", "trackers", "workers")
+FREE = ("save_every", "save_minutes", "keep", "resume", "sample_every", "max_skipped", "trackers", "workers", "window")
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,7 @@ class TrainConfig:
     workers: int = 1  # processes that load batches, for each training process; 0: it loads them itself
     max_faults: float = 0.01  # share of the records that may be corrupt
     shuffle_buffer: int = 1000  # records that are held in memory to shuffle a streamed source
+    window: int = 1  # batches whose records each worker sorts by length, so that less of a batch is padding
 
     def __post_init__(self) -> None:
         for name, least in (*((name, 1) for name in _AT_LEAST_1), ("workers", 0)):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 Picture = Image.Image | np.ndarray | bytes | str | Path
 
 # The grey that hides a region from the vision model: 127 of 255, in -1..1 and rounded as other pixels are.
-HIDDEN = float(np.float32(127) / np.float32(127.5) - np.float32(1))
+_GREY = 127
+HIDDEN = float(np.float32(_GREY) / np.float32(127.5) - np.float32(1))
 
 
 def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
@@ -40,9 +42,7 @@ def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
         FileNotFoundError: There is no such file.
     """
     with _decoding(source), _open(source) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
-            raise ValueError("it has pixels that are no finite numbers")
+        picture = _to_8_bits(ImageOps.exif_transpose(picture))
         if mode == "RGB" and picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -70,7 +70,25 @@ def _decoding(source: Picture) -> Iterator[None]:
         raise ValueError(f"{_describe(source)} is not a picture that Pillow reads: {reason}") from error
 
 
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    """Scale numbers of 16 bits, or in 0..1, to 0..255, which Pillow would cut off at 255; ValueError for others."""
+    if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"):
+        return picture
+    numbers = np.asarray(picture, np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(numbers))} of its pixels are NaN or infinite")
+    low, high = float(numbers.min()), float(numbers.max())
+    whole = 1.0 if picture.mode == "F" and high <= 1 else 255.0  # the number of white
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and high > 255):
+        whole = 65535.0
+    if low < 0 or high > whole:
+        raise ValueError(f"its pixels are {low:g} to {high:g}, expected 0 to {whole:g}")
+    return Image.fromarray((numbers * (255 / whole)).round().astype(np.uint8))
+
+
 def _describe(source: Picture) -> str:
+    if isinstance(source, np.ndarray):
+        return f"an array {source.dtype} {source.shape}"
     if isinstance(source, bytes):
         return f"an image of {len(source)} bytes"
     return f"a PIL image of {source.width} x {source.height}" if isinstance(source, Image.Image) else f"{source}"
@@ -98,14 +116,19 @@ class FittedImage:
     """A picture scaled to fit a model's size, the margins filled with the median colour of its border."""
 
     original: Image.Image
-    pixels: Tensor  # (3, H, W) float32 in -1..1
+    colors: Tensor  # (3, H, W) uint8
     scale: float  # pixels of the model = pixels of the original * scale + offset
     offset: tuple[int, int]  # x and y
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of `pixels`."""
-        return self.pixels.shape[2], self.pixels.shape[1]
+        return self.colors.shape[2], self.colors.shape[1]
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(3, H, W) float32 in -1..1."""
+        return normalise(self.colors)
 
     def to_model(self, box: Box) -> Box:
         """Convert a box in thousandths of the original to one in thousandths of `pixels`."""
@@ -159,14 +182,19 @@ def fit_image(source: Picture, size: tuple[int, int]) -> FittedImage:
     canvas[:] = np.median(border, axis=0).astype(np.uint8)
     x, y = (width - fitted.width) // 2, (height - fitted.height) // 2
     canvas[y : y + fitted.height, x : x + fitted.width] = pixels
-    return FittedImage(original, torch.from_numpy(canvas).permute(2, 0, 1).float() / 127.5 - 1, scale, (x, y))
+    return FittedImage(original, torch.from_numpy(canvas).permute(2, 0, 1), scale, (x, y))
+
+
+def normalise(colors: Tensor) -> Tensor:
+    """Convert colours uint8 to float32 in -1..1."""
+    return colors.float().div_(127.5).sub_(1)
 
 
 def hide(pixels: Tensor, region: tuple[int, int, int, int]) -> Tensor:
-    """Copy pixels (3, H, W) with grey in a region (x1, y1, x2, y2, in pixels)."""
+    """Copy pixels (3, H, W), in -1..1 or uint8, with grey in a region (x1, y1, x2, y2, in pixels)."""
     x1, y1, x2, y2 = region
     hidden = pixels.clone()
-    hidden[:, y1:y2, x1:x2] = HIDDEN
+    hidden[:, y1:y2, x1:x2] = HIDDEN if pixels.is_floating_point() else _GREY
     return hidden
 
 

@@ -364,3 +364,45 @@ def test_a_sheet_holds_every_picture_enlarged() -> None:
         assert right[0] == first[0] and right[1] >= first[1] + 30
         assert below[1] == first[1] and below[0] >= first[0] + 18
     assert sheets[0].shape[1] == sheets[1].shape[1] and sheets[0].shape[0] < sheets[1].shape[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "white"),
+    [
+        (np.array([[0, 30000, 65535]], np.uint16), 65535),
+        (np.array([[0, 30000, 65535]], np.int32), 65535),
+        (np.array([[0, 100, 255]], np.int32), 255),
+        (np.array([[0, 100, 255]], np.float32), 255),
+        (np.array([[0, 0.25, 1]], np.float32), 1),
+    ],
+)
+def test_pixels_of_more_than_8_bits_are_scaled(numbers: np.ndarray, white: float) -> None:
+    """Pillow alone cuts them off at 255."""
+    for kind in ("TIFF", "PNG") if numbers.dtype == np.uint16 else ("TIFF",):
+        Image.fromarray(numbers).save(file := io.BytesIO(), kind)
+        expected = (numbers.astype(np.float64) * 255 / white).round()
+        assert np.array_equal(np.asarray(open_image(file.getvalue()))[..., 1], expected)
+        assert np.array_equal(np.asarray(open_image(file.getvalue(), "L")), expected)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (np.nan, "1 of its pixels are NaN or infinite"),
+        (np.inf, "1 of its pixels are NaN or infinite"),
+        (300, "its pixels are 0 to 300, expected 0 to 255"),
+        (-1, "its pixels are -1 to 0, expected 0 to 1"),
+    ],
+)
+def test_pixels_that_are_no_colours_are_refused(number: float, reason: str) -> None:
+    numbers = np.zeros((4, 6), np.float32)
+    numbers[1, 2] = number
+    Image.fromarray(numbers).save(file := io.BytesIO(), "TIFF")
+    for picture in (file.getvalue(), Image.fromarray(numbers), numbers):
+        with pytest.raises(ValueError, match=reason):
+            open_image(picture)
+
+
+def test_arrays_that_are_no_pictures_are_named_without_their_numbers() -> None:
+    with pytest.raises(ValueError, match=r"an array float32 \(4, 6, 3\) is not a picture"):
+        open_image(np.full((4, 6, 3), np.nan, np.float32))

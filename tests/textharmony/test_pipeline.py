@@ -22,7 +22,7 @@ from textharmony.config import GenerationSettings, ModelConfig, MultiScaleConfig
 from textharmony.data.batch import Collator
 from textharmony.data.record import Record
 from textharmony.data.synthetic import SyntheticWords
-from textharmony.images import fit_image, to_pil
+from textharmony.images import fit_image, normalise, to_pil
 from textharmony.model.generation import draw, prompt
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import BOI, IMAGE, READ_QUESTION, Request, Task
@@ -182,7 +182,7 @@ def test_an_edit_is_hidden_as_in_training(
     collator = Collator(model.config, model.tokenizer)
     for picture, pixels in zip(pictures, read, strict=True):
         record = Record("1", Task.EDIT, "test", "A", (picture,), ("A",), target=picture, boxes=(box,))
-        expected = collator.encode(record).pictures[0]
+        expected = normalise(collator.encode(record).pictures[0])
         assert torch.equal(pixels, expected[None])
         assert not torch.equal(expected, fit_image(picture, model.config.image_size).pixels)
 

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from textharmony.boxes import format_boxes
 from textharmony.config import ModelConfig
+from textharmony.data.faults import UNREADABLE
 from textharmony.data.record import Record, TextLayout
 from textharmony.data.word_labels import label_words, move_layout
-from textharmony.images import FittedImage, fit_image, hide, to_pil
+from textharmony.images import FittedImage, fit_image, hide, normalise
 from textharmony.prompts import BOI, IMAGE, Task, check_plain, compose, image_tokens
 
 _IGNORE = -100
@@ -26,8 +27,8 @@ class Encoded(NamedTuple):
     task: Task
     input_ids: list[int]
     labels: list[int]
-    pictures: list[Tensor]  # (3, H, W) each: what the model reads, in order
-    target: Tensor | None  # (3, H, W): what it draws
+    pictures: list[Tensor]  # (3, H, W) uint8 each: what the model reads, in order
+    target: Tensor | None  # (3, H, W) uint8: what it draws
     region: tuple[float, ...]  # of the target, in pixels, that an edit fills; NaN for a whole drawing
     read_layout: TextLayout | None  # in pixels of the picture that is read
     drawn_layout: TextLayout | None  # in pixels of the target
@@ -43,6 +44,8 @@ class Collator:
         """
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        # Whether stacked pictures stay uint8, which are a quarter of the bytes to send, until `unpack` converts them.
+        self.packs = False
 
     def encode(self, record: Record) -> Encoded:
         """Decode the pictures and encode the texts; raise ValueError or FileNotFoundError for a corrupt record."""
@@ -51,25 +54,34 @@ class Collator:
         image = fit_image(record.images[0], self.config.image_size) if record.images else None
         target = None if record.target is None else fit_image(record.target, self.config.target_size)
         region: tuple[float, ...] = (float("nan"),) * 4
-        pictures = [] if image is None else [image.pixels]
+        pictures = [] if image is None else [image.colors]
         if record.task is Task.EDIT:
             if image is None or target is None:
                 raise ValueError("a record to edit lacks its image or its target, expected both")
             box = record.edit_box()
-            pictures, region = [hide(image.pixels, image.region(box))], target.region(box)
+            pictures, region = [hide(image.colors, image.region(box))], target.region(box)
         if target is not None and self.config.feed_back:
-            pictures.append(fit_image(to_pil(target.pixels), self.config.image_size).pixels)
+            pictures.append(fit_image(target.colors.permute(1, 2, 0).numpy(), self.config.image_size).colors)
         layout = record.layout if self.config.layout else None
         return Encoded(
             f"{record.source} {record.id}",
             record.task,
             *self._encode_texts(record, image),
             pictures,
-            None if target is None else target.pixels,
+            None if target is None else target.colors,
             region,
             None if layout is None or image is None else move_layout(layout, image),
             None if layout is None or target is None else move_layout(layout, target),
         )
+
+    def count_tokens(self, record: Record) -> int:
+        """Count the tokens of a record without decoding its pictures, roughly for boxes; 0 for a corrupt record."""
+        try:
+            prompt = compose(record.task, record.prompt, self.config.visual_tokens, "")
+            answer = format_boxes(record.boxes) if record.task is Task.LOCATE else self._answer(record, None)
+            return len(self._tokens(prompt)) + len(self._tokens(answer))
+        except UNREADABLE:
+            return 0  # it is listed when it is encoded
 
     def _encode_texts(self, record: Record, image: FittedImage | None) -> tuple[list[int], list[int]]:
         """input_ids and labels of a row."""
@@ -105,7 +117,10 @@ class Collator:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def stack(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Pad rows on the right and stack them: the arguments of TextHarmonyModel.forward, without absent ones."""
+        """Pad rows on the right and stack them: the arguments of TextHarmonyModel.forward, without absent ones.
+
+        If `packs` is set, `unpack` has to follow.
+        """
         length = max(len(row.input_ids) for row in rows)
         pad = self.tokenizer.pad_token_id
 
@@ -129,7 +144,13 @@ class Collator:
             read = [(row.read_layout, row.task is Task.EDIT) for row in rows if row.pictures]
             if words := label_words(self.config, read, [row.drawn_layout for _, _, row in drawn]):
                 batch["words"] = words
-        return batch
+        return batch if self.packs else unpack(batch)
+
+
+def unpack(batch: dict[str, Any]) -> dict[str, Any]:
+    """Convert the pictures of a batch to float32 in -1..1."""
+    pictures = {name: normalise(batch[name]) for name in ("pixel_values", "target_pixel_values") if name in batch}
+    return batch | pictures
 
 
 def stack_pixels(pictures: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,20 +39,29 @@ class TooManyFaults(ValueError):
 
 
 class Faults:
-    """Counts records and lists the corrupt ones, which are skipped."""
+    """Counts records and lists the corrupt ones, which are skipped; each corrupt record counts once."""
 
-    def __init__(self, max_share: float = 0.01, grace: int = 20) -> None:
-        """Allow a share, 0..1, of the records seen so far to be corrupt, once there are more than `grace` faults."""
+    def __init__(self, max_share: float = 0.01, grace: int = 3) -> None:
+        """Allow a share, 0..1, of the records to be corrupt.
+
+        A few records say little about the share: `grace` faults are let pass in any case, and as many as chance puts
+        among the records seen so far where the share is right (five standard deviations: 7 of 40 are too many for 1%).
+        """
         if not 0 <= max_share <= 1 or grace < 0:
             raise ValueError(f"max_share is {max_share!r} and grace {grace!r}, expected 0..1 and at least 0")
         self.max_share, self.grace = max_share, grace
         self.good = 0
-        self.listed: list[Fault] = []
+        self._listed: dict[Fault, None] = {}
+
+    @property
+    def listed(self) -> list[Fault]:
+        """The corrupt records."""
+        return list(self._listed)
 
     @property
     def seen(self) -> int:
         """How many records were seen, good and corrupt."""
-        return self.good + len(self.listed)
+        return self.good + len(self._listed)
 
     def skip(self, where: str, error: BaseException) -> None:
         """List a corrupt record; raise TooManyFaults past the threshold."""
@@ -59,10 +69,18 @@ class Faults:
         self.add(Fault(where, " ".join(reason.split())))
 
     def add(self, fault: Fault) -> None:
-        """List a fault; raise TooManyFaults past the threshold."""
-        self.listed.append(fault)
-        if len(self.listed) > self.grace and len(self.listed) > self.max_share * self.seen:
+        """List a fault; raise TooManyFaults past the threshold, or where an epoch has no good record."""
+        epoch_over = fault in self._listed
+        self._listed[fault] = None
+        expected = self.max_share * self.seen
+        passed = expected + 5 * math.sqrt(expected) + self.grace
+        if (not epoch_over and len(self._listed) > passed) or (epoch_over and not self.good):
             raise TooManyFaults(self.listed, self.seen, self.max_share)
+
+    def recall(self, good: int, faults: Iterable[Fault]) -> None:
+        """Take over what an earlier run has counted; raise nothing."""
+        self.good = good
+        self._listed = dict.fromkeys(faults)
 
     @contextmanager
     def skipping(self, where: str) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,16 +17,63 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True)
+class Done:
+    """Records of a stream that were used before: those with a number below `before`, and those in ranges."""
+
+    before: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()  # first and last + 1 of each, in their order
+
+    def number(self, position: int) -> int:
+        """The number of the record at a position in what is left."""
+        number = self.before + position
+        for first, end in self.ranges:
+            if number < first:
+                break
+            number += end - first
+        return number
+
+    def __contains__(self, number: int) -> bool:
+        return number < self.before or any(first <= number < end for first, end in self.ranges)
+
+
+@dataclass(frozen=True)
 class Shard:
-    """A part of a stream: every `count`-th block of its records, starting with block `index`."""
+    """A part of a stream: every `count`-th block of what is left of its records, starting with block `index`."""
 
     index: int = 0
     count: int = 1
     block: int = 1  # records in a block
+    done: Done = Done()  # records that are not in any block
+
+    def position(self, n: int) -> int:
+        """The position in what is left of the whole stream of the shard's n-th record."""
+        return (n // self.block * self.count + self.index) * self.block + n % self.block
 
     def number(self, n: int) -> int:
         """The number in the whole stream of the shard's n-th record."""
-        return (n // self.block * self.count + self.index) * self.block + n % self.block
+        return self.done.number(self.position(n))
+
+
+def unite(shards: Mapping[Shard, Collection[int]], before: Mapping[Shard, int]) -> Done:
+    """Unite what the shards of a stream have used.
+
+    Args:
+        shards: All shards of the stream; for each, the records that it used from its `before`-th on.
+        before: For each shard, how many of its first records it used.
+    """
+    shard = next(iter(shards))
+    done, blocks = shard.done, min(before.values()) // shard.block  # blocks of each shard that are used whole
+    start = done.number(blocks * shard.block * shard.count)
+    used = {n for first, end in done.ranges for n in range(max(first, start), end)}
+    for shard, ahead in shards.items():
+        used.update(map(shard.number, [*range(blocks * shard.block, before[shard]), *ahead]))
+    ranges: list[tuple[int, int]] = [(0, start)]
+    for number in sorted(used):
+        if number == ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        elif number > ranges[-1][1]:
+            ranges.append((number, number + 1))
+    return Done(ranges[0][1], tuple(ranges[1:]))
 
 
 class Mixture:
@@ -55,10 +102,13 @@ class Mixture:
         Sequences are sought in; what functions yield before is read again and dropped. Raises ValueError where a source
         that is drawn from is empty.
         """
-        first = shard.number(start)
+        first, position = shard.number(start), shard.position(start)
         for number, record in enumerate(self._iterate(first), first):
-            if number // shard.block % shard.count == shard.index:
+            if number in shard.done:
+                continue
+            if position // shard.block % shard.count == shard.index:
                 yield record
+            position += 1
 
     def _iterate(self, start: int) -> Iterator[Record]:
         counts = self._counts(start)

@@ -39,9 +39,6 @@ class Progress(NamedTuple):
     stage: int  # to go on in
     step: int  # steps that are done in it
     loss: float | None = None  # the total loss of the stage's first step
-    size: int = 0  # records in a micro-batch
-    base: int = 0  # what of the stage's stream was left when the number of processes changed last: see Remaining
-    taken: tuple[int, ...] = ()
     averaged: int = 0  # steps that the moving average has followed
 
 
@@ -127,8 +124,7 @@ class Checkpoints:
         if sharded != self._accelerator.is_fsdp2:
             was, now = ("FSDP", "DDP or one process")[:: 1 if sharded else -1]
             raise ValueError(f"{folder} is of {was}, and this run is of {now}: expected the same engine")
-        reached = Progress(**{name: value for name, value in progress.items() if name != "run"})
-        return reached._replace(taken=tuple(reached.taken))
+        return Progress(**{name: value for name, value in progress.items() if name != "run"})
 
     def load_model(self) -> None:
         """Load the weights alone, and the average: a new stage starts with a new optimizer."""
@@ -142,7 +138,7 @@ class Checkpoints:
         self._load_average()
 
     def load_state(self) -> list[dict[str, Any]]:
-        """Load weights, optimizer, scheduler and average, and return the state of each process's batch loader."""
+        """Load weights, optimizer, scheduler and average; return the states of all batch loaders, by rank."""
         assert self._folder is not None
         self._accelerator.load_state(str(self._folder))
         self._load_average()

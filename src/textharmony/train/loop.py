@@ -41,7 +41,6 @@ from textharmony.train.engine import (
 )
 from textharmony.train.guard import Diverged, Guard, all_finite
 from textharmony.train.progress import LOG_EVERY, Losses, draw_samples, list_faults, plot_losses
-from textharmony.train.remaining import Remaining
 from textharmony.train.steps import NamingCollator, Steps
 from textharmony.train.tracking import Meter, choose_trackers, start_trackers
 
@@ -195,8 +194,7 @@ def _run_stage(run: _Run, number: int, reached: Progress | None) -> None:
         run.checkpoints.average = Average(model, config.ema_decay)
     if reached is not None and number and not start:
         run.checkpoints.load_model()
-    size = stage.batch_size // accelerator.num_processes // config.gradient_accumulation_steps
-    loader, left = _load_batches(run, number, size, reached if start else None)
+    loader = _load_batches(run, number, start)
     guard = Guard(stage.name, out, accelerator.process_index, config.max_skipped, reached.loss if reached else None)
     ready = Steps(accelerator, config, number, start, loader, guard, run.stop, prepared, optimizer, scheduler)
     means, meter = Losses(out, number, stage.name), Meter(model)
@@ -224,8 +222,7 @@ def _run_stage(run: _Run, number: int, reached: Progress | None) -> None:
                     _standardise_latents(run, number)
                 if due and (last or not guard.in_a_row):
                     _require_finite(run, stage.name, step.number)
-                    after = Progress(number, step.number, guard.first, size, left.base, left.taken)
-                    after = Progress(number + 1, 0) if last else after
+                    after = Progress(number + 1, 0) if last else Progress(number, step.number, guard.first)
                     run.checkpoints.save(f"{number}-{stage.name}", step.number, after, loader.state())
                     list_faults(out, accelerator.process_index, loader.faults())
                     due = False
@@ -239,31 +236,24 @@ def _run_stage(run: _Run, number: int, reached: Progress | None) -> None:
     accelerator.free_memory()
 
 
-def _load_batches(run: _Run, number: int, size: int, reached: Progress | None) -> tuple[BatchLoader, Remaining]:
-    """The loader of a stage, and what of its stream it reads, from what a checkpoint reached or from the start."""
+def _load_batches(run: _Run, number: int, start: int) -> BatchLoader:
+    """The loader of a stage, from the checkpoint on if steps of it are done."""
     config, accelerator, stage = run.config, run.accelerator, run.config.stages[number]
     stream: RecordStream = _render(run, number)
     if run.data is not None:
         seed = _seed(run, number)
         stream = SourceStream(run.data[stage.name], seed, config.max_faults, config.shuffle_buffer)
-    left, own = Remaining(), None
-    if reached is not None:
-        left, states = Remaining(reached.base, reached.taken), run.checkpoints.load_state()
-        if len(states) == accelerator.num_processes and len(states[0]["taken"]) == max(1, config.workers):
-            own = states[accelerator.process_index]
-        else:
-            left = left.after(states, reached.size)
-    loader = BatchLoader(
-        left.of(stream),
+    return BatchLoader(
+        stream,
         NamingCollator(run.model.config, run.model.tokenizer, config.max_length),
-        size,
+        stage.batch_size // accelerator.num_processes // config.gradient_accumulation_steps,
         config.workers,
         accelerator.process_index,
         accelerator.num_processes,
         config.max_faults,
-        own,
+        run.checkpoints.load_state() if start else None,
+        config.window,
     )
-    return loader, left
 
 
 def _seed(run: _Run, number: int) -> int:

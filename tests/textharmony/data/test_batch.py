@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from textharmony.config import ModelConfig
-from textharmony.data.batch import Collator, stack_pixels
+from textharmony.data.batch import Collator, stack_pixels, unpack
 from textharmony.data.record import Record
 from textharmony.data.synthetic import SyntheticWords
 from textharmony.images import fit_image, hide
@@ -17,6 +18,7 @@ from textharmony.prompts import BOI, IMAGE, Task
 WIDE = Image.new("RGB", (200, 50), "white")  # fitted to 32 x 128: scaled by .64, to 32 x 128 exactly
 TALL = Image.new("RGB", (50, 100), "black")  # fitted to 32 x 128: scaled by .32, to 16 x 32 in the middle
 BOX = (250, 250, 500, 500)
+NAN = np.full((8, 9, 3), np.nan, np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_the_answer_is_the_first_text_that_is_not_blank(plain: Collator) -> None
         assert plain.tokenizer.decode([token for token in row.labels if token != -100]) == "a</s>"
         assert row.task is Task.ANSWER and row.target is None and all(np.isnan(row.region))
         (pixels,) = row.pictures
-        assert pixels.shape == (3, 32, 128) and pixels.dtype == torch.float32
+        assert pixels.shape == (3, 32, 128) and pixels.dtype == torch.uint8
 
 
 def test_boxes_are_answered_in_thousandths_of_the_fitted_picture(plain: Collator) -> None:
@@ -71,7 +73,7 @@ def test_an_edit_has_a_hidden_region_and_a_target_of_its_own_size(
     collator = Collator(replace(config, layout=None, drawing_size=(64, 256)), tokenizer)
     row = collator.encode(asked(Task.EDIT, images=(WIDE,), target=WIDE, boxes=(BOX,), texts=("A",)))
     assert row.region == (64, 16, 128, 32) and row.target is not None and row.target.shape == (3, 64, 256)
-    assert torch.equal(row.pictures[0], hide(fit_image(WIDE, (32, 128)).pixels, (32, 8, 64, 16)))
+    assert torch.equal(row.pictures[0], hide(fit_image(WIDE, (32, 128)).colors, (32, 8, 64, 16)))
 
 
 def test_a_drawing_has_a_target_alone(plain: Collator) -> None:
@@ -91,11 +93,30 @@ def test_a_drawing_has_a_target_alone(plain: Collator) -> None:
         ("expected plain text", asked(Task.READ, images=(WIDE,), texts=(f"b {BOI}",))),
         ("is empty", asked(Task.EDIT, images=(WIDE,), target=WIDE, mask=Image.new("L", WIDE.size))),
         ("not a picture", asked(Task.READ, images=(b"no picture",), texts=("a",))),
+        ("NaN or infinite", asked(Task.READ, images=(Image.fromarray(NAN[..., 0]),), texts=("a",))),
+        ("NaN or infinite", asked(Task.DRAW, target=Image.fromarray(NAN[..., 0]))),
+        ("expected uint8", asked(Task.READ, images=(NAN,), texts=("a",))),
+        ("expected uint8", asked(Task.DRAW, target=NAN)),
+        ("expected a PIL image", asked(Task.READ, images=(torch.from_numpy(NAN),), texts=("a",))),  # type: ignore[arg-type]
     ],
 )
 def test_a_record_that_cannot_be_encoded_is_refused(plain: Collator, message: str, record: Record) -> None:
     with pytest.raises(ValueError, match=message):
         plain.encode(record)
+
+
+def test_packed_pictures_become_the_same_pixels(records: list[Record], collator: Collator) -> None:
+    rows = [collator.encode(record) for record in records]
+    packing = copy.copy(collator)
+    packing.packs = True
+    packed = packing.stack(rows)
+    assert packed["pixel_values"].dtype == packed["target_pixel_values"].dtype == torch.uint8
+    unpacked, batch = unpack(packed), collator.stack(rows)
+    for name in ("pixel_values", "target_pixel_values"):
+        assert torch.equal(unpacked[name], batch[name]) and unpacked[name].stride() == batch[name].stride()
+    read = next(record for record in records if record.task is Task.READ)
+    pixels = collator.stack([collator.encode(read)])["pixel_values"]
+    assert torch.equal(pixels[0], fit_image(read.images[0], (32, 128)).pixels)
 
 
 def test_a_long_row_is_cut_where_it_harms_least(

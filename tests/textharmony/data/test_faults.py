@@ -1,4 +1,5 @@
 import pickle
+from contextlib import nullcontext
 
 import pytest
 
@@ -18,24 +19,70 @@ def test_good_and_corrupt_records_are_counted_and_listed() -> None:
 
 
 def test_past_the_threshold_the_run_stops_with_the_list() -> None:
-    faults = Faults(max_share=0.1, grace=2)
+    faults = Faults(max_share=0, grace=2)
     for _ in range(10):
         with faults.skipping("good"):
             pass
     faults.skip("a", ValueError("x"))
-    faults.skip("b", ValueError("y"))  # 2 of 12, still within the grace
-    with pytest.raises(TooManyFaults, match=r"3 of 13 .* at most 10\.00% .*a: x; b: y; c: z") as error:
+    faults.skip("b", ValueError("y"))  # still within the grace
+    with pytest.raises(TooManyFaults, match=r"3 of 13 .* at most 0\.00% .*a: x; b: y; c: z") as error:
         faults.skip("c", ValueError("z"))
     assert [fault.where for fault in error.value.faults] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("records", "corrupt", "stops"),
+    [
+        (40, 2, False),
+        (40, 6, False),
+        (40, 7, True),
+        (5, 5, True),
+        (1000, 28, False),
+        (1000, 29, True),
+        (100_000, 1170, 1),
+    ],
+)
+def test_a_share_of_one_percent(records: int, corrupt: int, stops: bool) -> None:
+    """By hand: 1% of 40 is 0.4, and five standard deviations are 3.2; 1% of 1000 is 10, and they are 15.8."""
+    faults = Faults()
+    faults.recall(records - corrupt, [])
+    with pytest.raises(TooManyFaults) if stops else nullcontext():
+        for i in range(corrupt):
+            faults.skip(str(i), ValueError("x"))
+
+
+def test_a_small_set_that_is_corrupt_stops_early() -> None:
+    faults = Faults()
+    with pytest.raises(TooManyFaults, match=r"^5 of 5 records are corrupt"):
+        for i in range(40):
+            faults.skip(str(i), ValueError("x"))
+
+
+def test_a_record_counts_once_however_many_epochs_pass() -> None:
+    faults = Faults()
+    for _ in range(500):
+        for i in range(40):
+            with faults.skipping(f"{i}"):
+                if i < 2:
+                    raise ValueError("x")
+    assert [fault.where for fault in faults.listed] == ["0", "1"]
+
+
+def test_an_epoch_without_a_good_record_is_no_loop_without_end() -> None:
+    faults = Faults(max_share=1)
+    faults.skip("a", ValueError("x"))
+    faults.skip("b", ValueError("x"))
+    with pytest.raises(TooManyFaults, match="2 of 2"):
+        faults.skip("a", ValueError("x"))
+
+
 def test_a_share_below_the_threshold_never_stops_the_run() -> None:
     faults = Faults(max_share=0.1, grace=0)
-    for _ in range(50):
+    for i in range(50):
         for _ in range(9):
             with faults.skipping("good"):
                 pass
-        faults.skip("bad", ValueError("x"))
+        faults.skip(f"bad {i}", ValueError("x"))
     assert len(faults.listed) == 50
 
 

@@ -63,7 +63,7 @@ def _box(written: str) -> Box:
     found = _BOX.findall(written)
     if len(found) != 1:
         raise ValueError(f"{written!r} has {len(found)} boxes, expected one <bbox>x1, y1, x2, y2</bbox>")
-    return check_box(min(SCALE, int(side)) for side in found[0])
+    return check_box([min(SCALE, int(side)) for side in found[0]])
 
 
 def _reader(name: str, layout: str, files: dict[str, list[str]], only: str = "") -> Reader:

@@ -88,7 +88,7 @@ def test_corrupt_lines_are_listed_with_their_number(tmp_path: Path, paint, dump)
     path = dump(tmp_path / "struct_aware_parse.jsonl", [good, box, talk, good | {"image": ["b.png"]}])
     with path.open("ab") as file:
         file.write(b'{"image": ["a.png"], "mess\n\xff\xfe\n[1]\n')
-    faults = Faults()
+    faults = Faults(max_share=1)
     assert len(list(read_dataset("docstruct4m", tmp_path, faults=faults))) == 1
     assert [fault.where.rsplit(":", 1)[1] for fault in faults.listed] == ["2", "3", "4", "5", "6", "7"]
     assert "expected 0 <= x1 < x2" in faults.listed[0].reason

@@ -44,7 +44,7 @@ def test_detailed_text_caps_in_our_layout(tmp_path: Path, paint, dump) -> None:
     good = {"id": "1", "target_image": "images/1.png", "info": 'A sign that reads "OPEN" in red.', "words": ["OPEN"]}
     dump(tmp_path / "captions.jsonl", [good, good | {"id": "2", "flagged": ["CLOSED"]}])
     assert detect(tmp_path) == ["detailedtextcaps"]
-    faults = Faults()
+    faults = Faults(max_share=1)
     (record,) = read_dataset("detailedtextcaps", tmp_path, faults=faults)
     assert (record.prompt, record.texts) == (good["info"], ("OPEN",))
     assert record.load_target().size == (200, 100)

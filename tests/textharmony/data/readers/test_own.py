@@ -83,7 +83,7 @@ TASKS = "expected one of read, answer, locate, draw, edit"
 def test_a_wrong_record_is_a_fault(tmp_path: Path, paint, dump, item: dict[str, object], reason: str) -> None:
     paint(tmp_path / "a.png")
     dump(tmp_path / "records.jsonl", [item])
-    faults = Faults()
+    faults = Faults(max_share=1)
     assert list(read_dataset("folder", tmp_path, faults=faults)) == []
     assert [reason in fault.reason for fault in faults.listed] == [True], faults.listed
 
@@ -122,7 +122,7 @@ def test_corrupt_samples_and_a_cut_off_shard_are_skipped(tmp_path: Path) -> None
     cut.write_bytes(cut.read_bytes()[:4000])
     (tmp_path / "c.tar").write_bytes(b"not a tar at all" * 100)
     write_tar(tmp_path / "d.tar", good)
-    faults = Faults()
+    faults = Faults(max_share=1)
     records = list(read_dataset("shards", tmp_path, faults=faults))
     assert len(records) == 3  # one of a, one of b, one of d
     wheres = [fault.where.replace(f"{tmp_path}/", "") for fault in faults.listed]
@@ -143,7 +143,7 @@ def test_corrupt_samples_and_a_cut_off_shard_are_skipped(tmp_path: Path) -> None
 def test_a_wrong_record_in_a_shard_is_a_fault(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
     item = {"task": "edit", "prompt": "fill", "images": ["png"], "target": "png", "mask": "png"} | changes
     write_tar(tmp_path / "x.tar", {"1.png": png(), "1.json": json.dumps(item).encode()})
-    faults = Faults()
+    faults = Faults(max_share=1)
     assert list(read_dataset("shards", tmp_path, faults=faults)) == []
     assert [reason in fault.reason for fault in faults.listed] == [True], faults.listed
 
@@ -219,7 +219,7 @@ def test_captioned_pictures_as_img2dataset_leaves_them(tmp_path: Path, paint) ->
     paint(tmp_path / "00001" / "000010001.jpg")
     (tmp_path / "00000_stats.json").write_text("{}")
     assert detect(tmp_path) == ["captioned"]
-    faults = Faults()
+    faults = Faults(max_share=1)
     records = list(read_dataset("captioned", tmp_path, faults=faults))
     assert [(r.id, r.task, r.prompt) for r in records] == [
         ("00000/000000001", Task.DRAW, "a sign"),

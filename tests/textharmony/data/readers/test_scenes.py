@@ -57,7 +57,7 @@ def test_coco_text_is_located_and_edited(coco: Path) -> None:
 
 
 def test_coco_text_lists_an_absent_picture(coco: Path) -> None:
-    faults = Faults()
+    faults = Faults(max_share=1)
     assert list(read_dataset("coco-text", coco, "train", faults=faults)) == []
     assert "absent.jpg" in faults.listed[0].reason
 
@@ -82,7 +82,7 @@ def icdar(tmp_path: Path, paint) -> Path:
 
 def test_icdar_2015(icdar: Path) -> None:
     assert detect(icdar) == ["icdar2015"]
-    faults = Faults()
+    faults = Faults(max_share=1)
     first, second = read_dataset("icdar2015", icdar, faults=faults)
     assert (first.id, second.id) == ("img_1", "img_2")
     assert first.words == ("Genaxis Theatre", "[06],x")  # a transcription may hold commas
@@ -106,7 +106,7 @@ def test_textseg(tmp_path: Path, paint, dump) -> None:
     dump(tmp_path / "bpoly_label" / "a00001_anno.json", marks)
     dump(tmp_path / "split.json", {"train": ["a00001", "a00002"], "val": [], "test": []})
     assert detect(tmp_path) == ["textseg"]
-    faults = Faults()
+    faults = Faults(max_share=1)
     (record,) = read_dataset("textseg", tmp_path, faults=faults)
     assert (record.id, record.words) == ("a00001", ("Good",))
     assert near(record.boxes, [(10 / 144 * 999, 10 / 72 * 999, 60 / 144 * 999, 32 / 72 * 999)])
@@ -132,7 +132,7 @@ def laion(tmp_path: Path, paint, dump) -> Path:
 
 def test_mario_laion_is_drawn(laion: Path) -> None:
     assert detect(laion) == ["mario-laion"]
-    faults = Faults()
+    faults = Faults(max_share=1)
     (record,) = read_dataset("mario-laion", laion, faults=faults)
     assert (record.id, record.task) == ("283305839", Task.DRAW)
     assert (record.prompt, record.images, record.texts) == ("A summer sale poster", (), ("SALE", "Now"))
@@ -180,7 +180,7 @@ def anyword(tmp_path: Path, paint, dump) -> Path:
 
 def test_anyword_is_drawn(anyword: Path) -> None:
     assert detect(anyword) == ["anyword-3m"]
-    faults = Faults()
+    faults = Faults(max_share=1)
     (record,) = read_dataset("anyword-3m", anyword, faults=faults)  # those without a caption cannot be drawn
     assert (record.id, record.task) == ("laion/000000.jpg", Task.DRAW)
     assert record.prompt == 'a   poster, that reads "Grand", "口福"'

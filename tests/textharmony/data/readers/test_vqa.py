@@ -95,7 +95,7 @@ def test_an_annotator_who_wrote_nothing_is_kept_and_ten_of_them_are_a_fault(tmp_
     item = {"question": "q?", "image_id": "a", "question_id": 1}
     answers = (["x", ""], ["", " "], ["x", 7])
     dump(tmp_path / "TextVQA_0.5.1_val.json", {"data": [item | {"answers": given} for given in answers]})
-    faults = Faults()
+    faults = Faults(max_share=1)
     assert [record.texts for record in read_dataset("textvqa", tmp_path, faults=faults)] == [("x", "")]
     assert [fault.where.rsplit("[")[-1] for fault in faults.listed] == ["1]", "2]"]
 
@@ -150,7 +150,7 @@ def test_corrupt_questions_are_skipped_and_listed(tmp_path: Path, paint, dump) -
         good | {"question_id": 2},
     ]
     dump(tmp_path / "TextVQA_0.5.1_train.json", {"data": items})
-    faults = Faults()
+    faults = Faults(max_share=1)
     records = list(read_dataset("textvqa", tmp_path, "train", faults=faults))
     assert [record.id for record in records] == ["1", "2"]
     assert (faults.good, len(faults.listed)) == (2, 5)
@@ -202,6 +202,6 @@ def test_ocrbench_has_ten_types_in_five_parts() -> None:
 def test_an_unknown_type_of_ocrbench_is_a_fault(tmp_path: Path, paint, dump) -> None:
     paint(tmp_path / "images" / "IIIT5K" / "test" / "5864_1.png")
     dump(tmp_path / "OCRBench.json", [ocrbench_item("Singing", ["la"]), ocrbench_item("Doc-oriented VQA", [])])
-    faults = Faults()
+    faults = Faults(max_share=1)
     assert list(read_dataset("ocrbench", tmp_path, faults=faults)) == []
     assert "Singing" in faults.listed[0].reason and "empty" in faults.listed[1].reason
