@@ -57,9 +57,7 @@ def main() -> None:
     print(
         f"operations of a forward, in 1e12: ViT {vit / 1e12:.2f}, UNet {unet / 1e12:.2f}, VAE {vae / 1e12:.2f} a picture"
     )
-    print(
-        "\n| stage | engine | GPUs | weights | gradients, Adam, EMA | activations | GB a GPU | step, s | samples/s |"
-    )
+    print("\n| stage | engine | GPUs | weights | gradients, Adam, EMA | activations | GB a GPU | step, s | samples/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for stage in PAPER_TRAINING.stages:
         trained = {name for name in counts if re.match(stage.trainable, name)}
