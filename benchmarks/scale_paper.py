@@ -54,9 +54,7 @@ def main() -> None:
     print(f"parameters: {sum(counts.values()) / 1e9:.2f} billion, of which the language model {words / 1e9:.2f}")
     for part, value in model.count_parameters().items():
         print(f"  {part:22} {value / 1e6:10.1f} million")
-    print(
-        f"operations of a forward, in 1e12: ViT {vit / 1e12:.2f}, UNet {unet / 1e12:.2f}, VAE {vae / 1e12:.2f} a picture"
-    )
+    print(f"forward, in 1e12 operations: ViT {vit / 1e12:.2f}, UNet {unet / 1e12:.2f}, VAE {vae / 1e12:.2f}")
     print("\n| stage | engine | GPUs | weights | gradients, Adam, EMA | activations | GB a GPU | step, s | samples/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for stage in PAPER_TRAINING.stages:
