@@ -215,6 +215,15 @@ class Train:
     gradient_accumulation_steps: int | None = None  # micro-batches in each process's part of a batch
     language_dtype: DType | None = None  # of a frozen language model's weights, in memory and in OUT/model
     workers: int | None = None  # processes that load batches
+    save_every: int | None = None  # optimizer steps between two checkpoints
+    save_minutes: float | None = None  # between two checkpoints, if that is sooner
+    keep: int | None = None  # the newest checkpoints that are kept
+    # "newest": go on from the newest checkpoint, which must be sound; "auto": from the newest sound one.
+    resume: Literal["newest", "auto"] | None = None
+    max_skipped: int | None = None  # steps in a row that are skipped, as their loss is not finite, before the run ends
+    ema_decay: float | None = None  # of a moving average of the image decoder's weights, which is saved
+    # Of accelerate, such as "tensorboard", "trackio" and "wandb"; tensorboard where it is installed, if not given.
+    trackers: tuple[str, ...] | None = None
 
     def __call__(self) -> None:
         from textharmony.data.loading import load_sources
@@ -234,7 +243,10 @@ class Train:
             replace(stage, warmup=stage.warmup * every.get("steps", stage.steps) // stage.steps, **every)
             for stage in config.stages
         ]
-        shared = self._given("mixed_precision", "gradient_accumulation_steps", "language_dtype", "workers")
+        shared = self._given(
+            *("mixed_precision", "gradient_accumulation_steps", "language_dtype", "workers"),
+            *("save_every", "save_minutes", "keep", "resume", "max_skipped", "ema_decay", "trackers"),
+        )
         out = self.out or Path("runs") / name
         started = time.monotonic()
         data = None if self.data is None else load_sources(self.data)

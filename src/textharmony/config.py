@@ -279,10 +279,25 @@ class Stage:
     losses: tuple[str, ...] = ("text", "image", "layout", "words")  # some of LOSSES: what is minimised
     warmup: int = 50  # steps
     decay_share: float = 0.3  # of the steps, the last ones, in which the learning rate falls
+    # By regular expression, matched at the start of a parameter's name: learning rates that differ. The first that
+    # matches counts.
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for rate in (self.learning_rate, *self.learning_rates.values()):
+            if not 0 < rate <= 1:  # NaN, too
+                raise ValueError(
+                    f"stage {self.name!r} has learning rate {rate}, expected one above 0 and at most 1: AdamW moves "
+                    "each weight by about that much in a step"
+                )
         if unknown := sorted(set(self.losses) - set(LOSSES)):
             raise ValueError(f"stage {self.name!r} has losses {unknown}, expected some of {LOSSES}")
+
+
+RESUME = ("newest", "auto")
+_AT_LEAST_1 = ("gradient_accumulation_steps", "save_every", "sample_every", "keep", "max_skipped", "window")
+# Fields of TrainConfig that a resumed run may change: they do not change what is trained.
+FREE = ("save_every", "save_minutes", "keep", "resume", "sample_every", "max_skipped", "trackers", "workers", "window")
 
 
 @dataclass(frozen=True)
@@ -297,7 +312,16 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
     save_every: int = 200  # optimizer steps between two checkpoints
+    save_minutes: float | None = None  # between two checkpoints, if that is sooner
+    keep: int = 3  # the newest checkpoints that are kept
+    # "newest": go on from the newest checkpoint, which must be sound; "auto": from the newest sound one.
+    resume: str = "newest"
+    max_skipped: int = 10  # steps in a row whose loss or gradient is not finite; each is skipped, and then the run ends
     sample_every: int = 400  # optimizer steps between two sheets of samples
+    # Names of accelerate's trackers, such as "tensorboard", "trackio" and "wandb"; None: tensorboard where it is
+    # installed.
+    trackers: tuple[str, ...] | None = None
+    ema_decay: float | None = None  # of a moving average of the image decoder's weights, which is saved; None: none
     mixed_precision: str | None = None  # "no", "bf16" or "fp16"; None: as accelerate is configured
     gradient_accumulation_steps: int = 1  # micro-batches into which each process divides its part of a batch
     gradient_checkpointing: bool = False  # recompute the hidden states of ViT, language model and UNet in backward
@@ -309,9 +333,15 @@ class TrainConfig:
     window: int = 1  # batches whose records each worker sorts by length, so that less of a batch is padding
 
     def __post_init__(self) -> None:
-        for name, least in (("gradient_accumulation_steps", 1), ("window", 1), ("workers", 0)):
+        for name, least in (*((name, 1) for name in _AT_LEAST_1), ("workers", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, expected a number between 0 and 1")
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise ValueError(f"save_minutes is {self.save_minutes}, expected a number above 0")
+        if self.resume not in RESUME:
+            raise ValueError(f"resume is {self.resume!r}, expected one of {RESUME}")
         if self.language_dtype not in DTYPES:
             raise ValueError(f"language_dtype is {self.language_dtype!r}, expected one of {DTYPES}")
         if unknown := sorted(set(self.loss_weights) - set(LOSSES)):

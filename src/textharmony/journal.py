@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,15 @@ class Journal(AbstractContextManager["Journal"]):
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._lock = path, threading.Lock()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._file = claim(path)
         try:
-            _claim(self._file, path)
             content = path.read_bytes()
             end = content.rfind(b"\n") + 1
             if end != len(content):
                 os.ftruncate(self._file, end)
             self.rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(content[:end].splitlines(), 1)]
         except BaseException:
-            os.close(self._file)
+            release(self._file)
             raise
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -53,18 +53,42 @@ class Journal(AbstractContextManager["Journal"]):
             self.rows.append(dict(row))
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._file)
+        release(self._file)
 
 
-def _claim(file: int, path: Path) -> None:
+_CLAIMED: set[int] = set()  # open files of this process, which forked workers close: a lock ends with its last copy
+
+
+def claim(path: Path) -> int:
+    """Open a file to append to it and lock it; raise ValueError if another run holds it (where flock can tell)."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         import fcntl
-    except ImportError:  # on Windows
-        return
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # on Windows
+        return file
     except BlockingIOError:
+        os.close(file)
         raise ValueError(f"{path} is being written by another run") from None
+    _close_in_forks()
+    _CLAIMED.add(file)
+    return file
+
+
+def release(file: int) -> None:
+    """Close a file that `claim` opened, which ends the lock."""
+    _CLAIMED.discard(file)
+    os.close(file)
+
+
+@cache
+def _close_in_forks() -> None:
+    def close() -> None:
+        for file in list(_CLAIMED):
+            release(file)
+
+    os.register_at_fork(after_in_child=close)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -298,7 +298,13 @@ class TextHarmony(TextHarmonyModel):
 
     # Files
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        max_shard_size: str = "5GB",
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write config.json, the tokenizer and safetensors to a folder, and replace an earlier model there as a whole.
 
         The weights of a quantised language model stay where they were loaded from; its experts and gate are written.
@@ -307,8 +313,14 @@ class TextHarmony(TextHarmonyModel):
             path: The folder.
             dtype: Of the floating-point weights on disk; None: their own.
             max_shard_size: Of a file.
+            state_dict: The weights to write, as gathered from processes that share them; None: the model's own.
         """
-        save_folder(Path(path), self.config, self.tokenizer, self.saved_tensors(), dtype, max_shard_size)
+        tensors = self.saved_tensors()
+        if state_dict is not None:  # a tied weight was gathered twice, and several weights into one storage
+            own = self.state_dict(keep_vars=True)
+            once = {id(own[name]): name for name in reversed(own)}.values()
+            tensors = {name: state_dict[name].clone() for name in once if name in tensors}
+        save_folder(Path(path), self.config, self.tokenizer, tensors, dtype, max_shard_size)
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """The tensors that `save_pretrained` writes, by name."""

@@ -108,6 +108,8 @@ def test_train_takes_a_model_through_stages(
     run(*model)
     run(*model, "--stages", "paper", "--out", tmp_path / "run", "--data", tmp_path / "sources.json", "--steps", 2)
     run(*model, "--batch-size", 8, "--mixed-precision", "no", "--gradient-accumulation-steps", 4, "--workers", 3)
+    run(*model, "--save-every", 9, "--save-minutes", 0.5, "--keep", 2, "--resume", "auto", "--max-skipped", 5)
+    run(*model, "--ema-decay", 0.999, "--trackers", "wandb", "trackio")
     source = Source("folder", str(tmp_path / "own"), weight=2)
     few = replace(PAPER_TRAINING, stages=tuple(replace(stage, steps=2, warmup=0) for stage in PAPER_TRAINING.stages))
     small = replace(
@@ -117,12 +119,16 @@ def test_train_takes_a_model_through_stages(
         gradient_accumulation_steps=4,
         workers=3,
     )
+    often = replace(PAPER_TRAINING, save_every=9, save_minutes=0.5, keep=2, resume="auto", max_skipped=5)
+    tracked = replace(PAPER_TRAINING, ema_decay=0.999, trackers=("wandb", "trackio"))
     assert calls == [
         (tmp_path / "model", PAPER_TRAINING, Path("runs/paper"), None),
         (tmp_path / "model", few, tmp_path / "run", {"align": (source,), "tune": (source,)}),
         (tmp_path / "model", small, Path("runs/paper"), None),
+        (tmp_path / "model", often, Path("runs/paper"), None),
+        (tmp_path / "model", tracked, Path("runs/paper"), None),
     ]
-    assert capsys.readouterr().out.count("model after") == 3
+    assert capsys.readouterr().out.count("model after") == 5
 
 
 @pytest.fixture

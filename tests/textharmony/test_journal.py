@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from textharmony.journal import Journal
+from textharmony.journal import Journal, claim, release
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -94,3 +94,23 @@ def test_a_deep_line_is_named(tmp_path: Path) -> None:
         ValueError, match=r"rows\.jsonl, line 1 is b'\[+'\.\.\. \(1000000 long\), expected a JSON object"
     ):
         Journal(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+def test_a_forked_worker_does_not_hold_the_lock_of_a_run_that_ended(tmp_path: Path) -> None:
+    """A killed run's workers live on for some seconds, and the run may be started again at once."""
+    file = claim(tmp_path / ".lock")
+    read, write = os.pipe()
+    worker = os.fork()
+    if not worker:
+        os.close(write)
+        os.read(read, 1)  # until the pipe is closed
+        os._exit(0)
+    try:
+        with pytest.raises(ValueError, match="being written by another run"):
+            claim(tmp_path / ".lock")
+        release(file)
+        release(claim(tmp_path / ".lock"))
+    finally:
+        os.close(write)
+        os.waitpid(worker, 0)

@@ -24,6 +24,7 @@ _IGNORE = -100
 class Encoded(NamedTuple):
     """One record as tensors."""
 
+    name: str  # of the record, in messages
     task: Task
     input_ids: list[int]
     labels: list[int]
@@ -66,6 +67,7 @@ class Collator:
             pictures.append(fit_image(target.colors.permute(1, 2, 0).numpy(), self.config.image_size).colors)
         layout = record.layout if self.config.layout else None
         return Encoded(
+            f"{record.source} {record.id}",
             record.task,
             *self._encode_texts(record, image),
             pictures,

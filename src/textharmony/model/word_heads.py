@@ -68,9 +68,14 @@ class WordHeads(nn.ModuleDict):
         return WordLogits(characters, self["places"](tokens), colors, box)
 
 
+def known_pictures(labels: WordLabels) -> Tensor:
+    """(N,) bool: the pictures in which nothing is hidden."""
+    return ((labels.characters != IGNORE) & (labels.positions != IGNORE)).all(-1)
+
+
 def word_loss(logits: WordLogits, labels: WordLabels) -> Tensor:
     """Cross-entropy of all heads, over the pictures in which nothing is hidden; zero without any."""
-    known = ((labels.characters != IGNORE) & (labels.positions != IGNORE)).all(-1)  # (N,)
+    known = known_pictures(labels)
     if not known.any():
         return logits.box.new_zeros(())
     characters, positions, colors, box = (tensor[known] for tensor in labels[:4])

@@ -83,6 +83,6 @@ _TUNE = Stage(
 )
 PAPER_TRAINING = TrainConfig(
     (_ALIGN, _TUNE), weight_decay=0.05, betas=(0.9, 0.95), save_every=500, sample_every=1000,
-    mixed_precision="bf16", gradient_checkpointing=True, max_length=2048,
+    mixed_precision="bf16", gradient_checkpointing=True, max_length=2048, window=32,
 )
 # fmt: on

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from torch import nn
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import get_scheduler
 
-import slidelora
-from textharmony.config import LOSSES, ModelConfig, Stage, TrainConfig
-from textharmony.data.batch import Collator, stack_pixels
+from textharmony.config import ModelConfig, TrainConfig
+from textharmony.data.batch import stack_pixels
 from textharmony.data.loading import BatchLoader, RecordStream, Source, SourceStream
 from textharmony.data.synthetic import SyntheticWords
 from textharmony.images import fit_image
+from textharmony.journal import claim, release
 from textharmony.pipeline import TextHarmony
 from textharmony.presets.tiny import build_tokenizer
 from textharmony.prompts import Task
-from textharmony.train.checkpoint import Checkpoints, trained_names
+from textharmony.signals import Stop, Stopped, stop_on_signals
+from textharmony.train.checkpoint import Checkpoints, Progress, trained_names
+from textharmony.train.ema import Average
+from textharmony.train.engine import (
+    checkpoint_activations,
+    group_parameters,
+    make_accelerator,
+    naming_lost_processes,
+    prepare_stage,
+    settle_shards,
+    sum_over_processes,
+    usable_parts,
+)
+from textharmony.train.guard import Diverged, Guard, all_finite
 from textharmony.train.progress import LOG_EVERY, Losses, draw_samples, list_faults, plot_losses
+from textharmony.train.steps import NamingCollator, Steps
+from textharmony.train.tracking import Meter, choose_trackers, start_trackers
 
 Data = Mapping[str, Sequence[Source]]
 
@@ -42,24 +57,21 @@ class _Run:
     out: Path
     accelerator: Accelerator
     checkpoints: Checkpoints
-
-
-class _Step(NamedTuple):
-    """What an optimizer step reports."""
-
-    number: int  # from 1
-    losses: list[dict[str, float]]  # of each micro-batch
+    stop: Stop
 
 
 def train(
     start: ModelConfig | str | Path, config: TrainConfig, out: str | Path, data: Data | None = None
 ) -> TextHarmony:
-    """Train through all stages and write out/model; go on from out/checkpoint if there is one.
+    """Train through all stages and write out/model; go on from a checkpoint in out/checkpoint if there is one.
 
     The data and the noise of each step depend on (seed, stage, step) and on the sources alone, so that a resumed run
-    continues exactly. Also written: out/losses.csv and losses.png, out/samples-*.png, and the corrupt records that were
-    skipped, in out/faults.txt (of process N in faults-N.txt). Checkpoints of a run that starts from a folder leave out
-    what no stage trains: that folder must stay.
+    continues exactly. Also written: out/losses.csv and losses.png, out/samples-*.png, the corrupt records that were
+    skipped, in out/faults.txt, and the steps that were skipped, in out/skipped.txt (of process N in faults-N.txt and
+    skipped-N.txt). Checkpoints of a run that starts from a folder leave out what no stage trains: that folder must
+    stay.
+
+    A step whose loss or gradient is not finite is skipped. After SIGTERM or SIGINT the run saves and ends.
 
     Args:
         start: A configuration, to train from random weights with a character tokenizer (the model is written in fp16);
@@ -72,8 +84,11 @@ def train(
         The trained model in eval mode.
 
     Raises:
-        ValueError: The checkpoint is of another configuration, or the data do not fit the stages or the model.
+        ValueError: The checkpoint is damaged or of another configuration, the data do not fit the stages or the model,
+            or another run writes to `out`.
         TooManyFaults: Too many records are corrupt.
+        Diverged: Too many steps in a row were skipped.
+        Stopped: A signal asked the run to stop; it goes on when it is started again.
     """
     out = Path(out)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers that load batches are forked
@@ -83,12 +98,8 @@ def train(
         model = TextHarmony(start, build_tokenizer())
     else:
         model = TextHarmony.from_pretrained(start, {"language": getattr(torch, config.language_dtype)})
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # the scheduler steps once, not once a process
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    trackers = choose_trackers(config)
+    accelerator = make_accelerator(config, str(out), trackers)
     _check(model, config, data, accelerator)
     identity = {
         "start": None if fresh else str(start),
@@ -98,19 +109,48 @@ def train(
     }
     out.mkdir(parents=True, exist_ok=True)
     names = set(model.state_dict()) if fresh else trained_names(model, config.stages)
-    checkpoints = Checkpoints(out, accelerator, model, names, json.loads(json.dumps(identity)))
-    run = _Run(model, config, data, out, accelerator, checkpoints)
-    first, done = checkpoints.find()
-    if first and not done:
-        checkpoints.load_model()
-    if config.gradient_checkpointing:
-        _checkpoint_activations(model)
-    for number in range(first, len(config.stages)):
-        _run_stage(run, number, done if number == first else 0)
-    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-    model.save_pretrained(out / "model", torch.float16 if fresh else None)
-    plot_losses(out)
-    return model
+    with naming_lost_processes(accelerator.num_processes), ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.callback(release, claim(out / ".lock"))
+        checkpoints = Checkpoints(out, accelerator, model, names, json.loads(json.dumps(identity)), config.keep)
+        run = _Run(model, config, data, out, accelerator, checkpoints, stack.enter_context(_stop_once()))
+        reached = checkpoints.find(config.resume)
+        finished = reached.stage == len(config.stages)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        if finished:
+            if accelerator.is_main_process:
+                tqdm.write(f"{out} is finished: all of its {len(config.stages)} stages are done", file=sys.stderr)
+            if config.ema_decay is not None:
+                checkpoints.average = Average(model, config.ema_decay)
+            checkpoints.load_model()
+        else:
+            start_trackers(accelerator, out, trackers, identity)
+        for number in range(reached.stage, len(config.stages)):
+            _run_stage(run, number, reached if number == reached.stage else None)
+        if checkpoints.average is not None:
+            checkpoints.average.apply()
+        if not (finished and (out / "model").is_dir()):
+            whole = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None  # with all processes
+            model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            if accelerator.is_main_process:
+                model.save_pretrained(out / "model", torch.float16 if fresh else None, state_dict=whole)
+                plot_losses(out)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return model.eval()
+
+
+@contextmanager
+def _stop_once() -> Iterator[Stop]:
+    """As stop_on_signals, but later signals do nothing: launchers send theirs after that of the terminal."""
+    handled = (signal.SIGTERM, signal.SIGINT)
+    with ExitStack() as stack:
+        for number in handled if threading.current_thread() is threading.main_thread() else ():
+            if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN):
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda *_: None)
+        yield stack.enter_context(stop_on_signals())
 
 
 def _check(model: TextHarmony, config: TrainConfig, data: Data | None, accelerator: Accelerator) -> None:
@@ -122,10 +162,11 @@ def _check(model: TextHarmony, config: TrainConfig, data: Data | None, accelerat
                 f"stage {stage.name!r} has batch_size {stage.batch_size}, expected a multiple of {parts}: "
                 f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} micro-batches"
             )
-        select_parameters(model, stage)
+        group_parameters(model, stage)
         half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if half:
             raise ValueError(f"stage {stage.name!r} trains {half[0]}, whose weights are not fp32: see language_dtype")
+    settle_shards(accelerator, model, config.stages)
     if data is None:
         return
     names = [stage.name for stage in config.stages]
@@ -139,45 +180,72 @@ def _check(model: TextHarmony, config: TrainConfig, data: Data | None, accelerat
         SourceStream(data[stage.name], 0, config.max_faults, config.shuffle_buffer)
 
 
-def select_parameters(model: nn.Module, stage: Stage) -> list[nn.Parameter]:
-    """Leave requires_grad on exactly those parameters that the stage trains; raise ValueError if there are none."""
-    pattern = re.compile(stage.trainable)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(pattern.match(name) is not None)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError(f"stage {stage.name!r} trains nothing: no parameter's name matches {stage.trainable!r}")
-    return trained
-
-
-def _checkpoint_activations(model: TextHarmony) -> None:
-    """Let ViT, language model and UNet recompute their hidden states in backward."""
-    for transformer, host, slide in (
-        (model.language, model.language, model.config.slide),
-        (model.visual_tokenizer.vit, model.visual_tokenizer, model.config.slide_vision),
-    ):
-        plain = {"use_reentrant": False}
-        transformer.gradient_checkpointing_enable(plain if slide is None else slidelora.checkpoint_kwargs(host))
-    model.image_decoder.unet.enable_gradient_checkpointing()
-
-
-def _run_stage(run: _Run, number: int, start: int) -> None:
-    """Train through one stage, with a log, sheets of samples and checkpoints."""
+def _run_stage(run: _Run, number: int, reached: Progress | None) -> None:
+    """Train through one stage, from what a checkpoint reached or its start, with a log, samples and checkpoints."""
     model, config, out, accelerator = run.model, run.config, run.out, run.accelerator
-    stage = config.stages[number]
-    seed = config.seed * 1000 + number
-    words = SyntheticWords(seed, "train", {Task(name): weight for name, weight in stage.tasks.items()})
-    stream: RecordStream = words
-    if run.data is not None:
-        stream = SourceStream(run.data[stage.name], seed, config.max_faults, config.shuffle_buffer)
-    trained = select_parameters(model, stage)
-    optimizer = torch.optim.AdamW(trained, stage.learning_rate, config.betas, weight_decay=config.weight_decay)
+    stage, start = config.stages[number], 0 if reached is None else reached.step
+    optimizer = torch.optim.AdamW(
+        group_parameters(model, stage), stage.learning_rate, config.betas, weight_decay=config.weight_decay
+    )
     decay = {"num_decay_steps": int(stage.steps * stage.decay_share), "min_lr_ratio": 0.02}
     scheduler = get_scheduler("warmup_stable_decay", optimizer, stage.warmup, stage.steps, decay)
-    prepared, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    loader = BatchLoader(
+    prepared, optimizer, scheduler = prepare_stage(accelerator, model, optimizer, scheduler)
+    if config.ema_decay is not None and run.checkpoints.average is None:
+        run.checkpoints.average = Average(model, config.ema_decay)
+    if reached is not None and number and not start:
+        run.checkpoints.load_model()
+    loader = _load_batches(run, number, start)
+    guard = Guard(stage.name, out, accelerator.process_index, config.max_skipped, reached.loss if reached else None)
+    ready = Steps(accelerator, config, number, start, loader, guard, run.stop, prepared, optimizer, scheduler)
+    means, meter = Losses(out, number, stage.name), Meter(model)
+    due = False  # whether a checkpoint is due, which waits while steps are skipped
+    bar = tqdm(
+        desc=stage.name, initial=start, total=stage.steps, mininterval=5, disable=not accelerator.is_main_process
+    )
+    try:
+        with closing(ready.run()) as steps, bar:
+            for step in steps:
+                bar.update()
+                meter.add(step)
+                if step.losses is not None:
+                    means.add(step.losses)
+                    if run.checkpoints.average is not None:
+                        run.checkpoints.average.step()
+                last = step.number == stage.steps
+                due = due or last or step.late or bool(step.stopped) or step.number % config.save_every == 0
+                if due or step.number % LOG_EVERY == 0:
+                    shown = means.log(step.number, accelerator.is_main_process)
+                    bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
+                    report = meter.report(step, shown, optimizer, guard.skipped)
+                    accelerator.log(report, sum(earlier.steps for earlier in config.stages[:number]) + step.number)
+                if last and "autoencoder" in stage.losses:
+                    _standardise_latents(run, number)
+                if due and (last or not guard.in_a_row):
+                    _require_finite(run, stage.name, step.number)
+                    after = Progress(number + 1, 0) if last else Progress(number, step.number, guard.first)
+                    run.checkpoints.save(f"{number}-{stage.name}", step.number, after, loader.state())
+                    list_faults(out, accelerator.process_index, loader.faults())
+                    due = False
+                if {"autoencoder", "image"} & set(stage.losses) and (last or step.number % config.sample_every == 0):
+                    _draw(run, number, step.number)
+                if step.stopped:
+                    kept = f"{out} was saved after step {step.number} of stage {stage.name!r}"
+                    raise Stopped(step.stopped, f"{kept}, start it again to go on")
+    finally:
+        list_faults(out, accelerator.process_index, loader.faults())
+    accelerator.free_memory()
+
+
+def _load_batches(run: _Run, number: int, start: int) -> BatchLoader:
+    """The loader of a stage, from the checkpoint on if steps of it are done."""
+    config, accelerator, stage = run.config, run.accelerator, run.config.stages[number]
+    stream: RecordStream = _render(run, number)
+    if run.data is not None:
+        seed = _seed(run, number)
+        stream = SourceStream(run.data[stage.name], seed, config.max_faults, config.shuffle_buffer)
+    return BatchLoader(
         stream,
-        Collator(model.config, model.tokenizer, config.max_length),
+        NamingCollator(run.model.config, run.model.tokenizer, config.max_length),
         stage.batch_size // accelerator.num_processes // config.gradient_accumulation_steps,
         config.workers,
         accelerator.process_index,
@@ -186,63 +254,42 @@ def _run_stage(run: _Run, number: int, start: int) -> None:
         run.checkpoints.load_state() if start else None,
         config.window,
     )
-    means = Losses(out, number, stage.name)
-    try:
-        with (
-            closing(_steps(run, number, start, loader, prepared, optimizer, scheduler)) as steps,
-            tqdm(steps, stage.name, initial=start, total=stage.steps, mininterval=5) as bar,
-        ):
-            for step in bar:
-                means.add(step.losses)
-                last = step.number == stage.steps
-                saved = last or step.number % config.save_every == 0
-                if saved or step.number % LOG_EVERY == 0:
-                    shown = means.log(step.number, accelerator.is_main_process)
-                    bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
-                if last and "autoencoder" in stage.losses:
-                    unseen = [words[stage.steps * stage.batch_size + i].target for i in range(256)]
-                    pixels = [fit_image(p, model.config.target_size).pixels for p in unseen if p is not None]
-                    model.image_decoder.standardise(stack_pixels(pixels).to(accelerator.device))
-                if saved:
-                    reached = (number + 1, 0) if last else (number, step.number)
-                    run.checkpoints.save(*reached, loader.state())
-                    list_faults(out, accelerator.process_index, loader.faults())
-                sampled = {"autoencoder", "image"} & set(stage.losses)
-                if sampled and accelerator.is_main_process and (last or step.number % config.sample_every == 0):
-                    sheet = draw_samples(model.eval(), stage)
-                    sheet.save(out / f"samples-{number}-{stage.name}-{step.number:05d}.png")
-    finally:
-        list_faults(out, accelerator.process_index, loader.faults())
-    accelerator.free_memory()
 
 
-def _steps(
-    run: _Run, number: int, start: int, loader: BatchLoader, model: nn.Module, optimizer: Any, scheduler: Any
-) -> Generator[_Step, None, None]:
-    """The optimizer steps of a stage."""
-    config, accelerator = run.config, run.accelerator
-    stage = config.stages[number]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with closing(loader.batches()) as batches:
-        for step in range(start, stage.steps):
-            torch.manual_seed(((config.seed * 64 + number) * 10_000_000 + step) * 64 + accelerator.process_index)
-            model.train()
-            reported = []
-            for _ in range(config.gradient_accumulation_steps):
-                with accelerator.accumulate(model):
-                    batch = {name: _to(value, accelerator.device) for name, value in next(batches).items()}
-                    losses = model(**batch, adapters=stage.adapters, losses=stage.losses)
-                    total = sum((config.loss_weights.get(name, 1.0) * losses[name] for name in losses), torch.zeros(()))
-                    accelerator.backward(total)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-                found = {name: float(losses[name].detach()) if name in losses else 0.0 for name in LOSSES}
-                reported.append({"total": float(total.detach())} | found)
-            yield _Step(step + 1, reported)
+def _seed(run: _Run, number: int) -> int:
+    return run.config.seed * 1000 + number
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if hasattr(value, "to") else value
+def _render(run: _Run, number: int) -> SyntheticWords:
+    tasks = {Task(name): weight for name, weight in run.config.stages[number].tasks.items()}
+    return SyntheticWords(_seed(run, number), "train", tasks)
+
+
+def _standardise_latents(run: _Run, number: int) -> None:
+    """Measure the latents of the VAE that a stage has trained, on pictures that it has not seen."""
+    words, stage, model = _render(run, number), run.config.stages[number], run.model
+    unseen = [words[stage.steps * stage.batch_size + i].target for i in range(256)]
+    pixels = [fit_image(p, model.config.target_size).pixels for p in unseen if p is not None]
+    model.image_decoder.standardise(stack_pixels(pixels).to(run.accelerator.device))
+
+
+def _draw(run: _Run, number: int, step: int) -> None:
+    """Write a sheet of samples."""
+    stage, main = run.config.stages[number], run.accelerator.is_main_process
+    if not main and not run.accelerator.is_fsdp2:
+        return
+    with usable_parts(run.model):
+        sheet = draw_samples(run.model.eval(), stage)
+    if main:
+        sheet.save(run.out / f"samples-{number}-{stage.name}-{step:05d}.png")
+
+
+def _require_finite(run: _Run, stage: str, step: int) -> None:
+    """Raise Diverged rather than let a model that is not finite replace a checkpoint."""
+    finite = all_finite(tensor for tensor in run.model.state_dict().values() if tensor.is_floating_point())
+    if not sum_over_processes(run.accelerator, [float(not finite)])[0]:
+        return
+    raise Diverged(
+        f"stage {stage!r} has weights that are not finite after step {step}: lower the learning rate; the checkpoint "
+        "before it stays"
+    )

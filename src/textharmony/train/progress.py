@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from textharmony.config import LOSSES, Stage
 from textharmony.data.batch import stack_pixels
 from textharmony.data.synthetic import SyntheticWords
+from textharmony.files import replace_file
 from textharmony.images import contact_sheet, fit_image, to_pil
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Request, Task
@@ -25,24 +27,26 @@ class Losses:
 
     def __init__(self, out: Path, number: int, stage: str) -> None:
         self._path, self._number, self._stage = out / "losses.csv", number, stage
-        self._recent: list[dict[str, float]] = []
+        self._recent: list[Mapping[str, float]] = []
 
-    def add(self, losses: Sequence[dict[str, float]]) -> None:
-        """Add the losses of a step's micro-batches, by name."""
-        self._recent += losses
+    def add(self, losses: Mapping[str, float]) -> None:
+        """Add the losses of a step over all processes, by name."""
+        self._recent.append(losses)
 
     def log(self, step: int, write: bool) -> dict[str, float]:
         """Return the means since the last call, and write them, if asked to, as the row of a step."""
-        means = {name: sum(losses[name] for losses in self._recent) / len(self._recent) for name in _NAMES}
+        count = max(1, len(self._recent))  # all steps may have been skipped
+        means = {name: sum(losses[name] for losses in self._recent) / count for name in _NAMES}
         self._recent = []
         if write:
             rows = list(csv.DictReader(self._path.open())) if self._path.exists() else []
             # A resumed run may have gone back: its later rows are replaced.
             rows = [row for row in rows if (int(row["number"]), int(row["step"])) < (self._number, step)]
-            with self._path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, ["number", "stage", "step", *_NAMES])
-                writer.writeheader()
-                writer.writerows([*rows, {"number": self._number, "stage": self._stage, "step": step, **means}])
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, ["number", "stage", "step", *_NAMES])
+            writer.writeheader()
+            writer.writerows([*rows, {"number": self._number, "stage": self._stage, "step": step, **means}])
+            replace_file(self._path, text.getvalue().encode())
         return means
 
 
@@ -98,9 +102,14 @@ def draw_samples(model: TextHarmony, stage: Stage) -> Image.Image:
 
 def list_faults(out: Path, process: int, faults: Sequence[str]) -> None:
     """Add corrupt records to the list of a process, each once."""
-    if not faults:
+    add_lines(out, "faults", process, faults)
+
+
+def add_lines(out: Path, name: str, process: int, lines: Sequence[str]) -> None:
+    """Add lines to the file out/NAME.txt, or out/NAME-N.txt of process N, each once."""
+    if not lines:
         return
-    path = out / (f"faults-{process}.txt" if process else "faults.txt")
+    path = out / (f"{name}-{process}.txt" if process else f"{name}.txt")
     known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = dict.fromkeys([*known, *(line.encode(errors="backslashreplace").decode() for line in faults)])
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    every = dict.fromkeys([*known, *(line.encode(errors="backslashreplace").decode() for line in lines)])
+    replace_file(path, "".join(f"{line}\n" for line in every).encode())

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from short_runs import changed, newest
 
 from textharmony.config import ModelConfig, Stage, TrainConfig
 from textharmony.data.faults import TooManyFaults
@@ -21,7 +22,8 @@ from textharmony.data.loading import Source
 from textharmony.pipeline import TextHarmony
 from textharmony.presets import PAPER_TRAINING, TINY_TRAINING
 from textharmony.presets.tiny import build_tokenizer
-from textharmony.train.loop import select_parameters, train
+from textharmony.train.engine import select_parameters
+from textharmony.train.loop import train
 
 ALL = {"read": 0.6, "locate": 0.4, "draw": 1, "answer": 1, "edit": 1}
 CONFIG = TrainConfig(
@@ -67,11 +69,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Accelerator, "backward", interrupted)
 
 
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
 @pytest.mark.parametrize("steps", [(2,), (8,), (4, 3, 5)], ids=str)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     config: ModelConfig,
@@ -99,16 +96,6 @@ def test_a_finished_run_is_not_run_again(
     interrupt(monkeypatch, 1)
     assert changed(run[1], dict(train(config, CONFIG, tmp_path / "run").state_dict())) == set()
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-
-
-def test_a_run_cut_off_while_it_renames_checkpoints_goes_on(
-    config: ModelConfig, run: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The old checkpoint is aside, the new one not yet in its place: the work of neither may be lost."""
-    shutil.copytree(run[0], tmp_path / "run")
-    (tmp_path / "run" / "checkpoint").rename(tmp_path / "run" / "checkpoint.old")
-    interrupt(monkeypatch, 1)
-    assert changed(run[1], dict(train(config, CONFIG, tmp_path / "run").state_dict())) == set()
 
 
 def test_a_run_writes_model_losses_and_samples(run: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -143,7 +130,7 @@ def test_a_stage_changes_what_it_trains_and_nothing_else(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 6)
         train(config, CONFIG, tmp_path)
-    before = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    before = load_file(newest(tmp_path) / "model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], run[1][name])}
     assert any(".lora_A" in name for name in moved) and any(name.startswith("visual_tokenizer.vit") for name in moved)
     assert any("unet" in name for name in moved) and any("slidelora_gate" in name for name in moved)
@@ -180,7 +167,7 @@ def test_two_processes_train_as_one_does(config: ModelConfig, tmp_path: Path) ->
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     alone = train(*given, tmp_path / "one").state_dict()
-    both = load_file(tmp_path / "two" / "checkpoint" / "model.safetensors")
+    both = load_file(newest(tmp_path / "two") / "model.safetensors")
     torch.manual_seed(0)
     start = TextHarmony(config, build_tokenizer()).state_dict()
     # Adam makes a whole step of a gradient that is rounding alone, so a few weights differ.
@@ -195,9 +182,9 @@ def test_two_processes_train_as_one_does(config: ModelConfig, tmp_path: Path) ->
 def test_a_checkpoint_of_another_configuration_is_refused(
     config: ModelConfig, run: tuple[Path, dict[str, torch.Tensor]]
 ) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint is of another configuration"):
+    with pytest.raises(ValueError, match=r"step\d+ is of another configuration"):
         train(config, replace(CONFIG, seed=1), run[0])
-    with pytest.raises(ValueError, match=r"checkpoint is of another configuration"):
+    with pytest.raises(ValueError, match=r"step\d+ is of another configuration"):
         train(replace(config, guidance_scale=2.0), CONFIG, run[0])
 
 
@@ -379,7 +366,7 @@ def test_the_model_is_written_in_the_dtype_of_its_weights(tuned: Tuned) -> None:
 @both
 def test_a_checkpoint_from_a_folder_leaves_out_what_stays_as_it_is(tuned: Tuned, folder: Path) -> None:
     _, out, weights = tuned
-    held = load_file(out / "checkpoint" / "model.safetensors")
+    held = load_file(newest(out) / "model.safetensors")
     assert not any(n.startswith("image_decoder.vae.") for n in held)
     assert all("lora_" in n or "slidelora_gate" in n for n in held if n.startswith("language."))
     assert changed(dict(TextHarmony.from_pretrained(folder).state_dict()), weights) <= set(held) < set(weights)
@@ -531,9 +518,9 @@ def test_a_checkpoint_of_other_data_is_refused(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 3)
         train(folder, SHORT, tmp_path, data)
-    with pytest.raises(ValueError, match="checkpoint is of another configuration"):
+    with pytest.raises(ValueError, match=r"step\d+ is of another configuration"):
         train(folder, SHORT, tmp_path)
-    with pytest.raises(ValueError, match="checkpoint is of another configuration"):
+    with pytest.raises(ValueError, match=r"step\d+ is of another configuration"):
         train(folder, SHORT, tmp_path, data | {"tune": data["tune"][:1]})
 
 

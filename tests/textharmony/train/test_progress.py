@@ -14,7 +14,8 @@ from textharmony.train.progress import Losses, draw_samples, list_faults, plot_l
 def test_a_run_that_went_back_writes_its_rows_again(tmp_path: Path) -> None:
     def log(number: int, step: int, *values: float) -> None:
         losses = Losses(tmp_path, number, f"stage {number}")
-        losses.add([dict.fromkeys(("total", *LOSSES), value) for value in values])
+        for value in values:
+            losses.add(dict.fromkeys(("total", *LOSSES), value))
         means = losses.log(step, write=True)
         assert means["total"] == sum(values) / len(values)
 
@@ -34,7 +35,7 @@ def test_a_run_that_went_back_writes_its_rows_again(tmp_path: Path) -> None:
 
 def test_only_one_process_writes_losses(tmp_path: Path) -> None:
     losses = Losses(tmp_path, 0, "align")
-    losses.add([dict.fromkeys(("total", *LOSSES), 2.0)])
+    losses.add(dict.fromkeys(("total", *LOSSES), 2.0))
     assert losses.log(20, write=False)["text"] == 2.0 and not (tmp_path / "losses.csv").exists()
 
 

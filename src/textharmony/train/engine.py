@@ -1,0 +1,161 @@
+"""How processes share a model: accelerate's engines, what each stage trains in them, and whole weights at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+)
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed import DistError
+from torch.distributed.fsdp import FSDPModule
+
+import slidelora
+from textharmony.config import Stage, TrainConfig
+from textharmony.pipeline import TextHarmony
+
+
+def make_accelerator(config: TrainConfig, out: str, trackers: Sequence[str]) -> Accelerator:
+    """Make the accelerator that the launcher's environment describes; raise ValueError for FSDP1 and DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "the launcher asks for DeepSpeed, expected DDP or FSDP2: ZeRO waits for weights and gradients of ViT and "
+            "UNet in all processes, and a process without pictures or drawings has none"
+        )
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # the scheduler steps once, not once a process
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=list(trackers) or None,
+        project_dir=out,
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate takes DDP there, without a word
+            PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+            raise ValueError("FSDP has fsdp_version 1, expected fsdp_version: 2 in accelerate's configuration")
+    return accelerator
+
+
+def settle_shards(accelerator: Accelerator, model: TextHarmony, stages: Sequence[Stage]) -> None:
+    """Let FSDP2 shard each layer of the language model by itself and the rest together; ValueError for other units.
+
+    A process whose samples have no picture or no drawing runs neither ViT nor UNet. It would not take part in
+    gathering their weights if they were units of their own, and all processes would wait for ever.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    if model.config.layout is not None or any("autoencoder" in stage.losses for stage in stages):
+        raise ValueError("the model plans layouts, expected DDP for it: FSDP is for models without")
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ValueError(f"torch is {torch.__version__}, expected 2.13 or newer for FSDP: tasks use different weights")
+    layers: Any = model.language.base_model.layers
+    unit = type(layers[0]).__name__
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap not in (None, [], [unit]):
+        raise ValueError(
+            f"fsdp_transformer_layer_cls_to_wrap is {plugin.transformer_cls_names_to_wrap}, expected {unit} or nothing"
+        )
+    policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
+    if policy is not None and policy.__name__ != "transformer_auto_wrap_policy":
+        raise ValueError("fsdp_auto_wrap_policy is by size, expected TRANSFORMER_BASED_WRAP")
+    plugin.transformer_cls_names_to_wrap = [unit]
+
+
+def prepare_stage(
+    accelerator: Accelerator, model: TextHarmony, optimizer: Any, scheduler: Any
+) -> tuple[nn.Module, Any, Any]:
+    """Prepare for one stage: the model that computes losses, optimizer and scheduler."""
+    prepared, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    if accelerator.is_fsdp2:
+        prepared.set_reduce_scatter_unused_params(True)
+    return prepared, optimizer, scheduler
+
+
+def select_parameters(model: nn.Module, stage: Stage) -> list[nn.Parameter]:
+    """Leave requires_grad on exactly those parameters that the stage trains; raise ValueError if there are none."""
+    pattern = re.compile(stage.trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(pattern.match(name) is not None)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"stage {stage.name!r} trains nothing: no parameter's name matches {stage.trainable!r}")
+    return trained
+
+
+def group_parameters(model: nn.Module, stage: Stage) -> list[dict[str, Any]]:
+    """What the stage trains, in a group for each learning rate; raise ValueError for a pattern that matches nothing."""
+    groups: dict[str | None, list[nn.Parameter]] = {pattern: [] for pattern in (None, *stage.learning_rates)}
+    select_parameters(model, stage)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[next((pattern for pattern in stage.learning_rates if re.match(pattern, name)), None)].append(
+                parameter
+            )
+    for pattern in stage.learning_rates:
+        if not groups[pattern]:
+            raise ValueError(
+                f"stage {stage.name!r} has a learning rate for {pattern!r}, which matches nothing that it trains, or "
+                "nothing that an earlier pattern leaves"
+            )
+    rates = {None: stage.learning_rate} | stage.learning_rates  # type: ignore[operator]
+    return [{"params": group, "lr": rates[pattern]} for pattern, group in groups.items() if group]
+
+
+def checkpoint_activations(model: TextHarmony) -> None:
+    """Let ViT, language model and UNet recompute their hidden states in backward."""
+    for transformer, host, slide in (
+        (model.language, model.language, model.config.slide),
+        (model.visual_tokenizer.vit, model.visual_tokenizer, model.config.slide_vision),
+    ):
+        plain = {"use_reentrant": False}
+        transformer.gradient_checkpointing_enable(plain if slide is None else slidelora.checkpoint_kwargs(host))
+    model.image_decoder.unet.enable_gradient_checkpointing()
+
+
+@contextmanager
+def usable_parts(model: nn.Module) -> Iterator[None]:
+    """A context in which parts of a sharded model may be called by themselves, in all processes alike."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+@contextmanager
+def naming_lost_processes(processes: int) -> Iterator[None]:
+    """Raise ConnectionError, in one line, if the body fails since another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not (isinstance(error, DistError) or "gloo" in str(error)):
+            raise
+        raise ConnectionError(
+            f"another of the {processes} processes has ended, see its messages; start the run again to go on from its "
+            f"last checkpoint ({str(error).strip().splitlines()[0][:200]})"
+        ) from error
+
+
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Sum values over all processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    total: Tensor = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device))
+    return total.tolist()
