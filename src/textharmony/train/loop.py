@@ -21,7 +21,7 @@ from textharmony.config import ModelConfig, TrainConfig
 from textharmony.data.batch import stack_pixels
 from textharmony.data.loading import BatchLoader, RecordStream, Source, SourceStream
 from textharmony.data.synthetic import SyntheticWords
-from textharmony.images import fit_image
+from textharmony.images import fit_image, save_picture
 from textharmony.journal import claim, release
 from textharmony.pipeline import TextHarmony
 from textharmony.presets.tiny import build_tokenizer
@@ -281,7 +281,7 @@ def _draw(run: _Run, number: int, step: int) -> None:
     with usable_parts(run.model):
         sheet = draw_samples(run.model.eval(), stage)
     if main:
-        sheet.save(run.out / f"samples-{number}-{stage.name}-{step:05d}.png")
+        save_picture(sheet, run.out / f"samples-{number}-{stage.name}-{step:05d}.png")
 
 
 def _require_finite(run: _Run, stage: str, step: int) -> None:

@@ -34,9 +34,10 @@ class Losses:
         self._recent.append(losses)
 
     def log(self, step: int, write: bool) -> dict[str, float]:
-        """Return the means since the last call, and write them, if asked to, as the row of a step."""
-        count = max(1, len(self._recent))  # all steps may have been skipped
-        means = {name: sum(losses[name] for losses in self._recent) / count for name in _NAMES}
+        """Return the means since the last call, and write them, if asked to, as a row; none if all steps were skipped."""
+        if not self._recent:
+            return {}
+        means = {name: sum(losses[name] for losses in self._recent) / len(self._recent) for name in _NAMES}
         self._recent = []
         if write:
             rows = list(csv.DictReader(self._path.open())) if self._path.exists() else []
@@ -70,7 +71,8 @@ def plot_losses(out: Path) -> None:
                 axis.plot([i * LOG_EVERY for i, _ in points], [value for _, value in points], ".-", label=stage)
         axis.set(title=name, xlabel="step", yscale="log")
         axis.legend()
-    figure.savefig(out / "losses.png", dpi=100)
+    figure.savefig(encoded := io.BytesIO(), format="png", dpi=100)
+    replace_file(out / "losses.png", encoded.getvalue())
     pyplot.close(figure)
 
 
