@@ -34,7 +34,7 @@ class Losses:
         self._recent.append(losses)
 
     def log(self, step: int, write: bool) -> dict[str, float]:
-        """Return the means since the last call, and write them, if asked to, as a row; none if all steps were skipped."""
+        """Return the means since the last call, and write them, if asked to; none if all steps were skipped."""
         if not self._recent:
             return {}
         means = {name: sum(losses[name] for losses in self._recent) / len(self._recent) for name in _NAMES}
