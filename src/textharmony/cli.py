@@ -156,7 +156,7 @@ class Init:
     language: str  # folder or hub id of a causal language model of transformers
     image: str  # folder or hub id of Stable Diffusion 1 or 2
     out: Out  # the folder to write
-    preset: Literal["paper", "released"] = "paper"  # "released": gates from a table of tasks, multi-scale features
+    preset: Literal["paper", "released"] = "paper"  # "released": the released architecture, from CLIP, Llama and SD
     settings: Path | None = None  # a JSON file of fields of ModelConfig that differ from the preset
     image_size: int | None = None  # side in pixels of the pictures that are read; the preset's if not given
     drawing_size: int | None = None  # side in pixels of drawn pictures; what the UNet was trained on if not given
@@ -215,9 +215,9 @@ class Train:
         name, what = (self.preset, "preset") if self.model is None else (self.stages, "stages")
         if name not in TRAININGS:
             raise ValueError(f"{what} is {name!r}, expected one of {sorted(TRAININGS)}")
-        if self.model is None and name == "paper":
+        if self.model is None and name != "tiny":
             raise ValueError(
-                "the paper's stages start from a model of pretrained parts, expected its folder as --model"
+                f"the stages of {name!r} start from a model of pretrained parts, expected its folder as --model"
             )
         config = TRAININGS[name]
         every = self._given("steps", "batch_size", "learning_rate")
