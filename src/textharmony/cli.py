@@ -1,4 +1,4 @@
-"""The command line: `textharmony read | answer | locate | draw | edit | chat | init | train | evaluate | demo | ...`.
+"""The command line: `textharmony read | answer | locate | draw | edit | chat | init | convert | train | ...`.
 
 Each command is a dataclass: the comments beside its fields are the help of its options. What a command needs is
 imported when it runs, so that help and mistakes come at once.
@@ -171,9 +171,7 @@ class Init:
         from textharmony.pipeline import TextHarmony
         from textharmony.presets import MODELS
 
-        given = {} if self.settings is None else json.loads(self.settings.read_text())
-        if not isinstance(given, dict):
-            raise ValueError(f"{self.settings} holds {given!r}, expected an object with fields of ModelConfig")
+        given = _settings(self.settings)
         if self.drawing_size is not None or "drawing_size" not in given:
             given["drawing_size"] = (self.drawing_size,) * 2 if self.drawing_size else drawing_size(self.image)
         if self.image_size is not None:
@@ -186,6 +184,36 @@ class Init:
         for part, count in counts.items():
             print(f"{part:22} {count:15,d}  {count / sum(counts.values()):7.2%}")
         print(self.out)
+
+
+@dataclass
+class Convert:
+    """Convert the checkpoint that the authors of TextHarmony released to a folder that the other commands read."""
+
+    released: Positional[Path]  # the folder with pytorch_model.bin, or with the pieces of it
+    out: Positional[Path]  # the folder to write
+    tokenizer: Path | None = None  # a folder with Vicuna-13B's tokenizer; RELEASED if not given
+    settings: Path | None = None  # a JSON file of fields of ModelConfig that differ from the preset "released"
+    dtype: DType = "bfloat16"  # of the weights in the folder
+
+    def __call__(self) -> None:
+        import torch
+
+        from textharmony.config import ModelConfig
+        from textharmony.pipeline import convert_released
+        from textharmony.presets import MODELS
+
+        config = ModelConfig.from_dict(MODELS["released"].to_dict() | _settings(self.settings))
+        convert_released(self.released, self.out, getattr(torch, self.dtype), self.tokenizer, config)
+        print(self.out)
+
+
+def _settings(file: Path | None) -> dict[str, Any]:
+    """The fields of ModelConfig in a JSON file."""
+    given = {} if file is None else json.loads(file.read_text())
+    if not isinstance(given, dict):
+        raise ValueError(f"{file} holds {given!r}, expected an object with fields of ModelConfig")
+    return given
 
 
 @dataclass
@@ -378,7 +406,7 @@ class CheckData:
 def main() -> None:
     """Run a command; an error in what was given is one line on stderr and exit status 1."""
     app, captions, data = (tyro.extras.SubcommandApp() for _ in range(3))
-    for command in (Read, Answer, Locate, Draw, Edit, Chat, Init, Train, Evaluate, Demo):
+    for command in (Read, Answer, Locate, Draw, Edit, Chat, Init, Convert, Train, Evaluate, Demo):
         app.command(name=command.__name__.lower())(command)
     captions.command(name="build")(BuildCaptions)
     app.command(captions, name="captions", help="Captions for pictures of your own.")

@@ -28,7 +28,7 @@ MINIATURE: ModelConfig = replace(
     drawing_size=(64, 64),
     vision={**RELEASED.vision, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     | {"image_size": 16, "patch_size": 2},
-    language={**RELEASED.language, "vocab_size": 98, "hidden_size": 64, "intermediate_size": 128}
+    language={**RELEASED.language, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128}
     | {"num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256},
     unet={**RELEASED.unet, "sample_size": 8, "block_out_channels": [16, 32, 32, 32], "norm_num_groups": 8}
     | {"attention_head_dim": [2, 4, 4, 4], "cross_attention_dim": 32},

@@ -13,7 +13,7 @@ from textharmony.boxes import format_boxes
 from textharmony.config import ModelConfig
 from textharmony.data.record import Record, TextLayout
 from textharmony.data.word_labels import label_words, move_layout
-from textharmony.images import FittedImage, fit_image, hide, to_pil
+from textharmony.images import FittedImage, black, fit_image, hide, to_pil
 from textharmony.prompts import BOI, IMAGE, Task, check_plain, compose, image_tokens
 
 _IGNORE = -100
@@ -56,6 +56,8 @@ class Collator:
                 raise ValueError("a record to edit lacks its image or its target, expected both")
             box = record.edit_box()
             pictures, region = [hide(image.pixels, image.region(box))], target.region(box)
+        if record.task is Task.DRAW and self.config.released is not None:
+            pictures = [black(self.config.image_size)]  # released drawings are conditioned on one
         if target is not None and self.config.feed_back:
             pictures.append(fit_image(to_pil(target.pixels), self.config.image_size).pixels)
         layout = record.layout if self.config.layout else None
@@ -72,7 +74,8 @@ class Collator:
     def _encode_texts(self, record: Record, image: FittedImage | None) -> tuple[list[int], list[int]]:
         """input_ids and labels of a row."""
         bos = self.tokenizer.bos_token or ""
-        prompt = self._tokens(compose(record.task, record.prompt, self.config.visual_tokens, bos))
+        released = self.config.released is not None
+        prompt = self._tokens(compose(record.task, record.prompt, self.config.visual_tokens, bos, released))
         answer = self._tokens(self._answer(record, image))
         over = 0 if self.max_length is None else max(0, len(prompt) + len(answer) - self.max_length)
         if record.task.modality == "image":

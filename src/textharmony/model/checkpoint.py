@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,17 +28,18 @@ def save_folder(
     tokenizer: PreTrainedTokenizerBase,
     tensors: dict[str, Tensor],  # a parameter with two names is written under the first one alone
     dtype: torch.dtype | None,  # of the floating-point tensors on disk; None: their own
-    max_shard_size: str,  # of a file, such as "5GB"
+    max_shard_size: str | int,  # of a file, such as "5GB"
+    read: Callable[[str], Tensor] | None = None,  # tensors have no values: this reads one by its name
 ) -> None:
     """Write a model's folder, and replace an earlier model there as a whole."""
     written = {}
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in reversed(tensors.items())}.values():
         wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        written[name] = tensor.detach().to("cpu", wanted).contiguous()
+        written[name] = tensor.detach().to("cpu" if read is None else tensor.device, wanted).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        save_torch_state_dict(written, partial, max_shard_size=max_shard_size)
+        _write_weights(partial, written, max_shard_size, read)
         (partial / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         tokenizer.save_pretrained(partial)
         path.mkdir(exist_ok=True)
@@ -49,6 +50,18 @@ def save_folder(
             file.replace(path / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_weights(
+    folder: Path, tensors: dict[str, Tensor], max_shard_size: str | int, read: Callable[[str], Tensor] | None
+) -> None:
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        shard = {n: tensors[n] if read is None else read(n).to(tensors[n].dtype).contiguous() for n in names}
+        save_file(shard, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def load_folder(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:

@@ -279,4 +279,5 @@ def _fit_positions(vit: Any, grid: tuple[int, int]) -> None:
         with torch.no_grad():
             table = torch.cat([table[:1], resize_table(table[1:], grid, align_corners=True)])
         vit.embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        vit.embeddings.position_ids = torch.arange(len(table), device=table.device)[None]
+        ids = vit.embeddings.position_ids  # a buffer, which has values where the table is on the meta device
+        vit.embeddings.position_ids = torch.arange(len(table), device=ids.device)[None]
