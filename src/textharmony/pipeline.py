@@ -471,9 +471,7 @@ def _open_released(
     folder = Path(tokenizer or (path if isinstance(path, (str, Path)) else path[0]))
     folder = folder if folder.is_dir() else folder.parent
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer.model or tokenizer.json, expected Vicuna-13B's tokenizer there"
-        )
+        raise FileNotFoundError(f"{folder} has no tokenizer.model and no tokenizer.json, expected Vicuna-13B's there")
     words, count = load_tokenizer(folder), config.language["vocab_size"]
     if words.convert_tokens_to_ids([BOI, IMAGE]) != [count - 2, count - 1]:
         raise ValueError(f"the tokenizer of {folder} has {len(words) - 2} tokens, expected {count - 2}: Vicuna-13B's")

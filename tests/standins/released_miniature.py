@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from textharmony.config import ModelConfig, ReleasedConfig, ResamplerConfig
-from textharmony.model.released.keys import from_released, released_keys
+from textharmony.model.released.keys import POSITION_IDS, from_released, released_keys, to_released
 from textharmony.pipeline import TextHarmony
 from textharmony.presets import RELEASED
 from textharmony.prompts import BOI, IMAGE
@@ -102,3 +102,37 @@ def golden_model() -> TextHarmony:
     load_released(model, {f"image_decoder.decoder.{n}": t for n, t in weights(golden("unet_mmfs")).items()})
     load_released(model, weights(golden("losses")))
     return model.eval()
+
+
+def released_tensors(model: TextHarmony) -> dict[str, Tensor]:
+    """A model's weights under their released names and in their released shapes."""
+    state = model.state_dict()
+    tensors = {key: to_released(name, state[name]).contiguous() for key, name in released_keys(state).items()}
+    positions = tensors[POSITION_IDS.replace("position_ids", "position_embedding.weight")]
+    return tensors | {POSITION_IDS: torch.arange(len(positions))[None]}
+
+
+def write_pieces(folder: Path, tensors: object, pieces: int = 3) -> list[Path]:
+    """Write tensors as the released checkpoint is published: one pickle in fp32, cut into pieces; and a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, folder / "whole")
+    content = (folder / "whole").read_bytes()
+    (folder / "whole").unlink()
+    size = -(-len(content) // pieces)
+    files = [folder / f"pytorch_model.bina{'abcdefgh'[i]}" for i in range(pieces)]
+    for i, file in enumerate(files):
+        file.write_bytes(content[i * size : (i + 1) * size])
+    miniature_tokenizer().save_pretrained(folder)
+    return files
+
+
+def random_miniature() -> TextHarmony:
+    """The miniature with random numbers where a new model has zeros."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TextHarmony(MINIATURE, miniature_tokenizer()).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(0, 0.1)
+    return model

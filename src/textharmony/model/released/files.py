@@ -44,6 +44,16 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one."""
+        return 0 if 0 in self.shape else 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
+
+    @property
+    def end(self) -> int:
+        """Bytes from the beginning of the record."""
+        return (self.offset + self.span) * self.dtype.itemsize
+
 
 def _rebuild(storage: tuple[torch.dtype, str], offset: int, size: Any, stride: Any, *rest: Any) -> _Entry:
     dtype, record = storage
@@ -114,11 +124,9 @@ class _Archive:
     def __init__(self, files: Sequence[Path]) -> None:
         """Read where tensors are; raise ValueError for files that are damaged, or that hold anything else."""
         self.files = ", ".join(map(str, files))
-        if zipfile.is_zipfile(files[-1]) is False:
-            raise ValueError(
-                f"{files[-1]} does not end an archive of torch.save, expected the last piece: one is missing"
-            )
         try:
+            if not zipfile.is_zipfile(files[-1]):
+                raise ValueError(f"{files[-1]} does not end an archive of torch.save, expected another piece after it")
             self._zip = zipfile.ZipFile(io.BufferedReader(_Joined(files)))
             (pickled,) = [name for name in self._zip.namelist() if name.endswith("/data.pkl")]
             self._prefix = pickled.removesuffix("data.pkl")
@@ -128,6 +136,9 @@ class _Archive:
             found = _Unpickler(io.BytesIO(self._zip.read(pickled))).load()
             if not isinstance(found, dict) or not all(isinstance(entry, _Entry) for entry in found.values()):
                 raise ValueError("it is no dictionary of tensors")
+            for name, entry in found.items():
+                if self._zip.getinfo(f"{self._prefix}data/{entry.record}").file_size < entry.end:
+                    raise ValueError(f"it is cut short at {name}, expected {entry.shape}")
         except Exception as error:  # a damaged pickle may raise anything
             raise ValueError(f"{self.files} is no complete checkpoint, expected tensors by name: {error}") from None
         self.entries: dict[str, _Entry] = {str(name): entry for name, entry in found.items()}
@@ -149,14 +160,10 @@ class _Archive:
     def read(self, name: str) -> Tensor:
         """Read one tensor; raise ValueError for numbers that are not finite."""
         entry = self.entries[name]
-        each = torch.empty(0, dtype=entry.dtype).element_size()
-        span = 0 if 0 in entry.shape else 1 + sum((n - 1) * step for n, step in zip(entry.shape, entry.stride))
         with self._zip.open(f"{self._prefix}data/{entry.record}") as file:
-            file.seek(entry.offset * each)
-            content = bytearray(file.read(span * each))
-        if len(content) != span * each:
-            raise ValueError(f"{self.files} is cut short at {name}, expected {entry.shape}")
-        flat = torch.frombuffer(content, dtype=entry.dtype) if span else torch.empty(0, dtype=entry.dtype)
+            file.seek(entry.offset * entry.dtype.itemsize)
+            content = bytearray(file.read(entry.span * entry.dtype.itemsize))
+        flat = torch.frombuffer(content, dtype=entry.dtype) if content else torch.empty(0, dtype=entry.dtype)
         if not flat.isfinite().all():
             raise ValueError(f"{self.files} has numbers under {name} that are not finite")
         return flat.as_strided(entry.shape, entry.stride)
