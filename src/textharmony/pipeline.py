@@ -452,7 +452,7 @@ def convert_released(
             return from_released(name, files.read(keys[name])) if name in keys else state[name]
 
         # A shard is in memory as a whole, next to one tensor in the released dtype.
-        shard = min(files.largest // 8, 5 * 10**9)
+        shard = min(files.largest // 16, 5 * 10**9)
         save_folder(Path(out), model.config, model.tokenizer, state, dtype, max(shard, 10**6), read)
 
 

@@ -39,7 +39,7 @@ MINIATURE: ModelConfig = replace(
     context_tokens=7,
     visual_resampler=ResamplerConfig(depth=4, heads=4, width=48),
     context_resampler=ResamplerConfig(depth=1, heads=4),
-    inference_steps=3,
+    inference_steps=2,
     max_new_tokens=5,
     released=ReleasedConfig(mmfs_width=64, resampler_mlp=64, grid=8, stem=8, lora_rank=4, lora_alpha=8),
 )

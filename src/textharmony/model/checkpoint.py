@@ -59,6 +59,7 @@ def _write_weights(
     for file, names in split.filename_to_tensors.items():
         shard = {n: tensors[n] if read is None else read(n).to(tensors[n].dtype).contiguous() for n in names}
         save_file(shard, folder / file, {"format": "pt"})
+        del shard  # before the next one is read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

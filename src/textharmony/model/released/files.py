@@ -7,6 +7,7 @@ weights-only unpickler allows. Tensors are read one at a time, so that no piece 
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import re
 import zipfile
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 _ZIP = b"PK\x03\x04"
-_CHUNK = 2**24  # bytes
+_CHUNK = 2**22  # bytes
 _SHOWN = 50  # names in a message
 _DTYPES = {
     f"{name}Storage": dtype
@@ -162,8 +163,15 @@ class _Archive:
         entry = self.entries[name]
         with self._zip.open(f"{self._prefix}data/{entry.record}") as file:
             file.seek(entry.offset * entry.dtype.itemsize)
-            content = bytearray(file.read(entry.span * entry.dtype.itemsize))
-        flat = torch.frombuffer(content, dtype=entry.dtype) if content else torch.empty(0, dtype=entry.dtype)
+            # Memory that goes back to the system at once; and in parts: no second copy of a large tensor.
+            content = mmap.mmap(-1, max(1, entry.span * entry.dtype.itemsize))
+            for start in range(0, entry.span * entry.dtype.itemsize, _CHUNK):
+                content.write(file.read(min(_CHUNK, len(content) - start)))
+        flat = (
+            torch.frombuffer(content, dtype=entry.dtype, count=entry.span)
+            if entry.span
+            else torch.empty(0, dtype=entry.dtype)
+        )
         if not flat.isfinite().all():
             raise ValueError(f"{self.files} has numbers under {name} that are not finite")
         return flat.as_strided(entry.shape, entry.stride)

@@ -216,7 +216,7 @@ class UNetPictures(nn.Module):
         visible = _VISIBLE.get().get(unet)
         if visible is None:
             return x
-        if unet.is_gradient_checkpointing and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and unet.mid_block.gradient_checkpointing:
             return x + checkpoint(block, x, visible, use_reentrant=False)
         return x + block(x, visible)
 
