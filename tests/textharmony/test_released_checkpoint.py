@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from PIL import Image
-from released_miniature import MINIATURE, random_miniature, released_tensors, write_pieces
+from released_miniature import MINIATURE, miniature_tokenizer, random_miniature, released_tensors, write_pieces
+from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM
 
 from textharmony.cli import main
+from textharmony.model.backbones import build_vision
 from textharmony.model.released.keys import POSITION_IDS
 from textharmony.pipeline import TextHarmony, convert_released
 from textharmony.prompts import BOI, IMAGE, Request, Task, compose
@@ -136,6 +140,42 @@ def test_released_prompts() -> None:
     assert found[Task.EDIT] == f"<s>{image}x y." == compose(Task.EDIT, "x y.", 2, "<s>", released=True)
     asked = f"<s>Based on the image, please answer the question.{image}x y The answer is:"
     assert found[Task.ANSWER] == found[Task.READ] == asked
+
+
+def test_a_new_model_of_pretrained_parts(original: TextHarmony, picture: Path, tmp_path: Path) -> None:
+    """Its CLIP's table of positions grows, the layers that attend to pictures change nothing, and it is saved."""
+    vit = build_vision(MINIATURE)
+    assert len(vit.embeddings.position_embedding.weight) == 65
+    vit.save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor().save_pretrained(tmp_path / "clip")
+    words = miniature_tokenizer()
+    LlamaForCausalLM(LlamaConfig(**{**MINIATURE.language, "vocab_size": len(words)})).save_pretrained(
+        tmp_path / "llama"
+    )
+    words.save_pretrained(tmp_path / "llama")
+    original.image_decoder.unet.save_pretrained(tmp_path / "sd" / "unet")
+    original.image_decoder.vae.save_pretrained(tmp_path / "sd" / "vae")
+    diffusers.PNDMScheduler(skip_prk_steps=True).save_pretrained(tmp_path / "sd" / "scheduler")
+    model = TextHarmony.from_backbones(tmp_path / "clip", tmp_path / "llama", tmp_path / "sd", MINIATURE)
+    assert model.visual_tokenizer.vit.embeddings.position_embedding.weight.shape == (257, 32)
+    assert model.config.scheduler["_class_name"] == "DDPMScheduler"
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    ids, mask = torch.tensor([[1, 5, 6]]), torch.ones(1, 3, dtype=torch.long)
+    with torch.no_grad():
+        embeds, features, _ = model.embed(ids, None)
+        with model.read_under(model.compute_gates(embeds, mask.bool(), ["text"]), features):
+            hidden = model.hidden_states(embeds, mask)
+        assert_close(hidden, plain.model(ids).last_hidden_state)
+        logits = model.language.get_output_embeddings()(hidden)
+        assert_close(logits[..., :98], plain(ids).logits[..., :98])
+        assert_close(logits[..., 98:], torch.full((1, 3, 2), -5.0))
+    drawn = model.draw("a")
+    model.save_pretrained(tmp_path / "model")
+    again = TextHarmony.from_pretrained(tmp_path / "model")
+    assert same_weights(again, model) and np.array_equal(again.draw("a"), drawn)
+    spare = {**MINIATURE.language, "vocab_size": 128}
+    with pytest.raises(ValueError, match="are not the last of 128 embeddings"):
+        TextHarmony(replace(MINIATURE, language=spare), words)
 
 
 # What is refused

@@ -104,7 +104,7 @@ def load_backbones(
         language=_transformers_values(llm.config),
         unet=_diffusers_values(unet.config),
         vae=_diffusers_values(vae.config),
-        scheduler=_diffusers_values(scheduler),
+        scheduler=_diffusers_values(scheduler) | ({} if config.released is None else {"_class_name": "DDPMScheduler"}),
         pixel_mean=mean,
         pixel_std=std,
     )

@@ -100,6 +100,9 @@ class TextHarmonyModel(nn.Module):
             self.visual_tokenizer = VisualTokenizer(config, width, vision, words)
             self.image_decoder = ImageDecoder(config, width, given.unet, given.vae, dtype_of(dtype, "image"))
         else:
+            last = words.weight.shape[0] - 2
+            if tokenizer.convert_tokens_to_ids([BOI, IMAGE]) != [last, last + 1]:
+                raise ValueError(f"{BOI} and {IMAGE} are not the last of {last + 2} embeddings, expected them there")
             self.visual_tokenizer = visual = ReleasedVisualTokenizer(config, width, vision)
             maps: int = vision.config.hidden_size
             attach_language(language, maps, visual.grid[0], config.released.every, 2)  # BOI and IMAGE
