@@ -1,4 +1,4 @@
-"""The command line: `textharmony read | answer | locate | draw | edit | chat | init | train | evaluate | demo | ...`.
+"""The command line: `textharmony read | answer | locate | draw | edit | chat | init | convert | train | ...`.
 
 Each command is a dataclass: the comments beside its fields are the help of its options. What a command needs is
 imported when it runs, so that help and mistakes come at once.
@@ -165,7 +165,7 @@ class Init:
     language: str  # folder or hub id of a causal language model of transformers
     image: str  # folder or hub id of Stable Diffusion 1 or 2
     out: Out  # the folder to write
-    preset: Literal["paper", "released"] = "paper"  # "released": gates from a table of tasks, multi-scale features
+    preset: Literal["paper", "released"] = "paper"  # "released": the released architecture, from CLIP, Llama and SD
     settings: Path | None = None  # a JSON file of fields of ModelConfig that differ from the preset
     image_size: int | None = None  # side in pixels of the pictures that are read; the preset's if not given
     drawing_size: int | None = None  # side in pixels of drawn pictures; what the UNet was trained on if not given
@@ -180,9 +180,7 @@ class Init:
         from textharmony.pipeline import TextHarmony
         from textharmony.presets import MODELS
 
-        given = {} if self.settings is None else json.loads(self.settings.read_text())
-        if not isinstance(given, dict):
-            raise ValueError(f"{self.settings} holds {given!r}, expected an object with fields of ModelConfig")
+        given = _settings(self.settings)
         if self.drawing_size is not None or "drawing_size" not in given:
             given["drawing_size"] = (self.drawing_size,) * 2 if self.drawing_size else drawing_size(self.image)
         if self.image_size is not None:
@@ -195,6 +193,36 @@ class Init:
         for part, count in counts.items():
             print(f"{part:22} {count:15,d}  {count / sum(counts.values()):7.2%}")
         print(self.out)
+
+
+@dataclass
+class Convert:
+    """Convert the checkpoint that the authors of TextHarmony released to a folder that the other commands read."""
+
+    released: Positional[Path]  # the folder with pytorch_model.bin, or with the pieces of it
+    out: Positional[Path]  # the folder to write
+    tokenizer: Path | None = None  # a folder with Vicuna-13B's tokenizer; RELEASED if not given
+    settings: Path | None = None  # a JSON file of fields of ModelConfig that differ from the preset "released"
+    dtype: DType = "bfloat16"  # of the weights in the folder
+
+    def __call__(self) -> None:
+        import torch
+
+        from textharmony.config import ModelConfig
+        from textharmony.pipeline import convert_released
+        from textharmony.presets import MODELS
+
+        config = ModelConfig.from_dict(MODELS["released"].to_dict() | _settings(self.settings))
+        convert_released(self.released, self.out, getattr(torch, self.dtype), self.tokenizer, config)
+        print(self.out)
+
+
+def _settings(file: Path | None) -> dict[str, Any]:
+    """The fields of ModelConfig in a JSON file."""
+    given = {} if file is None else json.loads(file.read_text())
+    if not isinstance(given, dict):
+        raise ValueError(f"{file} holds {given!r}, expected an object with fields of ModelConfig")
+    return given
 
 
 @dataclass
@@ -233,9 +261,9 @@ class Train:
         name, what = (self.preset, "preset") if self.model is None else (self.stages, "stages")
         if name not in TRAININGS:
             raise ValueError(f"{what} is {name!r}, expected one of {sorted(TRAININGS)}")
-        if self.model is None and name == "paper":
+        if self.model is None and name != "tiny":
             raise ValueError(
-                "the paper's stages start from a model of pretrained parts, expected its folder as --model"
+                f"the stages of {name!r} start from a model of pretrained parts, expected its folder as --model"
             )
         config = TRAININGS[name]
         every = self._given("steps", "batch_size", "learning_rate")
@@ -406,7 +434,7 @@ def main() -> None:
     A signal ends it with the usual status, 143 for SIGTERM and 130 for SIGINT, and no traceback.
     """
     app, captions, data = (tyro.extras.SubcommandApp() for _ in range(3))
-    for command in (Read, Answer, Locate, Draw, Edit, Chat, Init, Train, Evaluate, Demo):
+    for command in (Read, Answer, Locate, Draw, Edit, Chat, Init, Convert, Train, Evaluate, Demo):
         app.command(name=command.__name__.lower())(command)
     captions.command(name="build")(BuildCaptions)
     app.command(captions, name="captions", help="Captions for pictures of your own.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -52,25 +51,22 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
-class MultiScaleConfig:
-    """Multi-scale image features for the language model and the UNet (textharmony.model.multi_scale)."""
+class ReleasedConfig:
+    """The released architecture (textharmony.model.released), where other fields do not describe it."""
 
-    every: int = 4  # cross-attention is added to every Nth decoder layer, starting with the first
-    levels: tuple[float, ...] = (1.0, 0.5, 0.25)  # sizes of the feature maps relative to the ViT's grid: powers of two
-    points: int = 4  # that each head samples in each level
-    heads: int = 8
-    width: int = 256  # channels of the features
-    pictures: int = 8  # a token attends to at most this many pictures: the nearest ones before it
+    every: int = 4  # MMFS is in every Nth decoder layer, starting with the first
+    mmfs_width: int = 1024  # of what the UNet's blocks read from pictures
+    resampler_mlp: int = 3072  # width of the MLPs of both resamplers
+    grid: int = 16  # side of the table of positions that all feature maps share
+    stem: int = 64  # channels of the ViT-Adapter's first convolutions
+    lora_rank: int = 32  # of the plain LoRA on the ViT's queries, keys and values
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))  # JSON has lists
-        for name in ("every", "points", "heads", "width", "pictures"):
+        for name in ("every", "mmfs_width", "resampler_mlp", "grid", "stem", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}, expected a multiple of heads, {self.heads}")
-        if not self.levels or any(level <= 0 or math.frexp(level)[0] != 0.5 for level in self.levels):
-            raise ValueError(f"levels is {self.levels}, expected powers of two such as (2, 1, 0.5)")
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class ModelConfig:
     # In training, the model reads the picture that it has to draw after its begin-of-image token, and ends its text.
     feed_back: bool = False  # not together with a layout, whose labels belong to input pictures
     layout: LayoutConfig | None = None  # plan the layout of drawn words; None: no planner and no word heads
-    multi_scale: MultiScaleConfig | None = None  # None: no multi-scale features
+    released: ReleasedConfig | None = None  # the released architecture; None: ours
     unconditional_share: float = 0.1  # of training pictures that are drawn without a context, for guidance
     time_center: float = 1.5  # of the normal distribution that rectified flow draws its noise levels from
     time_spread: float = 1.2
@@ -112,6 +108,8 @@ class ModelConfig:
             raise ValueError(
                 "feed_back is True and there is a layout, expected one of them: layouts describe input pictures"
             )
+        if self.released is not None and (self.layout is not None or self.stem or self.slide_vision is not None):
+            raise ValueError("released is set, expected no layout, no stem and no experts on the ViT with it")
         (height, width), (drawn_height, drawn_width) = self.image_size, self.target_size
         if height * drawn_width != width * drawn_height:
             raise ValueError(
@@ -209,7 +207,7 @@ def _require_type(name: str, declared: str, value: Any) -> None:
 
 _NESTED = {
     "layout": LayoutConfig,
-    "multi_scale": MultiScaleConfig,
+    "released": ReleasedConfig,
     "visual_resampler": ResamplerConfig,
     "context_resampler": ResamplerConfig,
 }

@@ -219,6 +219,13 @@ def hide(pixels: Tensor, region: tuple[int, int, int, int]) -> Tensor:
     return hidden
 
 
+def black(size: tuple[int, int]) -> Tensor:
+    """Pixels (3, H, W) of a black picture of a size (height, width)."""
+    import torch
+
+    return torch.full((3, *size), -1.0)
+
+
 def to_pil(pixels: Tensor) -> Image.Image:
     """Convert pixels (3, H, W) in -1..1 to a PIL image."""
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,13 +18,23 @@ from tqdm import tqdm
 from textharmony.boxes import check_box, parse_boxes
 from textharmony.config import GenerationSettings, ModelConfig
 from textharmony.files import quote
-from textharmony.images import FittedImage, Picture, fit_image, hide, to_pil
-from textharmony.model.backbones import Backbones, DTypes, drawing_size, dtype_of, load_backbones, load_language
+from textharmony.images import FittedImage, Picture, black, fit_image, hide, to_pil
+from textharmony.model.backbones import (
+    Backbones,
+    DTypes,
+    drawing_size,
+    dtype_of,
+    load_backbones,
+    load_language,
+    load_tokenizer,
+)
 from textharmony.model.checkpoint import load_folder, load_weights, require_possible, save_folder, weight_files
 from textharmony.model.core import ADAPTER, TextHarmonyModel
 from textharmony.model.generation import draw, prompt, write
-from textharmony.presets.paper import PAPER
-from textharmony.prompts import Request, Task, check_length, check_plain, compose, image_tokens
+from textharmony.model.released.files import ReleasedFiles
+from textharmony.model.released.keys import EXPERTS, POSITION_IDS, from_released, released_keys, released_shapes
+from textharmony.presets.paper import PAPER, RELEASED
+from textharmony.prompts import BOI, IMAGE, Request, Task, check_length, check_plain, compose, image_tokens
 
 _BATCH = 50  # requests that go through the model together
 _EMBEDDED = Path(__file__).parent / "weights" / "tiny"
@@ -265,7 +276,8 @@ class TextHarmony(TextHarmonyModel):
 
     def _compose(self, request: Request) -> list[int]:
         bos = self.tokenizer.bos_token or ""
-        return self._encode(compose(request.task, request.prompt, self.config.visual_tokens, bos))
+        released = self.config.released is not None
+        return self._encode(compose(request.task, request.prompt, self.config.visual_tokens, bos, released))
 
     @torch.no_grad()
     def _write(self, requests: Sequence[Request], settings: GenerationSettings, streamer: Any) -> list[Any]:
@@ -290,8 +302,10 @@ class TextHarmony(TextHarmonyModel):
         source, regions = torch.zeros(len(requests), 3, *size), torch.full((len(requests), 4), torch.nan)
         for i, fitted in drawn_on.items():
             source[i], regions[i] = fitted.pixels, torch.tensor(fitted.region(boxes[i]))
-        hidden = [hide(fitted.pixels, fitted.region(boxes[i])) for i, fitted in read.items()]
-        prompted = prompt(self, rows, _stack(hidden), "image")
+        shown = {i: hide(fitted.pixels, fitted.region(boxes[i])) for i, fitted in read.items()}
+        if self.config.released is not None:  # released drawings are conditioned on a black picture
+            shown = {i: shown[i] if i in shown else black(self.config.image_size) for i in range(len(requests))}
+        prompted = prompt(self, rows, _stack(list(shown.values())), "image")
         edited = (source, regions) if edits else (None, None)
         drawn = draw(self, prompted, [request.seed for request in requests], settings, *edited)
         return [drawn_on[i].paste(p, boxes[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
@@ -401,6 +415,128 @@ class TextHarmony(TextHarmonyModel):
         for name, parameter in list(model.named_parameters(recurse=False)):
             setattr(model, name, nn.Parameter(parameter.to(device)))
         return model.eval()
+
+    @classmethod
+    def from_released(
+        cls,
+        path: str | Path | Sequence[str | Path],
+        dtype: DTypes = None,
+        device_map: Any = None,
+        tokenizer: str | Path | None = None,
+        config: ModelConfig | None = None,
+    ) -> TextHarmony:
+        """Load the checkpoint that the authors of TextHarmony released, in eval mode, one tensor at a time.
+
+        Args:
+            path: Its folder, with pytorch_model.bin or the pieces of it as they are downloaded; or a list of the files.
+            dtype: One for all weights, or one each for "vision", "language" and "image"; None: fp32. The VAE is fp32.
+            device_map: A device for everything; or of the language model "auto" or a dictionary as in accelerate, the
+                rest goes to the device of its embeddings. None: the CPU.
+            tokenizer: A folder with Vicuna-13B's tokenizer; None: the checkpoint's folder.
+            config: Of a checkpoint of other sizes; None: the preset "released".
+
+        Raises:
+            FileNotFoundError: A piece is missing.
+            ValueError: A file is damaged or holds anything but tensors; or a tensor is missing, surplus or of another
+                shape.
+        """
+        model, files, names = _open_released(cls, path, dtype, tokenizer, config)
+        parts = _language_map(model.language, device_map)
+        words = _device_of("model.embed_tokens.weight", parts)
+        with tqdm(names.items(), desc="load", leave=False) as bar:
+            for key, name in bar:
+                part = name.removeprefix("language.")
+                device = words if part == name else _device_of(part, parts)
+                set_module_tensor_to_device(model, name, device, from_released(name, files.read(key)))
+        for name, module in model.named_children():
+            if name != "language" or len(set(parts.values())) == 1:
+                module.to(words)
+        if len(set(parts.values())) > 1:
+            dispatch_model(model.language, parts)
+        return model.eval()
+
+
+def convert_released(
+    path: str | Path | Sequence[str | Path],
+    out: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    tokenizer: str | Path | None = None,
+    config: ModelConfig | None = None,
+) -> None:
+    """Write the released checkpoint as a folder for `from_pretrained`, without ever holding a whole piece in memory.
+
+    Args:
+        path: As in `TextHarmony.from_released`, like tokenizer and config.
+        out: The folder to write.
+        dtype: Of the weights there.
+        tokenizer: See `path`.
+        config: See `path`.
+
+    Raises:
+        FileNotFoundError: As `TextHarmony.from_released`, like the next one.
+        ValueError: See above; nothing is written then.
+    """
+    model, files, names = _open_released(TextHarmony, path, dtype, tokenizer, config)
+    keys = {name: key for key, name in names.items()}
+    state = model.state_dict()
+    with tqdm(total=len(keys), desc="convert", leave=False) as bar:
+
+        def read(name: str) -> Tensor:
+            bar.update()
+            return from_released(name, files.read(keys[name])) if name in keys else state[name]
+
+        # A shard is in memory as a whole, next to one tensor in the released dtype.
+        shard = min(files.largest // 16, 5 * 10**9)
+        save_folder(Path(out), model.config, model.tokenizer, state, dtype, max(shard, 10**6), read)
+
+
+def _open_released(
+    cls: type[TextHarmony],
+    path: str | Path | Sequence[str | Path],
+    dtype: DTypes,
+    tokenizer: str | Path | None,
+    config: ModelConfig | None,
+) -> tuple[TextHarmony, ReleasedFiles, dict[str, str]]:
+    """A model without weights, a released checkpoint that fits it, and our name of each of its tensors."""
+    config = config or RELEASED
+    if config.released is None or list((config.slide or {}).get("experts", ())) != list(EXPERTS):
+        raise ValueError(f"config is of another architecture, expected `released` with the experts {EXPERTS}")
+    files = ReleasedFiles(path)
+    folder = Path(tokenizer or (path if isinstance(path, (str, Path)) else path[0]))
+    folder = folder if folder.is_dir() else folder.parent
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise FileNotFoundError(f"{folder} has no tokenizer.model and no tokenizer.json, expected Vicuna-13B's there")
+    words, count = load_tokenizer(folder), config.language["vocab_size"]
+    if words.convert_tokens_to_ids([BOI, IMAGE]) != [count - 2, count - 1]:
+        raise ValueError(f"the tokenizer of {folder} has {len(words) - 2} tokens, expected {count - 2}: Vicuna-13B's")
+    with init_empty_weights():
+        model = cls(config, words, dtype=dtype)
+    state = model.state_dict()
+    files.require(released_shapes(state))
+    files.check()
+    ids = files.read(POSITION_IDS)
+    if not torch.equal(ids, torch.arange(ids.numel()).view_as(ids).to(ids.dtype)):
+        raise ValueError(f"{POSITION_IDS} is not 0, 1, 2, ..., expected these")
+    return model, files, released_keys(state)
+
+
+def _language_map(language: nn.Module, device_map: Any) -> dict[str, Any]:
+    """The device of each part of a language model, by the beginning of its name."""
+    if device_map == "auto":
+        device_map = infer_auto_device_map(language, no_split_module_classes=["LlamaDecoderLayer", "PictureLayer"])
+    if not isinstance(device_map, dict):
+        return {"": torch.device("cpu" if device_map is None else device_map)}
+    if "disk" in device_map.values():
+        raise ValueError("device_map puts layers on disk, expected devices with room for the whole language model")
+    return device_map
+
+
+def _device_of(name: str, parts: dict[str, Any]) -> Any:
+    while name not in parts:
+        if not name:
+            raise ValueError(f"device_map has {sorted(parts)}, expected a device for every part of the language model")
+        name = name.rpartition(".")[0]
+    return parts[name]
 
 
 def _stack(pixels: Sequence[Tensor]) -> Tensor | None:

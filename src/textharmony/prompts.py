@@ -119,7 +119,7 @@ def _caption(text: str, layout: LayoutConfig | None) -> str:
     return caption
 
 
-def compose(task: Task, prompt: str, visual_tokens: int, bos: str) -> str:
+def compose(task: Task, prompt: str, visual_tokens: int, bos: str, released: bool = False) -> str:
     """Compose the whole prompt of a task, up to where the answer (BOI for a drawing) follows.
 
     Args:
@@ -127,6 +127,8 @@ def compose(task: Task, prompt: str, visual_tokens: int, bos: str) -> str:
         prompt: The question, the caption or the instruction.
         visual_tokens: How many tokens stand for a picture.
         bos: The token that texts begin with; "" for a tokenizer without one.
+        released: Whether the model is the released one: a black picture comes before a caption, a full stop ends an
+            instruction, and blanks before a picture and at the end go, as its tokenizer drops them.
 
     Raises:
         ValueError: The prompt holds a picture's special tokens.
@@ -134,10 +136,13 @@ def compose(task: Task, prompt: str, visual_tokens: int, bos: str) -> str:
     check_plain(prompt)
     image = image_tokens(visual_tokens)
     if task is Task.DRAW:
-        return bos + DRAW_PROMPT.format(caption=prompt)
-    if task is Task.EDIT:
-        return bos + EDIT_PROMPT.format(image=image, question=prompt)
-    return bos + TEXT_PROMPT.format(image=image, question=prompt)
+        text = (image if released else "") + DRAW_PROMPT.format(caption=prompt)
+    elif task is Task.EDIT:
+        text = EDIT_PROMPT.format(image=image, question=prompt)
+        text += "." if released and not prompt.endswith(".") else ""
+    else:
+        text = TEXT_PROMPT.format(image=image, question=prompt)
+    return bos + (text.replace(f" {BOI}", BOI).rstrip() if released else text)
 
 
 def image_tokens(visual_tokens: int) -> str:

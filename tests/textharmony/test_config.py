@@ -11,8 +11,8 @@ from textharmony.config import (
     GenerationSettings,
     LayoutConfig,
     ModelConfig,
-    MultiScaleConfig,
     PredictionSettings,
+    ReleasedConfig,
     ResamplerConfig,
     Stage,
     TrainConfig,
@@ -36,7 +36,6 @@ def test_every_field_survives_json(config: ModelConfig) -> None:
     changed = replace(
         config,
         layout=LayoutConfig(colors=("black", "red"), glyph_size=(3, 5)),
-        multi_scale=MultiScaleConfig(every=2, levels=(2.0, 1.0), points=3, heads=2, width=16, pictures=2),
         visual_resampler=ResamplerConfig(2, 3, 24),
         context_resampler=ResamplerConfig(4),
         drawing_size=(64, 256),
@@ -44,7 +43,9 @@ def test_every_field_survives_json(config: ModelConfig) -> None:
         quantization={"load_in_8bit": True},
     )
     assert through_json(changed) == changed
-    assert through_json(replace(changed, layout=None, multi_scale=None)).layout is None
+    assert through_json(replace(changed, layout=None)).layout is None
+    released = replace(PAPER, released=ReleasedConfig(every=2, stem=8, lora_alpha=3.0))
+    assert through_json(released) == released != PAPER
 
 
 @pytest.mark.parametrize(
@@ -60,21 +61,16 @@ def test_an_unknown_field_is_named(values: dict[str, Any], message: str) -> None
         ModelConfig.from_dict(TINY.to_dict() | values)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"every": 0}, "every is 0"),
-        ({"points": 0}, "points is 0"),
-        ({"pictures": 0}, "pictures is 0"),
-        ({"width": 30}, "width is 30, expected a multiple of heads, 8"),
-        ({"levels": (3.0,)}, "powers of two"),
-        ({"levels": (-1.0,)}, "powers of two"),
-        ({"levels": ()}, "powers of two"),
-    ],
-)
-def test_multi_scale_features_that_cannot_be_are_named(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MultiScaleConfig(**values)
+@pytest.mark.parametrize("name", ["every", "mmfs_width", "resampler_mlp", "grid", "stem", "lora_rank"])
+def test_released_sizes_that_cannot_be_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+        ReleasedConfig(**{name: 0})
+
+
+def test_the_released_architecture_goes_without_what_is_ours() -> None:
+    for changes in ({"layout": LayoutConfig(), "feed_back": False}, {"stem": (8,)}, {"slide_vision": PAPER.slide}):
+        with pytest.raises(ValueError, match="released is set, expected no layout, no stem and no experts on the ViT"):
+            replace(PAPER, released=ReleasedConfig(), **changes)
 
 
 def test_drawings_have_the_proportion_of_pictures() -> None:

@@ -18,7 +18,7 @@ from transformers import TextStreamer
 
 import textharmony
 from textharmony.boxes import covered_pixels
-from textharmony.config import GenerationSettings, ModelConfig, MultiScaleConfig, put_experts_on
+from textharmony.config import GenerationSettings, ModelConfig, put_experts_on
 from textharmony.data.batch import Collator
 from textharmony.data.record import Record
 from textharmony.data.synthetic import SyntheticWords
@@ -466,11 +466,10 @@ def test_a_model_of_backbones_round_trips(united: TextHarmony, pictures: list[Im
     assert same_weights(TextHarmony.from_pretrained(tmp_path / "model"), united)
 
 
-def test_experts_and_features_round_trip(
+def test_experts_on_both_models_round_trip(
     miniature: Miniature, joined: ModelConfig, pictures: list[Image.Image], tmp_path: Path
 ) -> None:
-    scales = MultiScaleConfig(every=1, levels=(1.0, 0.5), points=2, heads=2, width=8)
-    model = join(miniature, put_experts_on(replace(joined, multi_scale=scales), "both"))
+    model = join(miniature, put_experts_on(joined, "both"))
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():

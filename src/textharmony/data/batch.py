@@ -63,6 +63,9 @@ class Collator:
                 raise ValueError("a record to edit lacks its image or its target, expected both")
             box = record.edit_box()
             pictures, region = [hide(image.colors, image.region(box))], target.region(box)
+        if record.task is Task.DRAW and self.config.released is not None:
+            # Released drawings are conditioned on a black picture.
+            pictures = [torch.zeros((3, *self.config.image_size), dtype=torch.uint8)]
         if target is not None and self.config.feed_back:
             pictures.append(fit_image(target.colors.permute(1, 2, 0).numpy(), self.config.image_size).colors)
         layout = record.layout if self.config.layout else None
@@ -90,7 +93,8 @@ class Collator:
         """input_ids and labels of a row."""
         bos = self.tokenizer.bos_token or ""
         longest = self.max_length or self._positions
-        texts = compose(record.task, record.prompt, self.config.visual_tokens, bos), self._answer(record, image)
+        composed = compose(record.task, record.prompt, self.config.visual_tokens, bos, self.config.released is not None)
+        texts = composed, self._answer(record, image)
         for text in texts:
             check_length(text, longest)
         prompt, answer = map(self._tokens, texts)

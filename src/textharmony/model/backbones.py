@@ -118,7 +118,7 @@ def load_backbones(
     quantization_config: Any = None,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, Backbones]:
     """Load the models of TextHarmony.from_backbones: `config` with their configurations, the tokenizer, the models."""
-    tokenizer = _load_tokenizer(language)
+    tokenizer = load_tokenizer(language)
     llm = load_language(language, tokenizer, dtype_of(dtype, "language"), device_map, quantization_config)
     vision_config = _vision_part(AutoConfig.from_pretrained(vision))
     vit = cast(
@@ -135,7 +135,7 @@ def load_backbones(
         language=_transformers_values(llm.config),
         unet=_diffusers_values(unet.config),
         vae=_diffusers_values(vae.config),
-        scheduler=_diffusers_values(scheduler),
+        scheduler=_diffusers_values(scheduler) | ({} if config.released is None else {"_class_name": "DDPMScheduler"}),
         pixel_mean=mean,
         pixel_std=std,
     )
@@ -154,7 +154,7 @@ def drawing_size(image: str | Path) -> tuple[int, int]:
     return height * cell, width * cell
 
 
-def _load_tokenizer(language: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(language: str | Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer with the special tokens of pictures and a padding token."""
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(language))
     if tokenizer.eos_token is None:

@@ -38,7 +38,8 @@ def save_folder(
     tokenizer: PreTrainedTokenizerBase,
     tensors: dict[str, Tensor],  # a parameter with two names is written under the first one alone
     dtype: torch.dtype | None,  # of the floating-point tensors on disk; None: their own
-    max_shard_size: str,  # of a file, such as "5GB"
+    max_shard_size: str | int,  # of a file, such as "5GB"
+    read: Callable[[str], Tensor] | None = None,  # tensors have no values: this reads one by its name
 ) -> None:
     """Write a model's folder, and replace an earlier model there as a whole.
 
@@ -53,7 +54,7 @@ def save_folder(
     written = {}
     for name, tensor in {id(tensor): (name, tensor) for name, tensor in reversed(tensors.items())}.values():
         wanted = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        written[name] = tensor.detach().to("cpu", wanted).contiguous()
+        written[name] = tensor.detach().to("cpu" if read is None else tensor.device, wanted).contiguous()
     is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     _finish_save(path)
@@ -65,7 +66,7 @@ def save_folder(
     shutil.rmtree(saving, ignore_errors=True)
     try:
         saving.mkdir()
-        _write_weights(path, written, max_shard_size)
+        _write_weights(path, written, max_shard_size, read)
         config_file = saving / "config.json"
         with naming(path / "config.json"):
             replace_file(config_file, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
@@ -83,11 +84,15 @@ def save_folder(
     _finish_save(path)
 
 
-def _write_weights(path: Path, tensors: dict[str, Tensor], max_shard_size: str) -> None:
+def _write_weights(
+    path: Path, tensors: dict[str, Tensor], max_shard_size: str | int, read: Callable[[str], Tensor] | None
+) -> None:
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for name, keys in split.filename_to_tensors.items():
+        shard = {n: tensors[n] if read is None else read(n).to(tensors[n].dtype).contiguous() for n in keys}
         with naming(path / name):
-            save_file({key: tensors[key] for key in keys}, path / SAVING / name, {"format": "pt"})
+            save_file(shard, path / SAVING / name, {"format": "pt"})
+        del shard  # before the next one is read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with naming(path / _INDEX):

@@ -17,7 +17,9 @@ from textharmony.config import LOSSES, ModelConfig
 from textharmony.model.backbones import Backbones, DTypes, build_language, build_vision, count_positions, dtype_of
 from textharmony.model.image_decoder import ImageDecoder
 from textharmony.model.layout_planner import crop_to_words
-from textharmony.model.multi_scale import MultiScaleFeatures
+from textharmony.model.released.image_decoder import ReleasedImageDecoder
+from textharmony.model.released.pictures import NEVER, PictureLayer, Visible, attach_language, seeing
+from textharmony.model.released.visual_tokenizer import ReleasedVisualTokenizer
 from textharmony.model.visual_tokenizer import VisualTokenizer
 from textharmony.model.word_heads import WordLabels, WordLogits, word_loss
 from textharmony.prompts import BOI, IMAGE
@@ -29,24 +31,47 @@ _PARTS = {
     "language": "language",
     "image_decoder.unet": "UNet",
     "image_decoder.vae": "VAE",
-    "multi_scale": "multi-scale",
 }
 
 
 class ImageFeatures(NamedTuple):
-    """Multi-scale features of P pictures, and where the pictures stand in a batch."""
+    """Feature maps of P pictures, and where the pictures stand in a batch."""
 
-    pyramid: Sequence[Tensor]  # (P, C, h, w) for each level
+    maps: Sequence[Tensor]  # (P, C, h, w) for each level; empty for no pictures
     rows: Sequence[int]  # the row of each picture
-    columns: Sequence[int]  # the column of its first token
+    begins: Sequence[int]  # the column of its first token
+    ends: Sequence[int]  # the column of the next begin-of-text token, or NEVER
     batch: int  # how many rows there are
+
+    def visible(self, repeats: int = 1) -> Visible:
+        """What tokens see: each the pictures before it in its row, and in its text."""
+        return self._visible([[i for i, row in enumerate(self.rows) if row == b] for b in range(self.batch)], repeats)
+
+    def visible_before(self, drawn: Sequence[int], columns: Sequence[int]) -> Visible:
+        """What drawings see that begin in columns of rows: the picture just before it in its text, if there is one."""
+        before = [
+            [i for i, at in enumerate(self.rows) if at == row and self.begins[i] <= column < self.ends[i]][-1:]
+            for row, column in zip(drawn, columns, strict=True)
+        ]
+        return self._visible(before)
+
+    def _visible(self, pictures: Sequence[Sequence[int]], repeats: int = 1) -> Visible:
+        most = max(map(len, pictures))
+        shown = [  # which pictures, their begins and their ends
+            [[of[i] for i in row] + [absent] * (most - len(row)) for row in pictures]
+            for of, absent in ((range(len(self.rows)), 0), (self.begins, NEVER), (self.ends, NEVER))
+        ]
+        device = self.maps[0].device if self.maps else None
+        tables = (torch.tensor(rows, device=device, dtype=torch.long).repeat_interleave(repeats, 0) for rows in shown)
+        which, begins, ends = tables
+        return Visible(self.maps, which, begins, ends)
 
 
 class Embedded(NamedTuple):
     """What the language model reads."""
 
     inputs_embeds: Tensor  # (B, T, D)
-    features: ImageFeatures | None = None  # of a model with multi-scale features, where there are pictures
+    features: ImageFeatures | None = None  # of a model of the released architecture
     word_logits: WordLogits | None = None  # of a model with word heads, where there are pictures
 
 
@@ -70,25 +95,24 @@ class TextHarmonyModel(nn.Module):
         self.language = language
         for slide in (config.slide, config.slide_vision):
             slidelora.require_bounded(slide or {})  # the configuration of a folder may be a stranger's
-        if config.slide is not None:
-            slidelora.inject(language, **config.slide)
         width: int = words.weight.shape[-1]
         vision = given.vision or build_vision(config, dtype_of(dtype, "vision"))
-        self.visual_tokenizer = VisualTokenizer(config, width, vision, words)
-        self.image_decoder = ImageDecoder(config, width, given.unet, given.vae, dtype_of(dtype, "image"))
-        self.multi_scale = None
-        if config.multi_scale is not None:
-            layers: Any = language.base_model.layers
-            self.multi_scale = MultiScaleFeatures(
-                config.multi_scale,
-                self.visual_tokenizer.vit.config.hidden_size,
-                self.visual_tokenizer.grid,
-                width,
-                len(layers),
-                self.image_decoder.unet.config.block_out_channels,
-            )
-            self.multi_scale.attach_language(layers)
-            self.multi_scale.attach_unet(self.image_decoder.unet)
+        self.visual_tokenizer: VisualTokenizer | ReleasedVisualTokenizer
+        self.image_decoder: ImageDecoder
+        if config.released is None:
+            self.visual_tokenizer = VisualTokenizer(config, width, vision, words)
+            self.image_decoder = ImageDecoder(config, width, given.unet, given.vae, dtype_of(dtype, "image"))
+        else:
+            last = words.weight.shape[0] - 2
+            if tokenizer.convert_tokens_to_ids([BOI, IMAGE]) != [last, last + 1]:
+                raise ValueError(f"{BOI} and {IMAGE} are not the last of {last + 2} embeddings, expected them there")
+            self.visual_tokenizer = visual = ReleasedVisualTokenizer(config, width, vision)
+            maps: int = vision.config.hidden_size
+            attach_language(language, maps, visual.grid[0], config.released.every, 2)  # BOI and IMAGE
+            image_dtype = dtype_of(dtype, "image")
+            self.image_decoder = ReleasedImageDecoder(config, width, maps, given.unet, given.vae, image_dtype)
+        if config.slide is not None:
+            slidelora.inject(language, **config.slide)
         self.begin_image = nn.Parameter(torch.zeros(width))  # added to the embedding of every BOI
         self.begin_head = nn.Parameter(torch.zeros(width)) if config.begin_head else None  # corrects BOI's logit
         self.boi_id = cast(int, tokenizer.convert_tokens_to_ids(BOI))
@@ -134,7 +158,8 @@ class TextHarmonyModel(nn.Module):
                 f"input_ids has {int(is_image.sum())} image tokens, expected {tokens_each} for each of {count} pictures"
             )
         if pixel_values is None:
-            return Embedded(embeds)
+            nothing = ImageFeatures((), (), (), (), len(input_ids))
+            return Embedded(embeds, None if self.config.released is None else nothing)
         acting: AbstractContextManager[None] = nullcontext()
         if self.config.slide_vision is not None and adapters:
             text = ~is_image if prompt_mask is None else prompt_mask & ~is_image
@@ -144,12 +169,17 @@ class TextHarmonyModel(nn.Module):
         elif self.config.slide_vision is not None:
             acting = slidelora.disabled(self.visual_tokenizer)
         with acting:
-            tokens, patches, word_logits = self.visual_tokenizer(pixel_values)
+            tokens, patches_or_maps, word_logits = self.visual_tokenizer(pixel_values)
         features = None
-        if self.multi_scale is not None:
-            begins = is_image.nonzero().unflatten(0, (-1, tokens_each))[:, 0]  # (N, 2) row and column
-            rows, columns = begins.T.tolist()
-            features = ImageFeatures(self.multi_scale.pyramid(patches), rows, columns, len(input_ids))
+        if self.config.released is not None:
+            first = is_image.nonzero().unflatten(0, (-1, tokens_each))[:, 0]  # (N, 2) row and column
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            texts = columns.where(input_ids == self.tokenizer.bos_token_id, NEVER)
+            following = texts.flip(1).cummin(1).values.flip(1)  # (B, T) where the next text begins
+            rows, begins = first.T.tolist()
+            features = ImageFeatures(
+                patches_or_maps, rows, begins, following[first[:, 0], first[:, 1]].tolist(), len(input_ids)
+            )
         return Embedded(embeds.masked_scatter(is_image[..., None], tokens.to(embeds)), features, word_logits)
 
     def compute_gates(
@@ -176,7 +206,7 @@ class TextHarmonyModel(nn.Module):
 
     @contextmanager
     def read_under(self, gates: Tensor | None, features: ImageFeatures | None, repeats: int = 1) -> Iterator[None]:
-        """A context in which the language model reads under gates (B, E) and attends to features.
+        """A context in which the language model reads under gates (B, E) and sees the pictures of features.
 
         Without gates its experts do not act; `repeats` is how often `generate` repeats each row, for beams.
         """
@@ -184,25 +214,25 @@ class TextHarmonyModel(nn.Module):
             if self.config.slide is not None:
                 off = slidelora.disabled(self.language)
                 stack.enter_context(off if gates is None else slidelora.gates(self.language, gates, repeats))
-            if self.multi_scale is not None and features is not None:
-                stack.enter_context(self.multi_scale.visible_to_language(*features, repeats=repeats))
+            if features is not None:
+                layers = [layer for layer in self.language.modules() if isinstance(layer, PictureLayer)]
+                stack.enter_context(seeing(layers, features.visible(repeats)))
             yield
 
     def draw_under(
-        self, features: ImageFeatures | None, drawn: Sequence[int] | Tensor, begins: Tensor | None = None
+        self, features: ImageFeatures | None, drawn: Sequence[int] | Tensor, begins: Tensor
     ) -> AbstractContextManager[None]:
-        """A context in which the UNet attends to features, for the rows of a batch that are drawn.
+        """A context in which the UNet sees the picture before each drawing.
 
-        Pictures from the column `begins` (B,) of their row on are not visible: the drawing begins there.
+        Args:
+            features: What `embed` returned.
+            drawn: The rows of the batch that are drawn.
+            begins: (B,) the column of each row's begin-of-image token, where its drawing begins.
         """
-        if self.multi_scale is None or features is None:
+        if features is None:
             return nullcontext()
-        order = {int(row): i for i, row in enumerate(drawn)}
-        rows = [
-            order.get(row, -1) if begins is None or column < begins[row] else -1
-            for row, column in zip(features.rows, features.columns, strict=True)
-        ]
-        return self.multi_scale.visible_to_unet(features.pyramid, rows, len(drawn))
+        rows, columns = [int(row) for row in drawn], begins.tolist()
+        return seeing([self.image_decoder.unet], features.visible_before(rows, [columns[row] for row in rows]))
 
     def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         """Run the language model without its head: (B, T, D) to (B, T, D), under the gates that are in force."""
@@ -260,6 +290,8 @@ class TextHarmonyModel(nn.Module):
         answered = labels[:, 1:] != -100
         logits = self.language.get_output_embeddings()(hidden[:, :-1][answered]).float()
         surprise = F.cross_entropy(logits, labels[:, 1:][answered], reduction="none")
+        if self.config.released is not None:
+            return surprise.mean()
         # A mean over samples of their means: a box of twenty tokens must not drown a word of four.
         weights = 1 / (answered.sum(1) * len(answered))  # (B,)
         return (surprise * weights.repeat_interleave(answered.sum(1))).sum()

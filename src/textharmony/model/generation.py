@@ -75,10 +75,11 @@ def draw(
     with model.read_under(prompted.gates, prompted.features):
         hidden = model.hidden_states(prompted.inputs_embeds, prompted.attention_mask)
     device = model.image_decoder.unconditional.device
-    with model.draw_under(prompted.features, range(len(seeds))):
+    last = prompted.attention_mask.sum(1) - 1
+    with model.draw_under(prompted.features, range(len(seeds)), last):
         return model.image_decoder.generate(
             hidden,
-            prompted.attention_mask.sum(1) - 1,
+            last,
             [torch.Generator().manual_seed(seed) for seed in seeds],
             None if source is None else source.to(device),
             None if regions is None else regions.to(device),

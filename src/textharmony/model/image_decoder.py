@@ -41,9 +41,8 @@ class ImageDecoder(nn.Module):
         self.channels = self.vae.config.latent_channels
         self.inpaints = _inpaints(config, self.unet.config, self.channels, self.cell)
         context_width = self.unet.config.cross_attention_dim
-        resampler = config.context_resampler
-        self.width = resampler.width or context_width
-        self.resampler = PerceiverResampler(width, self.width, config.context_tokens, resampler.depth, resampler.heads)
+        self.width = config.context_resampler.width or context_width
+        self.resampler = self.build_resampler(width)
         self.project = nn.Identity() if self.width == context_width else nn.Linear(self.width, context_width)
         self.unconditional = nn.Parameter(torch.randn(config.context_tokens, context_width) * 0.02)
         # From the VAE's configuration; `standardise` measures them for a VAE whose configuration does not say.
@@ -55,14 +54,18 @@ class ImageDecoder(nn.Module):
         self.painter = GlyphPainter(config.layout, context_width, size) if config.layout else None
         self.to(dtype)
 
+    def build_resampler(self, width: int) -> nn.Module:
+        """Build what reads hidden states of a width: to `context_tokens` of self.width."""
+        resampler = self.config.context_resampler
+        tokens = self.config.context_tokens
+        return PerceiverResampler(width, self.width, tokens, resampler.depth, resampler.heads)
+
     def read_context(self, hidden_states: Tensor, last: Tensor) -> Tensor:
         """Read hidden states (B, T, D) up to the column `last` (B,) of each row: context tokens (B, Q, C)."""
         hidden_states = hidden_states.to(self.unconditional)
         last = last.to(hidden_states.device)
-        batch, length, width = hidden_states.shape
-        index = last[:, None] - torch.arange(length, device=last.device)  # (B, T)
-        # Nearest first, as released.
-        flipped = hidden_states.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, width))
+        batch, length, _ = hidden_states.shape
+        flipped, index = nearest_first(hidden_states, last)
         # Half of each position counts from the begin-of-image token, as released, and half from the start of the row:
         # captions begin alike.
         table = sincos_positions(length, self.width // 2, last.device)  # (T, C / 2)
@@ -196,6 +199,16 @@ class ImageDecoder(nn.Module):
             if regions is not None and not self.inpaints:  # put back what is known outside the regions
                 latents = torch.where(free > 0, latents, diffusion.noised(kept, noise, index))
         return self.decode(latents)
+
+
+def nearest_first(hidden_states: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Flip hidden states (B, T, D) before the columns `last` (B,), as the released code does.
+
+    Returns:
+        The states, and the column (B, T) that each was in; negative where there is none.
+    """
+    index = last[:, None] - torch.arange(hidden_states.shape[1], device=last.device)
+    return hidden_states.gather(1, index.clamp(min=0)[..., None].expand_as(hidden_states)), index
 
 
 def _inpaints(config: ModelConfig, unet: Any, channels: int, cell: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from textharmony.config import ModelConfig, MultiScaleConfig, ResamplerConfig, Stage, TrainConfig
+from textharmony.config import ModelConfig, ReleasedConfig, ResamplerConfig, Stage, TrainConfig
 
 # The sizes of CLIP ViT-L/14, Vicuna-13B and Stable Diffusion 2 base are theirs. Where TextHarmony's own are not known
 # (the resamplers' insides, the training), the values are ours.
@@ -62,8 +62,16 @@ PAPER = ModelConfig(
     inference_steps=30,
 )
 
-# As the released code runs it: gates from a table of tasks, and multi-scale features.
-RELEASED = replace(PAPER, slide={**_SLIDE, "gate": "given"}, multi_scale=MultiScaleConfig())
+# The released checkpoint's architecture. Its language model is Vicuna-13B v1.3.
+RELEASED = replace(
+    PAPER,
+    language={**_LANGUAGE, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    scheduler={**_SCHEDULER, "_class_name": "DDPMScheduler", "clip_sample": False},
+    slide={**_SLIDE, "gate": "given", "init": "textharmony"},
+    begin_head=False,
+    released=ReleasedConfig(),
+    max_new_tokens=128,
+)
 
 # The two stages of the paper, for a model that is made of pretrained parts. Which parts train is known. The numbers of
 # steps, the batch sizes and the learning rates are not: these values are ours.
@@ -71,13 +79,13 @@ RELEASED = replace(PAPER, slide={**_SLIDE, "gate": "given"}, multi_scale=MultiSc
 _ALIGN = Stage(
     name="align",
     trainable=r"(?!.*lora_|.*slidelora_gate)"
-    r"(visual_tokenizer\.(positions|resampler|project)|image_decoder\.(?!vae)|begin_|multi_scale)",
+    r"(visual_tokenizer\.(positions|resampler|project)|image_decoder\.(?!vae)|begin_)",
     tasks={"draw": 0.5, "answer": 0.25, "read": 0.15, "locate": 0.1}, losses=("text", "image"),
     steps=20000, warmup=1000, batch_size=256, learning_rate=1e-4,
 )
 _TUNE = Stage(
     name="tune",
-    trainable=r"visual_tokenizer|image_decoder\.(?!vae)|begin_|multi_scale|language\..*(lora_|slidelora_gate)",
+    trainable=r"visual_tokenizer|image_decoder\.(?!vae)|begin_|language\..*(lora_|slidelora_gate)",
     tasks={"draw": 0.25, "edit": 0.25, "answer": 0.25, "read": 0.15, "locate": 0.1}, losses=("text", "image", "gate"),
     steps=10000, warmup=500, batch_size=128, learning_rate=5e-5, adapters=True,
 )
@@ -85,4 +93,11 @@ PAPER_TRAINING = TrainConfig(
     (_ALIGN, _TUNE), weight_decay=0.05, betas=(0.9, 0.95), save_every=500, sample_every=1000,
     mixed_precision="bf16", gradient_checkpointing=True, max_length=2048, window=32,
 )
+
+# The same for the released architecture. The second stage trains exactly what the released code does in its second one.
+_REST = r"visual_tokenizer\.|image_decoder\.(?!vae\.)|begin_image|language\.lm_head\.new\."
+RELEASED_TRAINING = replace(PAPER_TRAINING, stages=(
+    replace(_ALIGN, trainable=rf"(?!.*lora_)({_REST}|language\..*\.pictures\.)"),
+    replace(_TUNE, trainable=rf"{_REST}|language\..*\.lora_", losses=("text", "image")),
+))
 # fmt: on

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 import slidelora
 from textharmony.boxes import from_pixels
-from textharmony.config import LOSSES, ModelConfig, MultiScaleConfig, put_experts_on
+from textharmony.config import LOSSES, ModelConfig, put_experts_on
 from textharmony.data.record import Record
 from textharmony.data.synthetic import SyntheticWords
-from textharmony.images import fit_image
 from textharmony.model.core import TextHarmonyModel
 from textharmony.pipeline import TextHarmony
 from textharmony.presets import PAPER, TINY
-from textharmony.prompts import Request, Task
+from textharmony.prompts import Task
 
 Make = Callable[..., TextHarmony]
 HALF = (0, 0, 500, 500)
@@ -340,9 +339,8 @@ def test_feedback_changes_neither_gates_nor_drawings(
     miniature: Miniature, joined: ModelConfig, three: list[Record]
 ) -> None:
     """A picture that is read after it is drawn comes too late for the gates and for the image decoder."""
-    scales = MultiScaleConfig(every=1, levels=(1.0,), points=2, heads=2, width=8)
-    model = join(miniature, put_experts_on(replace(joined, multi_scale=scales), "both"))
-    randomise(model, "lora_B", "begin_", "gate")
+    model = join(miniature, put_experts_on(joined, "both"))
+    randomise(model, "lora_B", "begin_")
     found = []
     for feeds in (True, False):
         model.config = replace(model.config, feed_back=feeds)
@@ -355,73 +353,3 @@ def test_feedback_changes_neither_gates_nor_drawings(
     assert fed["image"].item() == pytest.approx(plain["image"].item(), rel=1e-5)
     assert fed["gate"].item() == pytest.approx(plain["gate"].item(), rel=1e-5)
     assert fed["text"].item() != pytest.approx(plain["text"].item(), rel=1e-4)
-
-
-# Multi-scale features
-
-SCALES = MultiScaleConfig(every=1, levels=(1.0, 0.5), points=2, heads=2, width=8)
-
-
-@pytest.fixture
-def with_features(miniature: Miniature, joined: ModelConfig, united: TextHarmony) -> TextHarmony:
-    """`united` with new multi-scale features."""
-    model = join(miniature, replace(joined, multi_scale=SCALES))
-    missing = model.load_state_dict(united.state_dict(), strict=False)
-    assert all(name.startswith("multi_scale.") for name in missing.missing_keys) and not missing.unexpected_keys
-    return model
-
-
-def open_gates(model: TextHarmony) -> None:
-    assert model.multi_scale is not None
-    with torch.no_grad():
-        for name, parameter in model.multi_scale.named_parameters():
-            if name.endswith("gate"):
-                parameter.fill_(2.0)
-
-
-def test_new_features_change_nothing(with_features: TextHarmony, united: TextHarmony, picture: Image.Image) -> None:
-    assert with_features.answer(picture, "what", num_beams=2) == united.answer(picture, "what", num_beams=2)
-    edited = united.edit(picture, HALF, "A")
-    assert np.array_equal(with_features.edit(picture, HALF, "A"), edited)
-    assert with_features.count_parameters()["multi-scale"] > 0
-
-
-def test_language_model_and_unet_attend_to_features(with_features: TextHarmony, picture: Image.Image) -> None:
-    """Two pictures whose visual tokens are the same differ by their features alone."""
-    model = with_features
-    open_gates(model)
-    with torch.no_grad():
-        model.visual_tokenizer.project.weight.zero_()
-    ids = torch.tensor([[7, model.boi_id, *[model.image_id] * model.config.visual_tokens, 8, 9]] * 2)
-    pixels = torch.stack([fit_image(p, (56, 56)).pixels for p in (picture, Image.new("RGB", (9, 9)))])
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        embeds, features, _ = model.embed(ids, pixels)
-        assert torch.equal(embeds[0], embeds[1])
-        with model.read_under(model.compute_gates(embeds, mask.bool(), None), features):
-            hidden = model.hidden_states(embeds, mask)
-        assert relative_error(hidden[1, :2], hidden[0, :2]) < 1e-6
-        assert relative_error(hidden[1, -1], hidden[0, -1]) > 1e-4
-        # The UNet draws other pictures from the same context.
-        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-        with model.draw_under(features, range(2)):
-            drawn = model.image_decoder.generate(hidden[:1].expand(2, -1, -1), mask.sum(1) - 1, generators)
-    assert relative_error(drawn[1], drawn[0]) > 1e-4
-
-
-def test_features_of_a_mixed_batch_go_by_rows(with_features: TextHarmony, picture: Image.Image) -> None:
-    open_gates(with_features)
-    requests = [Request(Task.DRAW, "a"), Request(Task.EDIT, "b", picture, HALF, 3)]
-    together = with_features.perform(requests)
-    for found, request in zip(together, requests, strict=True):
-        assert relative_error(found, with_features.perform([request])[0]) < 0.01
-
-
-def test_features_train(with_features: TextHarmony, three: list[Record]) -> None:
-    model = with_features.train()
-    assert model.multi_scale is not None
-    model.multi_scale.requires_grad_(True)
-    batch = collate(model.config, model.tokenizer, three)
-    sum(model(**batch, losses=("text", "image")).values()).backward()
-    gates = {name: p.grad for name, p in model.multi_scale.named_parameters() if name.endswith("gate")}
-    assert len(gates) == 2 + 3 and all(grad is not None and grad.abs().sum() > 0 for grad in gates.values())
