@@ -236,7 +236,7 @@ def test_an_interrupted_save_keeps_the_model_before(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(textharmony.model.checkpoint, "save_torch_state_dict", interrupt)
+    monkeypatch.setattr(textharmony.model.checkpoint, "save_file", interrupt)
     other = {name: tensor + 1 for name, tensor in tensors.items()}
     with pytest.raises(KeyboardInterrupt):
         save_folder(folder, config, tokenizer, other, None, "5GB")
