@@ -45,11 +45,11 @@ MINIATURE: ModelConfig = replace(
 )
 
 
-def miniature_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters and a few signs: begin 1, end 2, pad 97, BOI 98, IMAGE 99, as in the golden files."""
+def miniature_tokenizer(count: int = 98) -> PreTrainedTokenizerFast:
+    """Letters and a few signs: begin 1, end 2, and of 98 tokens pad 97, BOI 98, IMAGE 99, as in the golden files."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?\"'()-_/+*=%&#@$<>[]{}|^~"
-    words = ["<unk>", "<s>", "</s>", *letters][:97]
-    words += [f"<spare{i}>" for i in range(len(words), 97)] + ["<pad>", BOI, IMAGE]
+    words = ["<unk>", "<s>", "</s>", *letters][: count - 1]
+    words += [f"<spare{i}>" for i in range(len(words), count - 1)] + ["<pad>", BOI, IMAGE]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

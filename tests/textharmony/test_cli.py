@@ -441,6 +441,7 @@ def test_the_package_runs_as_a_module() -> None:
         "edit",
         "chat",
         "init",
+        "convert",
         "train",
         "evaluate",
         "demo",

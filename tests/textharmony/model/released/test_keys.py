@@ -23,7 +23,7 @@ def listed() -> dict[str, tuple[tuple[int, ...], str]]:
 @pytest.fixture(scope="module")
 def model() -> TextHarmony:
     with torch.device("meta"):
-        return TextHarmony(RELEASED, miniature_tokenizer())
+        return TextHarmony(RELEASED, miniature_tokenizer(32000))
 
 
 def test_all_names_and_shapes(model: TextHarmony, listed: dict[str, tuple[tuple[int, ...], str]]) -> None:
