@@ -347,13 +347,13 @@ def gated_lora_reduce_kernel(
     mask = element < length
     acc = tl.zeros((BLOCK,), ACC_DTYPE)
     for index in range(slots if COMPACT else 1):
-        slot, here = expert, mask
+        slot, end = expert, length
         if COMPACT:
             slot = expert * 0 + index
-            here = mask & (tl.load(expert_ids_ptr + index) == expert)
+            end = tl.where(tl.load(expert_ids_ptr + index) == expert, length, 0)
         for split in tl.static_range(SPLITS):
             offset = split * part_length + slot.to(tl.int64) * length
-            acc += tl.load(parts_ptr + offset + element, mask=here, other=0.0)
+            acc += tl.load(parts_ptr + offset + element, mask=element < end, other=0.0)
     tl.store(
         gradient_ptr + expert.to(tl.int64) * length + element, acc.to(gradient_ptr.dtype.element_ty), mask=mask
     )

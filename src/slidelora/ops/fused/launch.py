@@ -281,7 +281,7 @@ def plan(kernel: str, shape: Shape, features: int, splits: int = 0, flags: tuple
 def gate_plan(dtype: torch.dtype, rows: int, slots: int, rank: int, splits: int, keep: bool, gradient: bool) -> Plan:
     """Plan a launch of the kernel that gates h."""
     block_r = _power(rank)
-    size = max(1, min(2 * REDUCED // block_r, _power(rows * slots // 256)))
+    size = max(1, min(2 * REDUCED // block_r, max(16, _power(rows * slots // 256))))
     constants = {"slots": slots, "r": rank, "BLOCK_R": block_r, "SPLITS": splits, "BLOCK_M": size}
     constants |= {"HAS_SUM": keep, "HAS_DGATES": gradient, **dtype_constants(dtype)}
     constants["ROUND"] = constants["ROUND"] if dtype == torch.bfloat16 else 0
