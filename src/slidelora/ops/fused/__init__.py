@@ -23,7 +23,7 @@ NOTHING, GATED, H = range(3)  # what the forward keeps for backward: h only wher
 
 def available(device: torch.device) -> bool:
     """Say whether the kernels can run on a device: a GPU with triton, or any device with TRITON_INTERPRET=1."""
-    return launch.INTERPRETED or (launch.INSTALLED and device.type == "cuda")
+    return (launch.INTERPRETED or device.type == "cuda") and bool(launch.triton_version())
 
 
 def gated_lora(

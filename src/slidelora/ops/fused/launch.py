@@ -20,11 +20,23 @@ from torch import Tensor
 from slidelora.ops.mixture import Mixture
 
 FEW_TOKENS = 64  # up to this many tokens are not sorted by expert
-GATED_BY_EXPAND = 4  # up to this many tokens, expand applies the gates itself where no gradient is needed
+GATED_BY_EXPAND = 1  # up to this many tokens, expand applies the gates itself where no gradient is needed
 TABLE = Path(__file__).parent / "tuned.json"
 
 INSTALLED = find_spec("triton") is not None
+OLDEST = (3, 4)  # version of triton
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on any device
+
+
+@torch.compiler.assume_constant_result
+def triton_version() -> str:
+    """Return the version of triton, empty if it is not installed or too old."""
+    if not INSTALLED:
+        return ""
+    import triton
+
+    numbers = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return triton.__version__ if numbers >= OLDEST else ""
 
 
 class Config(NamedTuple):
@@ -59,8 +71,8 @@ TOKENS = (16, 1024)  # a group of at most so many tokens takes the first and the
 # By kind of input: bf16 is multiplied in bf16, fp16 in TF32, fp32 in fp32 (and fp64 in fp64).
 CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "shrink": {
-        "bf16": (Config(16, 128, 32, 4, 3), Config(64, 64, 128, 4, 3, 128), Config(128, 32, 128, 8, 3, 128)),
-        "fp16": (Config(16, 128, 32, 4, 2), Config(64, 64, 64, 4, 2, 128), Config(128, 32, 64, 8, 3, 128)),
+        "bf16": (Config(16, 128, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(128, 32, 128, 8, 3, 128)),
+        "fp16": (Config(16, 128, 32, 4, 2), Config(64, 64, 64, 4, 2, 128), Config(64, 64, 64, 4, 2, 128)),
         "fp32": (Config(16, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(64, 64, 32, 8, 2)),
     },
     "expand": {
