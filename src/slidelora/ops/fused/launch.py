@@ -71,7 +71,7 @@ TOKENS = (16, 1024)  # a group of at most so many tokens takes the first and the
 # By kind of input: bf16 is multiplied in bf16, fp16 in TF32, fp32 in fp32 (and fp64 in fp64).
 CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "shrink": {
-        "bf16": (Config(16, 128, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(128, 32, 128, 8, 3, 128)),
+        "bf16": (Config(16, 128, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(128, 64, 128, 8, 2, 128)),
         "fp16": (Config(16, 128, 32, 4, 2), Config(64, 64, 64, 4, 2, 128), Config(64, 64, 64, 4, 2, 128)),
         "fp32": (Config(16, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(64, 64, 32, 8, 2)),
     },
@@ -82,7 +82,7 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     },
     "weight_gradient": {
         "bf16": (Config(16, 128, 64, 8, 2), Config(32, 64, 128, 8, 2, 128), Config(32, 128, 128, 8, 3, 128)),
-        "fp16": (Config(16, 128, 64, 8, 2), Config(32, 64, 64, 8, 2), Config(32, 64, 64, 8, 2)),
+        "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 8, 2), Config(32, 64, 64, 8, 2)),
         "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 3), Config(32, 64, 32, 8, 3)),
     },
 }
@@ -216,31 +216,42 @@ class Plan:
 
         return getattr(kernels, f"gated_lora_{self.kernel}_kernel")
 
-    def launch(self, *arguments: Any) -> None:
-        """Run the kernel. All arguments of a plan that are numbers must follow from its shape, except for strides."""
-        if not INTERPRETED:
-            import triton
+    def launch(self, given: tuple[Tensor | None, ...], key: tuple[Any, ...], *arguments: Any) -> None:
+        """Run the kernel.
 
-            device = triton.runtime.driver.active.get_current_device()
-            # What triton compiles depends on dtypes, on numbers that are 1 or multiples of 16, and on pointers that
-            # are multiples of 16. To ask triton each time takes longer than a small kernel.
-            pointers, key = 0, [device]
-            for argument in arguments:
-                if argument.__class__ is Tensor or argument.__class__ is torch.nn.Parameter:
-                    pointers |= argument.data_ptr()
-                    key.append(argument.dtype)
-                else:
-                    key.append(argument)
-            found = self.compiled.get(tuple(key)) if not pointers & 15 else None
-            if found is not None:
-                kernel, values = found
-                kernel[self.grid](*arguments, *values)
-                return
+        What triton compiles depends on dtypes, on numbers that are 1 or multiples of 16, and on pointers that are
+        multiples of 16. To ask triton each time takes longer than a small kernel, so this asks once for each key.
+
+        Args:
+            given: The tensors that others allocated, whose pointers may be anything.
+            key: The dtypes and numbers that do not follow from the plan.
+            arguments: Of the kernel, without its constants.
+        """
+        if INTERPRETED:
+            self.function()[self.grid](*arguments, **self.constants, **self.options)
+            return
+        pointers = 0
+        for tensor in given:
+            if tensor is not None:
+                pointers |= tensor.data_ptr()
+        device = _driver().active.get_current_device()
+        found = None if pointers & 15 else self.compiled.get((device, key))
+        if found is not None:
+            kernel, values = found
+            kernel[self.grid](*arguments, *values)
+            return
         function = self.function()
         kernel = function[self.grid](*arguments, **self.constants, **self.options)
-        if not INTERPRETED and not pointers & 15:
+        if not pointers & 15:
             values = tuple(self.constants[name] for name in function.arg_names[len(arguments) :])
-            self.compiled[tuple(key)] = kernel, values
+            self.compiled[device, key] = kernel, values
+
+
+@cache
+def _driver() -> Any:
+    from triton.runtime.driver import driver
+
+    return driver
 
 
 class Shape(NamedTuple):
@@ -335,6 +346,11 @@ class Route(NamedTuple):
         """The number of rows of h that one row of gates serves."""
         return self.rows // self.gates.shape[0]
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What launches depend on in addition to `shape`."""
+        return self.rows, self.gate_length, self.gates.dtype, None if self.experts is None else self.experts.dtype
+
     def shape(self, dtype: torch.dtype, dropout: Dropout) -> Shape:
         """Return what a plan depends on."""
         return Shape(
@@ -397,8 +413,10 @@ def shrink(x: Tensor, weight: Tensor, route: Route, dropout: Dropout = NO_DROPOU
     h = x.new_empty(chosen.grid[2], route.rows, route.slots * route.rank, dtype=accumulator(x.dtype))
     if x.shape[0]:
         x = _contiguous_rows(x)
+        weight = weight.contiguous()
         chosen.launch(
-            x, weight.contiguous(), route.experts, route.pair_ids, h, dropout.seed,
+            (x, weight, route.experts, dropout.seed), (weight.dtype, x.stride(0), *route.key),
+            x, weight, route.experts, route.pair_ids, h, dropout.seed,
             route.group_length, features, x.stride(0), route.rows, dropout.probability,
         )  # fmt: skip
     return h
@@ -422,7 +440,10 @@ def gate(h: Tensor, route: Route, dtype: torch.dtype, keep: bool = False, h_pre:
     dgates = None if h_pre is None else h.new_empty(rows, route.slots)
     if rows:
         chosen = gate_plan(dtype, rows, route.slots, route.rank, splits, keep, h_pre is not None)
-        chosen.launch(h, route.gates, h_pre, gated, pre, summed, dgates, rows, route.gate_length, route.scaling)
+        chosen.launch(
+            (route.gates, h_pre), route.key,
+            h, route.gates, h_pre, gated, pre, summed, dgates, rows, route.gate_length, route.scaling,
+        )  # fmt: skip
     if dgates is not None and route.gates.shape[0] != rows:
         dgates = dgates.view(route.gates.shape[0], route.gate_length if rows else 0, route.slots).sum(1)
     return Gated(gated, summed, pre, dgates)
@@ -446,9 +467,13 @@ def expand(
         flags = (("HAS_BASE", base is not None), ("HAS_BIAS", bias is not None))
         chosen = plan("expand", part.shape(dtype, dropout), features, h.shape[0] if h.ndim == 3 else 0, flags)
         n_per_program = _cdiv(_cdiv(features, chosen.constants["BLOCK_N"]), chosen.grid[1])
+        stride = 0 if base is None else base.stride(0)
+        dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, base, bias)]
         chosen.launch(
+            (h, weight, part.gates, part.experts, part.pair_ids, base, bias, dropout.seed),
+            (*dtypes, dtype, stride, *part.key),
             h, weight, part.gates, part.experts, part.pair_ids, base, bias, y, dropout.seed,
-            part.group_length, part.gate_length, features, 0 if base is None else base.stride(0), part.rows,
+            part.group_length, part.gate_length, features, stride, part.rows,
             n_per_program, part.scaling, dropout.probability,
         )  # fmt: skip
         base, bias = y, None  # the next pass adds to this one
@@ -470,11 +495,14 @@ def weight_gradient(
     parts = gradient if whole else right.new_empty(splits, rows, features, dtype=accumulator(right.dtype))
     right = _contiguous_rows(right)
     chosen.launch(
+        (gated, right, route.experts, dropout.seed), (parts.dtype, right.stride(0), *route.key),
         gated, right, route.experts, route.pair_ids, route.group_bounds, parts, dropout.seed,
         route.groups, route.group_length, features, right.stride(0), rows, dropout.probability,
     )  # fmt: skip
     if not whole:
         length = route.rank * features
         reduce = reduce_plan(right.dtype, length, route.num_experts, route.slots, splits, by_slot)
-        reduce.launch(parts, route.experts if by_slot else None, gradient, length, rows * features)
+        given = (route.experts,) if by_slot else ()
+        experts = route.experts if by_slot else None
+        reduce.launch(given, (gradient.dtype, *route.key), parts, experts, gradient, length, rows * features)
     return gradient
