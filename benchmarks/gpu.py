@@ -20,17 +20,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-BEGIN = time.monotonic()
-ARGUMENTS = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-ARGUMENTS.add_argument("--out", type=Path, required=True)
-ARGUMENTS.add_argument("--minutes", type=float, default=5.0)
-ARGUMENTS.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-ON_GPU = "cpu" not in sys.argv
-if not ON_GPU:
+if "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,10 +33,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from torch import Tensor, nn
 
-from slidelora import ops
 from slidelora.ops import Mixture, gated_linear, gated_lora
 from slidelora.ops.fused import launch
 
+BEGIN = time.monotonic()
+ON_GPU = "cpu" not in sys.argv
 sys.path.insert(0, str(Path(__file__).parent))
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.bfloat16
@@ -270,7 +266,7 @@ def parity(run: Run) -> None:
 # Kernels
 
 
-def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: int, by_token: bool = False) -> tuple[Any, ...]:
+def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: int) -> tuple[Any, ...]:
     """Draw x, dy (T, d), weight, and a mixture."""
 
     def draw(*shape: int) -> Tensor:
@@ -279,10 +275,7 @@ def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: in
     x, dy = draw(1, tokens, features).to(HALF), draw(1, tokens, features).to(HALF)
     W = (draw(features, features) / features**0.5).to(HALF)
     A, B = draw(experts * rank, features) / features**0.5, draw(experts * rank, features)
-    if by_token:
-        chosen = torch.rand(1, tokens, experts, device=DEVICE).topk(active, sorted=False).indices
-    else:
-        chosen = torch.arange(active, device=DEVICE)[None] if active < experts else None
+    chosen = torch.arange(active, device=DEVICE)[None] if active < experts else None
     shape = (1, active) if chosen is None else chosen.shape
     gates = torch.full(shape, 1 / active, device=DEVICE)
     return x, dy, W, Mixture(A.requires_grad_(), B.requires_grad_(), gates, rank, 1.0, chosen)
@@ -290,7 +283,6 @@ def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: in
 
 def trace(run: Run) -> None:
     """Kernel by kernel, the microseconds of a layer's forward and backward."""
-    from torch.profiler import ProfilerActivity, profile
 
     tokens, features = (4096, 4096) if ON_GPU else (32, 64)
     copied = torch.empty(CACHE if ON_GPU else 2**20, dtype=torch.uint8, device=DEVICE)
@@ -302,47 +294,54 @@ def trace(run: Run) -> None:
         taken = statistics.median(gpu_times({"mm": lambda: left @ left}, 5)["mm"])
         run.record(what="8192^3 bf16 product, FLOP/s", value=2 * 8192**3 / taken * 1e6)
     for label, sizes in {"3 of r=32, 2 active": (3, 32, 2), "8 of r=16, flat": (8, 16, 8)}.items():
-        x, dy, W, mixture = layer_inputs(tokens, features, *sizes)
-        x.requires_grad_()
-        leaves = [x, mixture.lora_A, mixture.lora_B]
+        trace_layer(run, label, rate, tokens, features, sizes)
 
-        def step(x: Tensor = x, W: Tensor = W, mixture: Mixture = mixture, leaves: Any = leaves, dy: Tensor = dy) -> None:
-            torch.autograd.grad(gated_linear(x, W, None, mixture), leaves, dy)
 
-        for _ in range(3):
+def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, sizes: tuple[int, int, int]) -> None:
+    """Trace one layer, and time its kernels beside the products of cuBLAS."""
+    from torch.profiler import ProfilerActivity, profile
+
+    x, dy, W, mixture = layer_inputs(tokens, features, *sizes)
+    x.requires_grad_()
+    leaves = [x, mixture.lora_A, mixture.lora_B]
+
+    def step() -> None:
+        torch.autograd.grad(gated_linear(x, W, None, mixture), leaves, dy)
+
+    for _ in range(3):
+        step()
+    synchronize()
+    activities = [ProfilerActivity.CUDA] if ON_GPU else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _ in range(5 if ON_GPU else 1):
             step()
         synchronize()
-        activities = [ProfilerActivity.CUDA] if ON_GPU else [ProfilerActivity.CPU]
-        with profile(activities=activities) as profiler:
-            for _ in range(5 if ON_GPU else 1):
-                step()
-            synchronize()
-        floor = tokens * features * 2 / rate * 1e6
-        for event in profiler.key_averages():
-            taken = getattr(event, "device_time_total", 0) if ON_GPU else event.cpu_time_total
-            if taken:
-                run.record(
-                    what=label, kernel=event.key[:120], calls=event.count, us=round(taken / event.count, 2),
-                    floor_of_one_pass_us=round(floor, 2),
-                )  # fmt: skip
-        # What cuBLAS takes for the products that the kernels compute.
-        half_A, half_B = (w[: mixture.gates.shape[-1] * mixture.rank].detach().to(HALF) for w in mixture[:2])
-        rows, dy_rows, h = x.detach()[0], dy[0], torch.randn(tokens, half_A.shape[0], device=DEVICE, dtype=HALF)
-        route = launch.route_tokens(mixture, tokens)
-        calls = {
-            "shrink and gate": lambda: launch.gate(launch.shrink(rows, mixture.lora_A, route), route, HALF),
-            "shrink, cuBLAS in bf16": lambda: rows @ half_A.T,
-            "expand": lambda: launch.expand(h, mixture.lora_B, route, tokens, HALF),
-            "expand, cuBLAS": lambda: h @ half_B,
-            "weight gradient": lambda: launch.weight_gradient(h, dy_rows, mixture.lora_B, route),
-            "weight gradient, cuBLAS": lambda: h.T @ dy_rows,
-            "base": lambda: rows @ W.T,
-            "base with beta=1": lambda: dy_rows.clone().addmm_(rows, W.T),
-            "clone": lambda: dy_rows.clone(),
-        }
-        with torch.no_grad():
-            for name, values in gpu_times(calls, 15 if ON_GPU else 1).items():
-                run.record(what=label, call=name, **spread(values))
+    floor = tokens * features * 2 / rate * 1e6
+    for event in profiler.key_averages():
+        taken = getattr(event, "device_time_total", 0) if ON_GPU else event.cpu_time_total
+        if taken:
+            run.record(
+                what=label, kernel=event.key[:120], calls=event.count, us=round(taken / event.count, 2),
+                floor_of_one_pass_us=round(floor, 2),
+            )  # fmt: skip
+    # What cuBLAS takes for the products that the kernels compute.
+    half_A, half_B = (w[: mixture.gates.shape[-1] * mixture.rank].detach().to(HALF) for w in mixture[:2])
+    rows, dy_rows, h = x.detach()[0], dy[0], torch.randn(tokens, half_A.shape[0], device=DEVICE, dtype=HALF)
+    route = launch.route_tokens(mixture, tokens)
+    calls = {
+        "shrink and gate": lambda: launch.gate(launch.shrink(rows, mixture.lora_A, route), route, HALF),
+        "shrink, cuBLAS in bf16": lambda: rows @ half_A.T,
+        "expand": lambda: launch.expand(h, mixture.lora_B, route, tokens, HALF),
+        "expand, cuBLAS": lambda: h @ half_B,
+        "weight gradient": lambda: launch.weight_gradient(h, dy_rows, mixture.lora_B, route),
+        "weight gradient, cuBLAS": lambda: h.T @ dy_rows,
+        "base": lambda: rows @ W.T,
+        "base with beta=1": lambda: dy_rows.clone().addmm_(rows, W.T),
+        "clone": lambda: dy_rows.clone(),
+    }
+    with torch.no_grad():
+        for name, values in gpu_times(calls, 15 if ON_GPU else 1).items():
+            run.record(what=label, call=name, **spread(values))
 
 
 # Tuning
@@ -356,7 +355,8 @@ def candidates(kernel: str, tokens: int) -> list[launch.Config]:
         sizes = {"shrink": (64, 128, 256), "expand": (32, 64, 128), "weight_gradient": (64, 128)}[kernel]
         found = [Config(16, size, c, 4, s, 256) for size in sizes for c in (32, 64) for s in (2, 4)]
     elif kernel == "weight_gradient":
-        found = [Config(k, n, 128, w, s, p) for k in (32, 64) for n, w in ((64, 4), (128, 8)) for s in (3, 4) for p in (132, 264)]
+        sizes = ((k, n, 128, w) for k in (32, 64) for n, w in ((64, 4), (128, 8)))
+        found = [Config(*size, s, p) for size in sizes for s in (3, 4) for p in (132, 264)]
     else:
         blocks = ((32, 4), (64, 4), (128, 8)) if tokens <= launch.TOKENS[1] else ((64, 4), (128, 8), (256, 8))
         found = [Config(m, f, 128, w, s, p) for m, w in blocks for f in (64, 128) for s in (2, 4) for p in (132, 264)]
@@ -398,7 +398,7 @@ def time_candidates(kernel: str, tokens: int, features: int, slots: int, rank: i
 def tuning(run: Run) -> None:
     """Time the candidates of each kernel, and keep the fastest for each key."""
     features = 4096 if ON_GPU else 64
-    shapes = [(4096, 2, 32), (512, 2, 32), (4096, 8, 16), (1, 2, 32), (16, 2, 32), (512, 8, 16), (4096, 2, 16), (1, 8, 16)]
+    shapes = [(4096, 2, 32), (512, 2, 32), (4096, 8, 16), (1, 2, 32), (512, 8, 16), (4096, 2, 16), (1, 8, 16)]
     if not ON_GPU:
         shapes = [(32, 2, 8)]
     jobs = [(kernel, tokens, features, slots, rank) for tokens, slots, rank in shapes for kernel in launch.CONFIGS]
@@ -417,7 +417,8 @@ def tuning(run: Run) -> None:
             if best is not None:
                 table[best["key"]] = best["config"]
                 before = next((e for e in compiled if e["config"] == SHIPPED.get(best["key"])), compiled[0])
-                run.record(kernel=job[0], tokens=job[1], slots=job[3], rank=job[4], before=before, best=best, all=compiled)
+                shape = dict(zip(("kernel", "tokens", "d", "slots", "rank"), job))
+                run.record(**shape, before=before, best=best, all=compiled)
     finally:
         use(table)
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
@@ -451,7 +452,7 @@ def layer(run: Run) -> None:
             names = [name for name in case.run if name != "einsum" or tokens * experts <= 2**17]
             steps = {
                 "forward": {name: case.run[name] for name in names},
-                "forward + backward": {name: lambda name=name: case.step(name) for name in names},
+                "forward + backward": {name: partial(case.step, name) for name in names},
             }
             repeats = 20 if tokens <= 4096 else 8
             for what, calls in steps.items():
@@ -473,7 +474,6 @@ def layer(run: Run) -> None:
                         graph = captured(case.run[name])
                     values = gpu_times({name: graph.replay}, 30, run)[name]
                     run.record(**shape, what="forward, CUDA graph", name=name, **spread(values))
-            del case
 
 
 def captured(call: Callable[[], object]) -> Any:
@@ -574,7 +574,7 @@ def decode(run: Run, name: str, made: nn.Module, gates: Any, config: Any) -> Non
     scope = contextlib.nullcontext() if gates is None else slidelora.gates(made, gates)
 
     def step() -> None:
-        made(input_ids=token, past_key_values=cache, cache_position=position, position_ids=position[None], use_cache=True)
+        made(input_ids=token, past_key_values=cache, cache_position=position, position_ids=position[None])
 
     with torch.no_grad(), scope:
         for what in ("decode", "decode, CUDA graph") if ON_GPU else ("decode",):
@@ -619,7 +619,8 @@ def training(run: Run) -> None:
             taken[steps] = time.perf_counter() - start
     step = (taken[many] - taken[few]) / (many - few)
     run.record(what=f"steps in a second of the stage {stage.name}, batches of {stage.batch_size}", value=1 / step)
-    run.record(what="seconds of rendering for a step on one core, over those of the step", value=stage.batch_size / rate / step)
+    share = stage.batch_size / rate / step
+    run.record(what="seconds of rendering for a step on one core, over those of the step", value=share)
 
 
 PARTS = {"parity": parity, "trace": trace, "tuning": tuning, "layer": layer, "model": model, "training": training}
@@ -637,11 +638,14 @@ def plot(run: Run) -> None:
     rows = [row for row in rows if row.get("what") in ("forward", "forward + backward")]
     rows = [row for row in rows if (row["d"], row["T"]) == (rows[0]["d"], rows[0]["T"])] if rows else []
     figure, axis = pyplot.subplots(figsize=(12, 5), layout="constrained")
-    labels = list(dict.fromkeys(f"{row['experts']} of r={row['rank']}, {row['active']} active\n{row['what']}" for row in rows))
+    for row in rows:
+        row["label"] = f"{row['experts']} of r={row['rank']}, {row['active']} active\n{row['what']}"
+    labels = list(dict.fromkeys(row["label"] for row in rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     for i, name in enumerate(names):
-        found = {f"{r['experts']} of r={r['rank']}, {r['active']} active\n{r['what']}": r["us"] for r in rows if r["name"] == name}
-        axis.bar([labels.index(k) + 0.8 * i / len(names) for k in found], list(found.values()), 0.8 / len(names), label=name)
+        found = {row["label"]: row["us"] for row in rows if row["name"] == name}
+        positions = [labels.index(label) + 0.8 * i / len(names) for label in found]
+        axis.bar(positions, list(found.values()), 0.8 / len(names), label=name)
     axis.set_xticks(range(len(labels)), labels, fontsize=7)
     axis.set(ylabel="microseconds", title=f"one layer on {run.name}")
     axis.legend()
@@ -650,7 +654,11 @@ def plot(run: Run) -> None:
 
 
 def main() -> None:
-    arguments = ARGUMENTS.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if ON_GPU and not torch.cuda.is_available():
         sys.exit("no GPU is available; --device cpu runs the script on small shapes in triton's interpreter")

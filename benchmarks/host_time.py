@@ -90,7 +90,8 @@ def main() -> None:
         "2 of 3 experts": Mixture(A, B, torch.rand(1, 2), 32, 1.0, torch.tensor([[0, 2]])),
         "3 experts, learned gate": Mixture(A, B, torch.rand(1, 3, requires_grad=True), 32),
     }
-    print(f"triton {triton.__version__}, torch {torch.__version__}; microseconds\n\n| call | forward | with backward |\n|---|---|---|")
+    print(f"triton {triton.__version__}, torch {torch.__version__}; microseconds\n")
+    print("| call | forward | with backward |\n|---|---|---|")
 
     def row(name: str, run: Callable[[], Tensor], leaves: list[Tensor]) -> None:
         with torch.no_grad():

@@ -12,8 +12,8 @@ traffic with memory, its operations, and a launch; the model adds what the grid 
 - an SM loads no faster than its bytes in flight (stages - 1 tiles of each resident program) allow.
 
 The constants below are measured (memory, bf16 products) or from publications (L2, latency, launch); the model is not
-calibrated on a GPU. The base layer is one GEMM, with the best of three tile sizes. Layers are given without and with the gaps between
-launches. What the model leaves out: routing of sorted tokens (some 20 small torch kernels), and the host.
+calibrated on a GPU. The base layer is one GEMM, with the best of three tile sizes. Layers are given without and with
+the gaps between launches. The model leaves out the routing of sorted tokens (some 20 small kernels), and the host.
 """
 
 import csv
@@ -114,7 +114,7 @@ class Launch:
         return self.name in ("gate", "reduce")
 
     def floor(self) -> float:
-        """Seconds; no more than its traffic for a kernel that finishes another's sums, which a single one would not need."""
+        """Seconds; of a kernel that finishes another's sums only its traffic, because a single one would do both."""
         traffic = max(self.floor_bytes / MEMORY, self.floor_flops / RATES["bf16"])
         return traffic if self.finishes else LATENCY + traffic
 
@@ -154,7 +154,8 @@ def kernels(mixture: Mixture, features: int, tokens: int) -> dict[str, list[Laun
     used = min(shape.groups, used + mixture.experts * shape.top_k // 2)  # blocks of an expert are half full at the end
     learned = mixture.gate == "learned"
     numbers = {"group_length": shape.length, "features": features, "stride_xm": features, "rows": rows}
-    numbers |= {"gate_length": rows // (rows if mixture.gate == "token" else 1), "stride_basem": 0, "groups": shape.groups}
+    gate_length = 1 if mixture.gate == "token" else rows
+    numbers |= {"gate_length": gate_length, "stride_basem": 0, "groups": shape.groups}
 
     shrink_plan = launch.plan("shrink", shape, features)
     grid, constants = shrink_plan.grid, shrink_plan.constants
@@ -272,7 +273,8 @@ def describe(group: list[Launch]) -> dict[str, Any]:
         "programs": main.programs, "per SM": main.resident, "waves": round(main.waves, 2), "fills": main.fills,
         "registers": compiled[0].registers, "shared KiB": round(compiled[0].shared / 1024),
         "spilled": sum(c.spilled for c in compiled), "wgmma": compiled[0].wgmma,
-        "memory MB": round(sum(i.memory for i in group) / 1e6, 1), "L2 MB": round(sum(i.cached for i in group) / 1e6, 1),
+        "memory MB": round(sum(item.memory for item in group) / 1e6, 1),
+        "L2 MB": round(sum(item.cached for item in group) / 1e6, 1),
         "GFLOP": round(main.flops / 1e9, 2), "us": round(time * 1e6, 2), "floor us": round(floor * 1e6, 2),
         "ratio": round(time / floor, 2),
     }  # fmt: skip
@@ -315,9 +317,10 @@ def main() -> None:
     print_table([row for row in lines if row["d"] == 4096])
     large = [row for row in rows if row["T"] >= 512]
     late = [row for row in large if not row["fills"] or row["ratio"] > 1.3]
-    print(f"{len(late)} of {len(large)} operations with T >= 512 do not fill the chip or take more than 1.3 times the floor:")
+    print(f"{len(late)} of {len(large)} operations with T >= 512 miss the bars (fills the chip, ratio at most 1.3):")
     for row in late:
-        print(f"  {row['mixture']}, d={row['d']}, T={row['T']}: {row['kernel']}, {row['programs']} programs, {row['ratio']}")
+        shape = f"{row['mixture']}, d={row['d']}, T={row['T']}"
+        print(f"  {shape}: {row['kernel']}, {row['programs']} programs, {row['ratio']}")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -206,15 +206,18 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 EXPORT_OPTIONS: dict[str, dict[str, Any]] = {"mamba": {"exclude_modules": ["dt_proj", "out_proj"]}}
 
 
-def stable_diffusion(unet: nn.Module) -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    return diffusers.StableDiffusionPipeline(None, None, None, unet, *[None] * 3, None, False)
+def pipeline_of(name: str, *parts: Any) -> Any:
+    return getattr(pytest.importorskip("diffusers"), name)(*parts)
 
 
-FUSING = ("unet", "sd3", "flux")
+PIPELINES: dict[str, Callable[[nn.Module], Any]] = {
+    "unet": lambda unet: pipeline_of("StableDiffusionPipeline", None, None, None, unet, *[None] * 4, False),
+    "sd3": lambda transformer: pipeline_of("StableDiffusion3Pipeline", transformer, *[None] * 8),
+    "flux": lambda transformer: pipeline_of("FluxPipeline", *[None] * 6, transformer),
+}
 
 
-@pytest.mark.parametrize("name", FUSING)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_fusing_projections_with_experts_is_refused(name: str) -> None:
     model, inputs = make_host(name)
     base = run_frozen(model, inputs)
@@ -223,7 +226,7 @@ def test_fusing_projections_with_experts_is_refused(name: str) -> None:
         expected = run_frozen(model, inputs)
     modules = list(map(id, model.modules()))
     attention = next(module for module in model.modules() if hasattr(module, "to_k"))
-    pipelines = [stable_diffusion(model)] if name == "unet" else []  # no other one fuses projections
+    pipelines = [PIPELINES[name](model)] if name == "unet" else []  # no other one fuses projections
     for host in (model, attention, copy.deepcopy(model), *pipelines):
         fuse = host.fuse_projections if host is attention else host.fuse_qkv_projections
         with pytest.raises(ValueError, match=r"have experts, expected none: .*slidelora.remove, or .*merge_and_unload"):
@@ -236,7 +239,7 @@ def test_fusing_projections_with_experts_is_refused(name: str) -> None:
     assert (fused - base).norm() < 1e-5 * base.norm() and list(map(id, model.modules())) != modules
 
 
-@pytest.mark.parametrize("name", FUSING)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_fused_projections_with_experts_stay_fused(name: str) -> None:
     model, inputs = make_host(name)
     with torch.no_grad():

@@ -92,9 +92,7 @@ def _run_backward(
         return found
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return _backward(
-                dy, x, weight, lora_A, lora_B, gates, rank, scaling, experts, seed, kept, dropout, needs
-            )
+            return _backward(dy, x, weight, lora_A, lora_B, gates, rank, scaling, experts, seed, kept, dropout, needs)
     return _backward(dy, x, weight, lora_A, lora_B, gates, rank, scaling, experts, seed, kept, dropout, needs)
 
 
@@ -126,7 +124,7 @@ class _GatedLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, weight, _base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout = arguments
-        needs_x, _, _, _, needs_A, needs_B, needs_gates = ctx.needs_input_grad[:7]
+        needs_B, needs_gates = ctx.needs_input_grad[5:7]
         keep = H if needs_gates else GATED if needs_B else NOTHING
         y, kept = _run_forward(*arguments, keep)
         ctx.save_for_backward(x, weight, lora_A, lora_B, gates, experts, seed, kept)
@@ -166,7 +164,8 @@ _LIBRARY.define(
     "(Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"gated_lora_backward(Tensor dy, Tensor x, Tensor? weight, {_ARGUMENTS}, Tensor kept, float dropout, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"gated_lora_backward(Tensor dy, Tensor x, Tensor? weight, {_ARGUMENTS}, Tensor kept, float dropout, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("gated_lora", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("gated_lora_backward", _backward, "CompositeExplicitAutograd")

@@ -354,6 +354,4 @@ def gated_lora_reduce_kernel(
         for split in tl.static_range(SPLITS):
             offset = split * part_length + slot.to(tl.int64) * length
             acc += tl.load(parts_ptr + offset + element, mask=element < end, other=0.0)
-    tl.store(
-        gradient_ptr + expert.to(tl.int64) * length + element, acc.to(gradient_ptr.dtype.element_ty), mask=mask
-    )
+    tl.store(gradient_ptr + expert.to(tl.int64) * length + element, acc.to(gradient_ptr.dtype.element_ty), mask=mask)

@@ -432,7 +432,7 @@ class Gated(NamedTuple):
 
 
 def gate(h: Tensor, route: Route, dtype: torch.dtype, keep: bool = False, h_pre: Tensor | None = None) -> Gated:
-    """Gate h (splits, rows, K * r) of inputs of `dtype`; `keep` asks for h itself, and h_pre for the gates' gradient."""
+    """Gate h (splits, rows, K * r) of inputs of `dtype`; `keep` asks for h, too, and h_pre for the gates' gradient."""
     splits, rows, columns = h.shape
     gated = h.new_empty(rows, columns, dtype=gated_dtype(dtype))
     summed = h.new_empty(rows, columns) if keep else None
