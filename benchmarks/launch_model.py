@@ -187,10 +187,11 @@ def kernels(mixture: Mixture, features: int, tokens: int) -> dict[str, list[Laun
         passes = max(1, shape.top_k)
         h = loads_of_h * rows // passes * columns * width
         written = x * (1 if passes == 1 else 2)
+        needed = (x + weights + rows * columns * 2) / passes
         name = "expand" if passes == 1 else f"expand, 1 of {passes} passes"
         return Launch(
-            name, plan, numbers | {"n_per_program": n_per_program}, (x + weights + rows * columns * 2) / passes,
-            x + weights / passes, h + blocks * columns * features * WEIGHT + written,
+            name, plan, numbers | {"n_per_program": n_per_program}, needed,
+            max(x + weights / passes, needed), h + blocks * columns * features * WEIGHT + written,
             2.0 * blocks * constants["BLOCK_M"] * k_blocks * constants["BLOCK_K"] * features,
             2.0 * rows / passes * columns * features,
             tile=constants["BLOCK_K"] * constants["BLOCK_N"] * WEIGHT + constants["BLOCK_M"] * constants["BLOCK_N"] * 2,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slidelora.ops.fused import launch
-from slidelora.ops.fused.launch import Dropout
+from slidelora.ops.fused.launch import Dropout, Route
 from slidelora.ops.mixture import Mixture
 
 NOTHING, GATED, H = range(3)  # what the forward keeps for backward: h only where the gates need a gradient
@@ -47,6 +47,7 @@ def gated_lora(
 def _run_forward(
     x: Tensor, weight: Tensor | None, base: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
     gates: Tensor, rank: int, scaling: float, experts: Tensor | None, seed: Tensor | None, dropout: float, keep: int,
+    route: Route | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y, and what backward needs of h."""
     if _is_traced(x):
@@ -57,17 +58,18 @@ def _run_forward(
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # triton launches on the current device
             return _forward(
-                x, weight, base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout, keep
+                x, weight, base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout, keep, route
             )  # fmt: skip
-    return _forward(x, weight, base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout, keep)
+    return _forward(x, weight, base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout, keep, route)
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, base: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
     gates: Tensor, rank: int, scaling: float, experts: Tensor | None, seed: Tensor | None, dropout: float, keep: int,
+    route: Route | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, dtype = x.shape[0], x.dtype if base is None else base.dtype
-    route = launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), tokens)
+    route = route or launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), tokens)
     h = launch.shrink(x, lora_A, route, Dropout(seed, dropout))
     gated = None
     if keep or tokens > launch.GATED_BY_EXPAND:
@@ -82,7 +84,7 @@ def _forward(
 def _run_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, gates: Tensor, rank: int,
     scaling: float, experts: Tensor | None, seed: Tensor | None, kept: Tensor, dropout: float,
-    needs: tuple[bool, bool, bool, bool],
+    needs: tuple[bool, bool, bool, bool], route: Route | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of x, A, B and gates; a gradient that is not needed is empty."""
     if _is_traced(dy):
@@ -99,11 +101,11 @@ def _run_backward(
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, gates: Tensor, rank: int,
     scaling: float, experts: Tensor | None, seed: Tensor | None, kept: Tensor, dropout: float,
-    needs: tuple[bool, bool, bool, bool] | list[bool],
+    needs: tuple[bool, bool, bool, bool] | list[bool], route: Route | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     needs_x, needs_A, needs_B, needs_gates = needs
     dx, dA, dB, dgates = (None if needed else x.new_empty(0) for needed in needs)
-    route = launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), x.shape[0])
+    route = route or launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), x.shape[0])
     gated = kept
     if needs_x or needs_A or needs_gates:
         u = launch.gate(launch.shrink(dy, lora_B, route), route, x.dtype, h_pre=kept if needs_gates else None)
@@ -126,7 +128,11 @@ class _GatedLoRA(torch.autograd.Function):
         x, weight, _base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout = arguments
         needs_B, needs_gates = ctx.needs_input_grad[5:7]
         keep = H if needs_gates else GATED if needs_B else NOTHING
-        y, kept = _run_forward(*arguments, keep)
+        # Eager code sorts tokens once for forward and backward.
+        ctx.route = None
+        if not _is_traced(x):
+            ctx.route = launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), x.shape[0])
+        y, kept = _run_forward(*arguments, keep, ctx.route)
         ctx.save_for_backward(x, weight, lora_A, lora_B, gates, experts, seed, kept)
         ctx.settings = rank, scaling, dropout, None if bias is None else bias.dtype
         return y
@@ -141,8 +147,9 @@ class _GatedLoRA(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * 4
         if any(needs):
             found = _run_backward(
-                dy, x, weight, lora_A, lora_B, gates, rank, scaling, experts, seed, kept, dropout, needs
-            )
+                dy, x, weight, lora_A, lora_B, gates, rank, scaling, experts, seed, kept, dropout, needs,
+                ctx.route,
+            )  # fmt: skip
             gradients = [gradient if needed else None for gradient, needed in zip(found, needs)]
         dx, dA, dB, dgates = gradients
         dweight = dy.mT @ x if needs_weight else None

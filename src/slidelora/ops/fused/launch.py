@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -320,7 +321,8 @@ def reduce_plan(dtype: torch.dtype, length: int, experts: int, slots: int, split
     return Plan("reduce", (_cdiv(length, REDUCED), experts), None, constants)
 
 
-class Route(NamedTuple):
+@dataclass(eq=False)
+class Route:
     """Which experts act on which tokens, in the form that the kernels read."""
 
     gates: Tensor  # (., slots); each row serves an equal number of consecutive rows of h
@@ -335,28 +337,34 @@ class Route(NamedTuple):
     pair_ids: Tensor | None = None
     group_bounds: Tensor | None = None
     top_k: int = 0
+    shapes: dict[tuple[torch.dtype, bool], Shape] = field(default_factory=dict)  # see `shape`
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """The number of experts that act on a row of h."""
         return self.gates.shape[1]
 
-    @property
+    @cached_property
     def gate_length(self) -> int:
         """The number of rows of h that one row of gates serves."""
         return self.rows // self.gates.shape[0]
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """What launches depend on in addition to `shape`."""
         return self.rows, self.gate_length, self.gates.dtype, None if self.experts is None else self.experts.dtype
 
     def shape(self, dtype: torch.dtype, dropout: Dropout) -> Shape:
         """Return what a plan depends on."""
-        return Shape(
-            dtype, self.groups, self.group_length, self.slots, self.rank, self.num_experts, self.experts is not None,
-            self.top_k, dropout.seed is not None,
-        )  # fmt: skip
+        drops = dropout.seed is not None
+        found = self.shapes.get((dtype, drops))
+        if found is None:
+            compact = self.experts is not None
+            found = self.shapes[dtype, drops] = Shape(
+                dtype, self.groups, self.group_length, self.slots, self.rank, self.num_experts, compact, self.top_k,
+                drops,
+            )  # fmt: skip
+        return found
 
     def passes(self) -> list[Route]:
         """Split the route into parts so that a token appears only once in each part."""
@@ -364,7 +372,7 @@ class Route(NamedTuple):
             return [self]
         groups = self.groups // self.top_k
         pairs = zip(self.pair_ids.split(groups), self.experts.split(groups))
-        return [self._replace(pair_ids=ids, experts=experts, groups=groups) for ids, experts in pairs]
+        return [replace(self, pair_ids=ids, experts=experts, groups=groups, shapes={}) for ids, experts in pairs]
 
 
 def route_tokens(mixture: Mixture, tokens: int) -> Route:
