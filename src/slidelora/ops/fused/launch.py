@@ -238,14 +238,14 @@ class Plan:
         device = _driver().active.get_current_device()
         found = None if pointers & 15 else self.compiled.get((device, key))
         if found is not None:
-            kernel, values = found
-            kernel[self.grid](*arguments, *values)
+            run, values = found
+            run(*arguments, *values)
             return
         function = self.function()
         kernel = function[self.grid](*arguments, **self.constants, **self.options)
         if not pointers & 15:
             values = tuple(self.constants[name] for name in function.arg_names[len(arguments) :])
-            self.compiled[device, key] = kernel, values
+            self.compiled[device, key] = kernel[self.grid], values
 
 
 @cache
