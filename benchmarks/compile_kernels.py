@@ -164,7 +164,7 @@ def main() -> None:
         (kernel, count, variant, mixture, rank)
         for kernel in launch.CONFIGS
         for variant in VARIANTS
-        for mixture in MIXTURES
+        for mixture in (MIXTURES if variant == "bf16" else ["compact"])
         for rank in arguments.ranks
         for count in tokens
     ]
