@@ -30,7 +30,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from slidelora.ops import Mixture, gated_linear, gated_lora
+from slidelora.ops import Mixture, fused, gated_linear, gated_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -108,7 +108,7 @@ class Case:
                 adapters = self._peft(count, rank)
                 self.parameters[name] = [p for p in adapters.parameters() if p.requires_grad]
                 self.run[name] = lambda adapters=adapters: half(adapters, self.x)
-        for name in ("stacked", *(["compiled"] if compiled else []), *(["fused"] if ON_GPU else [])):
+        for name in ("stacked", *(["compiled"] if compiled else []), *(["fused"] if fused.available(DEVICE) else [])):
             A, B = self.parameters[name] = [t.clone().requires_grad_() for t in (self.A, self.B)]
 
             def run(A: Tensor = A, B: Tensor = B, name: str = name) -> Tensor:

@@ -464,11 +464,6 @@ def layer(run: Run) -> None:
             compiled = ON_GPU and (features, tokens, experts) == (4096, 4096, 3)  # compilation takes long
             case = Case(Size(tokens, experts, active, gate, features, rank), compiled)
             shape = {"d": features, "T": tokens, "experts": experts, "rank": rank, "active": active, "gate": gate}
-            if "fused" not in case.run:  # the interpreter
-                case.parameters["fused"] = case.parameters["stacked"]
-                mixture = Mixture(case.A, case.B, torch.ones(1, experts) / experts, rank)
-                case.run["fused"] = lambda case=case, m=mixture: gated_linear(case.x, case.base.weight, None, m)
-                case.parameters["fused"] = []
             names = [name for name in case.run if name != "einsum" or tokens * experts <= 2**17]
             steps = {
                 "forward": {name: case.run[name] for name in names},
