@@ -15,6 +15,7 @@ torch.autograd.graph.saved_tensors_hooks sees, except parameters, gates and the 
 already.
 """
 
+import contextlib
 import csv
 import json
 import platform
@@ -29,7 +30,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from slidelora.ops import Mixture, gated_linear, gated_lora
+from slidelora.ops import Mixture, fused, gated_linear, gated_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -37,6 +38,7 @@ FEATURES, RANK, DTYPE = (4096, 32, torch.bfloat16) if ON_GPU else (1024, 16, tor
 TOKENS = (4096, 512) if ON_GPU else (512,)
 OURS = "fused" if ON_GPU else "stacked"
 PAIRS, WARM_UP = 50, 6
+FILLER = torch.empty(2**30 if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)  # larger than any L2 cache
 BOUND = 2e-2 if DTYPE == torch.bfloat16 else 1e-4  # the gradient of a gate is a long sum whose terms cancel
 RESULTS = Path(__file__).parent / "results"
 
@@ -47,10 +49,13 @@ class Size(NamedTuple):
     tokens: int
     experts: int
     active: int
-    gate: str  # "learned" or "constant"
+    gate: str  # "learned", "constant", or "token": each token has its own active experts
+    features: int = FEATURES
+    rank: int = RANK
 
     def __str__(self) -> str:
-        return f"T={self.tokens}, {self.experts} experts, {self.active} active, {self.gate} gate"
+        mixture = f"{self.experts} experts of rank {self.rank}, {self.active} active, {self.gate} gate"
+        return f"d={self.features}, T={self.tokens}, {mixture}"
 
 
 def sizes() -> list[Size]:
@@ -60,67 +65,80 @@ def sizes() -> list[Size]:
 
 def released_einsum(base: Tensor, x: Tensor, A: Tensor, B: Tensor, gates: Tensor) -> Tensor:
     """Compute the released formulation, with A (E, d_in, r) and B (E, r, d_out); it allocates (B, T, E, d_out)."""
-    hidden = torch.einsum("bnd,edh->bneh", x, A)
-    outputs = torch.einsum("bneh,ehd->bned", hidden, B)
-    return base + torch.einsum("bned,be->bnd", outputs, gates.to(outputs.dtype))
+    hidden = torch.einsum("bnd,edh->bneh", x, A.to(x.dtype))
+    outputs = torch.einsum("bneh,ehd->bned", hidden, B.to(x.dtype))
+    equation = "bned,be->bnd" if gates.ndim == 2 else "bned,bne->bnd"
+    return base + torch.einsum(equation, outputs, gates.to(outputs.dtype))
 
 
 class Case:
-    """The inputs of one size, which are the same for all formulations, and the parameters of each formulation."""
+    """The inputs of one size, which are the same for all formulations, and the parameters of each formulation.
 
-    def __init__(self, size: Size) -> None:
-        experts, active = size.experts, size.active
-        self.base = nn.Linear(FEATURES, FEATURES, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
-        self.x = self._draw(1, size.tokens, FEATURES).requires_grad_()
-        self.dy = self._draw(1, size.tokens, FEATURES)
-        self.A = self._draw(experts * RANK, FEATURES) / FEATURES**0.5
-        self.B = self._draw(experts * RANK, FEATURES)
-        self.gates = torch.zeros(1, experts, device=DEVICE)
-        self.gates[:, :active] = 1 / active
-        self.gates.requires_grad_(size.gate == "learned")
+    The experts are fp32, as next to any base layer in half precision.
+    """
+
+    def __init__(self, size: Size, compiled: bool = ON_GPU) -> None:
+        experts, active, d = size.experts, size.active, size.features
+        self.size = size
+        self.base = nn.Linear(d, d, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
+        self.x = self._draw(1, size.tokens, d).to(DTYPE).requires_grad_()
+        self.dy = self._draw(1, size.tokens, d).to(DTYPE)
+        self.A = self._draw(experts * size.rank, d) / d**0.5
+        self.B = self._draw(experts * size.rank, d)
         chosen = torch.arange(active, device=DEVICE)[None] if active < experts else None
-        compact = self.gates if chosen is None else self.gates[:, :active]
+        if size.gate == "token":
+            chosen = torch.rand(1, size.tokens, experts, device=DEVICE).topk(active, sorted=False).indices
+            self.gates = torch.zeros(1, size.tokens, experts, device=DEVICE).scatter(2, chosen, 1 / active)
+        else:
+            self.gates = torch.zeros(1, experts, device=DEVICE)
+            self.gates[:, :active] = 1 / active
+        self.gates.requires_grad_(size.gate == "learned")
+        compact = self.gates if chosen is None else torch.full(chosen.shape, 1 / active, device=DEVICE)
         self.parameters: dict[str, list[Tensor]] = {"base": []}
         self.parameters["einsum"] = [
-            self.A.view(experts, RANK, FEATURES).mT.contiguous().requires_grad_(),
-            self.B.view(experts, RANK, FEATURES).clone().requires_grad_(),
+            self.A.view(experts, size.rank, d).mT.contiguous().requires_grad_(),
+            self.B.view(experts, size.rank, d).clone().requires_grad_(),
         ]
-        adapters = self._peft(experts, active)
-        self.parameters["peft"] = [p for p in adapters.parameters() if p.requires_grad]
         self.run: dict[str, Callable[[], Tensor]] = {
             "base": lambda: self.base(self.x),
             "einsum": lambda: released_einsum(self.base(self.x), self.x, *self.parameters["einsum"], self.gates),
-            "peft": lambda: adapters(self.x),
         }
-        for name in ("stacked", "compiled", "fused") if ON_GPU else ("stacked",):
+        if size.gate != "token":  # PEFT's adapters serve all tokens alike
+            for name, count, rank in (("peft", active, size.rank), ("lora", 1, active * size.rank)):
+                adapters = self._peft(count, rank)
+                self.parameters[name] = [p for p in adapters.parameters() if p.requires_grad]
+                self.run[name] = lambda adapters=adapters: half(adapters, self.x)
+        for name in ("stacked", *(["compiled"] if compiled else []), *(["fused"] if fused.available(DEVICE) else [])):
             A, B = self.parameters[name] = [t.clone().requires_grad_() for t in (self.A, self.B)]
 
             def run(A: Tensor = A, B: Tensor = B, name: str = name) -> Tensor:
-                mixture = Mixture(A, B, compact, RANK, experts=chosen)
+                mixture = Mixture(A, B, compact, size.rank, experts=chosen)
                 if name == "fused":
                     return gated_linear(self.x, self.base.weight, None, mixture)
                 return gated_lora(self.base(self.x), self.x, mixture, "stacked", overwrite_base=name == "stacked")
 
-            self.run[name] = torch.compile(run) if name == "compiled" else run
+            if name == "compiled":
+                torch.compiler.reset()  # else a second case reuses the first one's code for all sizes
+            self.run[name] = torch.compile(run, dynamic=False) if name == "compiled" else run
 
     @staticmethod
     def _draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+        return torch.randn(*shape, device=DEVICE)
 
-    def _peft(self, experts: int, active: int) -> nn.Module:
-        """Make a PEFT LoRA layer with an adapter for each active expert, whose alpha is the gate."""
+    def _peft(self, active: int, rank: int) -> nn.Module:
+        """Make a PEFT LoRA layer with adapters that have the experts' weights, and alpha as their gate."""
         model = nn.Sequential(self.base)
         for i in range(active):
-            config = peft.LoraConfig(r=RANK, lora_alpha=RANK / active, target_modules=["0"])
+            config = peft.LoraConfig(r=rank, lora_alpha=rank / self.size.active, target_modules=["0"])
             model = peft.get_peft_model(model, config, str(i)) if i == 0 else model
             if i:
                 model.add_adapter(str(i), config)
         layer = model.base_model.model[0]
         layer.set_adapter([str(i) for i in range(active)])
-        layer.to(DEVICE, DTYPE)
+        layer.to(DEVICE)
         with torch.no_grad():
             for i in range(active):
-                rows = slice(i * RANK, (i + 1) * RANK)
+                rows = slice(i * rank, (i + 1) * rank)
                 layer.lora_A[str(i)].weight.copy_(self.A[rows])
                 layer.lora_B[str(i)].weight.copy_(self.B[rows].T)
         return layer
@@ -128,21 +146,21 @@ class Case:
     def step(self, name: str) -> list[Tensor]:
         """Return the output, and the gradients of x and of the parameters."""
         y = self.run[name]()
-        gates = [self.gates] if self.gates.requires_grad and name not in ("base", "peft") else []
+        gates = [self.gates] if self.gates.requires_grad and name not in ("base", "peft", "lora") else []
         return [y, *torch.autograd.grad(y, [self.x, *self.parameters[name], *gates], self.dy)]
 
     def check(self) -> float:
         """Return the largest relative Frobenius error of any formulation against float64."""
         x, A, B, gates = (t.detach().double().requires_grad_() for t in (self.x, self.A, self.B, self.gates))
         base = x @ self.base.weight.double().T
-        y = gated_lora(base, x, Mixture(A, B, gates, RANK), "reference")
+        y = gated_lora(base, x, Mixture(A, B, gates, self.size.rank), "reference")
         expected = [y, *torch.autograd.grad(y, [x, A, B, gates], self.dy.double())]
         worst = 0.0
         for name in self.run:
             found = self.step(name)
             if name == "base":
                 continue
-            if name == "peft":
+            if name in ("peft", "lora"):
                 found = found[:2]  # its other gradients are in several adapters
             if name == "einsum":
                 found[2] = found[2].mT
@@ -193,13 +211,26 @@ class Case:
         return found
 
 
+def half(module: nn.Module, x: Tensor) -> Tensor:
+    """Call PEFT's layer as one trains it: its fp32 adapters compute in the dtype of the base layer by autocast."""
+    context = torch.autocast(DEVICE.type, DTYPE) if torch.float32 != DTYPE else contextlib.nullcontext()
+    with context:
+        return module(x)
+
+
 def timed(step: Callable[[], object]) -> float:
-    """Return the milliseconds of one call: thread time on the CPU, time between events on a GPU."""
+    """Return the milliseconds of one call: thread time on the CPU, time between events on a GPU.
+
+    A GPU first fills a large buffer. This empties the L2 cache, and meanwhile the host enqueues the whole call, so that
+    the GPU does not wait for the host between the events.
+    """
     if not ON_GPU:
         start = time.thread_time()
         step()
         return (time.thread_time() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(4):
+        FILLER.zero_()
     begin.record()
     step()
     end.record()
@@ -220,8 +251,8 @@ def floor_bytes(size: Size, what: str) -> int:
     for u and for dB, x for dA, and dx is written once more.
     """
     width = torch.finfo(DTYPE).bits // 8
-    activations = size.tokens * FEATURES * width
-    weights = 2 * size.active * RANK * FEATURES * width
+    activations = size.tokens * size.features * width
+    weights = 2 * size.active * size.rank * size.features * 4
     return 2 * activations + weights if what == "forward" else 6 * activations + 3 * weights
 
 
@@ -239,15 +270,16 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    commit = ""
+    with contextlib.suppress(OSError):  # git may be missing
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else f"{cpu}, one thread",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "peft": peft.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
     }
 
 

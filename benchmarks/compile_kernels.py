@@ -1,6 +1,6 @@
 """Compile every kernel configuration that we ship ahead of time, without a GPU, and check the result.
 
-    python benchmarks/compile_kernels.py [--targets sm_90 gfx942] [--write docs/kernels.md]
+    python benchmarks/compile_kernels.py [--targets sm_90 gfx942] [--ranks 8 128] [--write docs/kernels.md]
 
 For each kernel, configuration, dtype and target this reports registers, spills to the stack and shared memory, and
 checks that the code uses the target's matrix instruction. It prints a Markdown table, and exits with 1 if a kernel
@@ -17,7 +17,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -25,9 +25,10 @@ import torch
 
 from slidelora.ops.fused import launch
 
-FEATURES, RANK, SLOTS = 4096, 64, 2  # this rank needs the widest blocks of columns
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-VARIANTS = ("bf16", "bf16 with dropout", "fp32")
+FEATURES, TOKENS = 4096, 4096
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VARIANTS = ("bf16", "bf16 with dropout", "fp16", "fp32")
+MIXTURES = {"compact": (2, True), "flat": (3, False)}  # slots, and whether they are the active ones of more
 
 
 @dataclass(frozen=True)
@@ -50,74 +51,75 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Report:
-    """One compiled kernel."""
+class Compiled(NamedTuple):
+    """What the compiler reports about one kernel."""
+
+    registers: int
+    spilled: int  # bytes
+    shared: int  # bytes
+    matrix: bool  # whether it uses the matrix instruction
+    wgmma: bool  # whether that is Hopper's instruction for whole warp groups
+
+
+class Job(NamedTuple):
+    """One kernel to compile."""
 
     kernel: str
-    config: launch.Config
+    tokens: int  # in a group, which decides the configuration
     variant: str
+    mixture: str
+    rank: int
     target: str
-    registers: int
-    spilled: int
-    shared: int
-    matrix: bool  # whether it uses the matrix instruction
-    fits: bool  # whether the target has enough shared memory
-
-    @property
-    def good(self) -> bool:
-        """Whether it may ship. fp32 multiplies in IEEE precision, which no matrix instruction offers."""
-        return self.spilled == 0 and self.fits and (self.matrix or self.variant == "fp32")
 
 
-def _source(name: str, config: launch.Config, variant: str, backend: str) -> tuple[Any, dict[str, int]]:
-    """The kernel with the types and constants of a training step with gates per sequence."""
-    from triton.compiler import ASTSource
-
-    from slidelora.ops.fused import kernels
-
-    kernel = getattr(kernels, f"gated_lora_{name}_kernel")
-    dtype, dropout = variant.split()[0], variant.endswith("dropout")
-    sizes = config.constants(name)
-    options = {key: sizes.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants: dict[str, Any] = launch.rank_constants(name, SLOTS, RANK, DTYPES[dtype], compact=True)
-    constants |= launch.dtype_constants(DTYPES[dtype]) | sizes
-    if backend == "hip":  # this machine's torch may be another build than the one that will launch the kernel
-        constants |= {"INPUT_PRECISION": "ieee", "ROUND": False}
-    constants |= {
-        "SPLIT_K": 1, "COMPACT": True, "TOP_K": 0, "HAS_DROPOUT": dropout, "HAS_DGATES": not dropout, "HAS_BASE": False,
-        "HAS_BIAS": False, "TOKEN_SPLITS": 2, "BUCKET": 0, "pair_ids_ptr": None, "group_bounds_ptr": None,
-        "base_ptr": None, "bias_ptr": None,
-    }  # fmt: skip
-    if not dropout:
-        constants["seed_ptr"] = None
-    if dropout and name == "shrink":
-        constants |= {"h_pre_ptr": None, "dgates_ptr": None}
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    pointers = dict.fromkeys(("expert_ids_ptr", "seed_ptr"), "*i64")
-    pointers |= dict.fromkeys(("weight_ptr", "gates_ptr", "h_ptr", "h_pre_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("dgates_ptr", "gradient_ptr"), "*fp32")
-    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr"), f"*{dtype}")
-    signature, attributes = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in pointers:
-            signature[argument] = pointers[argument]
-        else:
-            signature[argument] = "fp32" if argument in ("scaling", "dropout") else "i32"
-        if argument in pointers or argument in ("features", "stride_xm", "stride_rightk", "group_length"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    indices = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    return ASTSource(kernel, signature, indices, attributes), options
+def plan_of(job: Job) -> launch.Plan:
+    """Plan the launch of a kernel in a training step."""
+    slots, compact = MIXTURES[job.mixture]
+    dtype, dropout = DTYPES[job.variant.split()[0]], job.variant.endswith("dropout")
+    groups = 2 if compact else 1
+    shape = launch.Shape(dtype, groups, job.tokens, slots, job.rank, 3, compact, 0, dropout)
+    flags = (("HAS_BASE", False), ("HAS_BIAS", False)) if job.kernel == "expand" else ()
+    return launch.plan(job.kernel, shape, FEATURES, 0, flags)
 
 
-def compile_one(name: str, config: launch.Config, variant: str, target: Target) -> Report:
-    """Compile one kernel for one target."""
+def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target: Target) -> Compiled:
+    """Compile the kernel of a plan for a target; `numbers` are its integers, as far as they matter."""
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
-    source, options = _source(name, config, variant, target.backend)
+    kernel = plan.function()
+    constants = dict(plan.constants)
+    if target.backend == "hip":  # this machine's torch may be another build than the one that will launch the kernel
+        known = launch.dtype_constants(DTYPES[dtype], "hip")
+        constants |= {name: value for name, value in known.items() if name in constants}
+    gated = dtype if dtype == "bf16" else "fp32"
+    pointers = dict.fromkeys(("expert_ids_ptr", "pair_ids_ptr", "group_bounds_ptr", "seed_ptr"), "*i64")
+    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr", "base_ptr", "bias_ptr"), f"*{dtype}")
+    pointers |= dict.fromkeys(("gated_ptr", "gated_pre_ptr"), f"*{gated}")
+    pointers["h_ptr"] = f"*{gated}" if constants.get("SPLITS") == 0 else "*fp32"
+    absent = {"base_ptr": "HAS_BASE", "bias_ptr": "HAS_BIAS", "seed_ptr": "HAS_DROPOUT", "sum_ptr": "HAS_SUM"}
+    absent |= dict.fromkeys(("h_pre_ptr", "gated_pre_ptr", "dgates_ptr"), "HAS_DGATES")
+    absent |= dict.fromkeys(("pair_ids_ptr", "group_bounds_ptr"), "TOP_K") | {"expert_ids_ptr": "COMPACT"}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in absent and not constants.get(absent[name]):
+            signature[name], constants[name] = "constexpr", None
+        elif name.endswith("_ptr"):
+            signature[name], attributes[(i,)] = pointers.get(name, "*fp32"), [["tt.divisibility", 16]]
+        elif name in ("scaling", "dropout"):
+            signature[name] = "fp32"
+        elif numbers.get(name) == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if numbers.get(name, 1) % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    indices = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(kernel, signature, indices, attributes)
+    options = plan.options
     compiled = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -126,9 +128,14 @@ def compile_one(name: str, config: launch.Config, variant: str, target: Target) 
     else:
         text = compiled.asm["ptx"]
         registers, spilled = _resources(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
     matrix = re.search(target.instruction, text) is not None
-    return Report(name, config, variant, target.name, registers, spilled, shared, matrix, shared <= target.shared)
+    return Compiled(registers, spilled, compiled.metadata.shared, matrix, "wgmma.mma_async" in text)
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile one kernel with the numbers of a training step."""
+    numbers = dict.fromkeys(("group_length", "features", "stride_xm", "stride_rightk", "rows", "weight_rows"), 16)
+    return compile_plan(plan_of(job), numbers, job.variant.split()[0], TARGETS[job.target])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -149,40 +156,49 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[32])
     parser.add_argument("--write", type=Path, help="a page that ends with the table")
     arguments = parser.parse_args()
-    targets = [TARGETS[name] for name in arguments.targets]
-    jobs = [
-        (name, config, variant, target)
-        for name in launch.CONFIGS
+    tokens = (*launch.TOKENS, TOKENS)
+    names = [
+        (kernel, count, variant, mixture, rank)
+        for kernel in launch.CONFIGS
         for variant in VARIANTS
-        for config in launch.configs(name, DTYPES[variant.split()[0]], variant.endswith("dropout"))
-        for target in targets
+        for mixture in (MIXTURES if variant == "bf16" else ["compact"])
+        for rank in arguments.ranks
+        for count in tokens
     ]
+    jobs = [Job(*name, target) for name in names for target in arguments.targets]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(compile_one, *zip(*jobs)))
+        found = dict(zip(jobs, pool.map(compile_job, jobs)))
     lines = [
-        f"d = {FEATURES}, rank {RANK}, {SLOTS} active experts, triton {triton.__version__}; registers / shared KiB.",
+        f"d = {FEATURES}, 2 of 3 experts for each sample (compact) or all 3 (flat), triton {triton.__version__}; "
+        "registers / shared KiB.",
         "",
-        "| kernel | tokens x features, warps, stages | of | " + " | ".join(target.name for target in targets) + " |",
-        "|---" * (3 + len(targets)) + "|",
+        "| kernel | tokens x features x columns, warps, stages | of | " + " | ".join(arguments.targets) + " |",
+        "|---" * (3 + len(arguments.targets)) + "|",
     ]
-    for start in range(0, len(reports), len(targets)):
-        row = reports[start : start + len(targets)]
-        cells = [
-            f"{r.registers} / {r.shared / 1024:.0f}"
-            + ("" if r.good else f" **spills {r.spilled}, fits {r.fits}, matrix {r.matrix}**")
-            for r in row
-        ]
-        config = row[0].config
-        sizes = f"{config.tokens} x {config.features}, {config.num_warps}, {config.num_stages}"
-        lines.append(f"| {' | '.join([row[0].kernel, sizes, row[0].variant, *cells])} |")
+    bad = []
+    for name in names:
+        kernel, _, variant, mixture, rank = name
+        config, cells = plan_of(Job(*name, arguments.targets[0])).config, []
+        for target in arguments.targets:
+            report = found[Job(*name, target)]
+            fits = report.shared <= TARGETS[target].shared
+            # fp32 multiplies in IEEE precision, which no matrix instruction offers.
+            good = report.spilled == 0 and fits and (report.matrix or variant == "fp32")
+            fault = "" if good else f" **spills {report.spilled}, fits {fits}, matrix {report.matrix}**"
+            cells.append(f"{report.registers} / {report.shared / 1024:.0f}{fault}")
+            if not good:
+                bad.append((*name, target))
+        sizes = f"{config.tokens} x {config.features} x {config.columns}, {config.num_warps}, {config.num_stages}"
+        lines.append(f"| {' | '.join([kernel, sizes, f'{variant}, {mixture}, r={rank}', *cells])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.write:
         before = arguments.write.read_text().split("<!-- table -->")[0] if arguments.write.exists() else ""
         arguments.write.write_text(before + "<!-- table -->\n\n" + text)
-    if bad := [r for r in reports if not r.good]:
+    if bad:
         sys.exit(f"{len(bad)} configurations may not ship: {bad[0]}")
 
 

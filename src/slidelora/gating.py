@@ -147,8 +147,8 @@ def _named_gates(config: SlideLoRAConfig, name: str) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Turn autocast off, on the devices that have it; the meta device has none."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    # Older torch.compile cannot trace torch.amp.is_autocast_available.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def gate_rows(config: SlideLoRAConfig) -> list[int]:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import tiny_hosts as hosts
 import torch
@@ -219,10 +218,14 @@ def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 EXPORT_OPTIONS: dict[str, dict[str, Any]] = {"mamba": {"exclude_modules": ["dt_proj", "out_proj"]}}
 
 
+def pipeline_of(name: str, *parts: Any) -> Any:
+    return getattr(pytest.importorskip("diffusers"), name)(*parts)
+
+
 PIPELINES: dict[str, Callable[[nn.Module], Any]] = {
-    "unet": lambda unet: diffusers.StableDiffusionPipeline(None, None, None, unet, *[None] * 3, None, False),
-    "sd3": lambda transformer: diffusers.StableDiffusion3Pipeline(transformer, *[None] * 8),
-    "flux": lambda transformer: diffusers.FluxPipeline(*[None] * 6, transformer),
+    "unet": lambda unet: pipeline_of("StableDiffusionPipeline", None, None, None, unet, *[None] * 4, False),
+    "sd3": lambda transformer: pipeline_of("StableDiffusion3Pipeline", transformer, *[None] * 8),
+    "flux": lambda transformer: pipeline_of("FluxPipeline", *[None] * 6, transformer),
 }
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -80,7 +80,7 @@ def whisper() -> Host:
 
 
 def unet() -> Host:
-    model = diffusers.UNet2DConditionModel(
+    model = pytest.importorskip("diffusers").UNet2DConditionModel(
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
         cross_attention_dim=8, attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -89,7 +89,7 @@ def unet() -> Host:
 
 
 def dit() -> Host:
-    model = diffusers.DiTTransformer2DModel(
+    model = pytest.importorskip("diffusers").DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=1, sample_size=8, patch_size=4,
         norm_num_groups=4, num_embeds_ada_norm=10,
     )  # fmt: skip
@@ -97,7 +97,7 @@ def dit() -> Host:
 
 
 def sd3() -> Host:
-    model = diffusers.SD3Transformer2DModel(
+    model = pytest.importorskip("diffusers").SD3Transformer2DModel(
         sample_size=8, patch_size=4, in_channels=3, num_layers=2, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=8, caption_projection_dim=16, pooled_projection_dim=8, out_channels=3,
     )  # fmt: skip
@@ -106,7 +106,7 @@ def sd3() -> Host:
 
 
 def flux() -> Host:
-    model = diffusers.FluxTransformer2DModel(
+    model = pytest.importorskip("diffusers").FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 2, 2),
     )  # fmt: skip

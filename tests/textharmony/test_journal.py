@@ -100,13 +100,15 @@ def test_a_deep_line_is_named(tmp_path: Path) -> None:
 def test_a_forked_worker_does_not_hold_the_lock_of_a_run_that_ended(tmp_path: Path) -> None:
     """A killed run's workers live on for some seconds, and the run may be started again at once."""
     file = claim(tmp_path / ".lock")
-    read, write = os.pipe()
+    (read, write), (begun, begin) = os.pipe(), os.pipe()
     worker = os.fork()
     if not worker:
         os.close(write)
+        os.write(begin, b"x")
         os.read(read, 1)  # until the pipe is closed
         os._exit(0)
     try:
+        os.read(begun, 1)  # now it has closed what it should not hold
         with pytest.raises(ValueError, match="being written by another run"):
             claim(tmp_path / ".lock")
         release(file)

@@ -41,6 +41,11 @@ def make_accelerator(config: TrainConfig, out: str, trackers: Sequence[str]) -> 
         log_with=list(trackers) or None,
         project_dir=out,
     )
+    if accelerator.num_processes == 1 and (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(
+            f"the launcher started {count} processes, and accelerate found no GPUs and would run each by itself; "
+            "expected GPUs, or ACCELERATE_USE_CPU=true in the environment"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate takes DDP there, without a word
             PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP

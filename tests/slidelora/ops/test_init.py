@@ -161,6 +161,8 @@ def test_gradients_of_small_experts(
     _, (_, dx, *found) = run(backend, case, 4, chosen)
     _, (_, exact_dx, *exact) = run("reference", tuple(tensor.double() for tensor in case), 4, chosen)
     bound = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-3 if backend == "fused" else 1e-6)
+    if backend == "fused" and dtype == torch.bfloat16:
+        bound = 4e-3  # it rounds the experts to bf16
     assert_close(found, exact, bound)
     assert relative_error(dx, exact_dx) < bound + 2.5 * relative_error(exact_dx.to(dtype), exact_dx)
 

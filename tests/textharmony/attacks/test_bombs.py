@@ -15,17 +15,18 @@ import pytest
 
 from textharmony.images import MOST_BYTES, image_size, open_image
 
-PEAK = 700  # MiB of a process that reads bombs, of which torch takes some hundreds
+PEAK = 400  # MiB that reading bombs may add to a process: a sample has up to 128
 _READ = """
 import resource, sys
 from pathlib import Path
 from textharmony.data.readers.own import read_shard
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:
         print(sum(1 for sample in read_shard(Path(path))), "samples")
     except ValueError as error:
         print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 

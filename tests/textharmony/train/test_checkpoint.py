@@ -1,3 +1,4 @@
+import io
 import re
 import resource
 import shutil
@@ -194,9 +195,10 @@ def small_files(size: int) -> Iterator[None]:
     [(60, r"losses\.csv"), (10_000, r"step000006 cannot be saved: \S+: ."), (500_000, r"step000006 cannot be saved: ")],
 )
 def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
-    config: ModelConfig, run: tuple[Path, Weights], copy: Path, size: int, match: str
+    config: ModelConfig, run: tuple[Path, Weights], copy: Path, size: int, match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = checkpoints(copy)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # pytest keeps what the bar writes in a file
     with small_files(size), pytest.raises(OSError, match=match) as failed:
         train(config, SHORT, copy)
     assert "\n" not in str(failed.value)

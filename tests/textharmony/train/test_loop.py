@@ -272,6 +272,7 @@ SHORT = replace(
     gradient_checkpointing=False,
     max_faults=0.2,
     shuffle_buffer=4,
+    window=1,  # with which any number of micro-batches and processes sees the same batches
 )
 Weights = dict[str, torch.Tensor]
 

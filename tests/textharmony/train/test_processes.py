@@ -24,7 +24,7 @@ from textharmony.config import ModelConfig, TrainConfig
 from textharmony.presets import PAPER, PAPER_TRAINING
 
 STEPS = int(os.environ.get("TEXTHARMONY_STEPS", "8"))  # of the comparison of engines
-KILLS = int(os.environ.get("TEXTHARMONY_KILLS", "3"))
+KILLS = int(os.environ.get("TEXTHARMONY_KILLS", "2"))
 ENGINES = {"ddp": {}, "fsdp": FSDP}
 CONFIG = TrainConfig((READ,), save_every=2, sample_every=1000, workers=0, trackers=())
 pytestmark = pytest.mark.slow
@@ -180,8 +180,11 @@ def test_accelerate_launches_the_command_with_fsdp(folder: Path, tmp_path: Path)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp2.yaml")]
     command += ["--main_process_port", str(free_port()), "-m", "textharmony", "train", "--model", str(folder)]
     command += ["-o", str(tmp_path / "run"), "--steps", "1", "--batch-size", "2", "--mixed-precision", "no"]
-    done = subprocess.run(
-        [*command, "--workers", "0"], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    command += ["--workers", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "the launcher started 2 processes" in done.stderr, done.stderr
+    environment["ACCELERATE_USE_CPU"] = "true"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (newest(tmp_path / "run") / "pytorch_model_fsdp_0" / ".metadata").is_file()

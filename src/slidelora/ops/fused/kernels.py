@@ -1,4 +1,4 @@
-"""Triton kernels of gated_lora: shrink to rank space, expand from it, and gradients of the weights.
+"""Triton kernels of gated_lora: shrink to rank space, gate, expand from it, and gradients of the weights.
 
 Rank space has K * r columns: column slot * r + i of h (T, K * r) is rank i of the expert in that slot. A block of
 columns pads every slot to R_BLOCKS blocks of BLOCK_R columns, so no block of BLOCK_R crosses from one slot to the next.
@@ -11,9 +11,9 @@ holds pairs of one expert. Pair p belongs to token p // TOP_K, and pair_ids (G *
 group, with -1 as padding.
 
 The gates of row t are row t // gate_length of gates (., K), which serves one row for all, one per sample or one per
-token. Rank space is in fp32 (float64 for float64 inputs), and so are all sums. A factor of a product is not rounded to
-half precision: experts and gradients may be smaller than fp16 can hold, and h may be larger. No kernel adds atomically,
-so the results do not depend on the order in which programs run.
+token. All sums are in fp32 (float64 for float64 inputs). A product rounds its factors to DOT_DTYPE: bf16 inputs are
+multiplied in bf16; fp16 inputs in TF32, because experts and gradients may be smaller than fp16 can hold, and h may be
+larger. No kernel adds atomically, so the results do not depend on the order in which programs run.
 """
 
 import triton
@@ -53,22 +53,17 @@ def _token_rows(pair_ids_ptr, group, row, group_length, end, TOP_K: tl.constexpr
 
 
 @triton.jit
-def _round_to_tf32(value):
-    """Round fp32 to the nearest TF32; NaN stays NaN."""
-    # The hardware cuts digits off, which makes all products smaller.
-    bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+def _round(value, BITS: tl.constexpr):
+    """Round fp32 so that its last BITS bits are zero; NaN stays NaN."""
+    bits = (value.to(tl.int32, bitcast=True) + (1 << (BITS - 1))) & -(1 << BITS)
     return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
 
 
 @triton.jit
-def _dot(a, b, acc, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr):
-    if ROUND:
-        if a.dtype == tl.float32:
-            a = _round_to_tf32(a)
-        if b.dtype == tl.float32:
-            b = _round_to_tf32(b)
-    if UPCAST or a.dtype != b.dtype:  # the interpreter multiplies the bits of bfloat16 (triton-lang/triton#11584)
-        a, b = a.to(acc.dtype), b.to(acc.dtype)
+def _dot(a, b, acc, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr):
+    a, b = a.to(DOT_DTYPE), b.to(DOT_DTYPE)
+    if ROUND:  # where the hardware, or the interpreter, would cut digits off, which makes all products smaller
+        a, b = _round(a, ROUND), _round(b, ROUND)
     return tl.dot(a, b, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
 
 
@@ -80,29 +75,28 @@ def _dropout_mask(seed_ptr, token, feature, features, dropout):
 
 @triton.jit
 def gated_lora_shrink_kernel(
-    x_ptr, weight_ptr, expert_ids_ptr, pair_ids_ptr, h_ptr, h_pre_ptr, dgates_ptr, seed_ptr,
+    x_ptr, weight_ptr, expert_ids_ptr, pair_ids_ptr, h_ptr, seed_ptr,
     group_length, features, stride_xm, rows, dropout,
-    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
-    COMPACT: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_DGATES: tl.constexpr,
-    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-    BUCKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, COMPACT: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute h = x weight^T and, with HAS_DGATES, the sums of h * h_pre over each block of BLOCK_R columns.
+    """Compute h = x weight^T in parts, one for each split of the features.
 
-    x (T, d), row stride stride_xm; weight (E * r, d); h (rows, K * r), or (SPLIT_K, rows, K * r), whose sum is h;
-    dgates (SPLIT_K, rows, K * R_BLOCKS). M is tokens, N columns of rank space, K features.
-    Grid: (groups * blocks of tokens, blocks of columns, SPLIT_K).
+    x (T, d), row stride stride_xm; weight (E * r, d); h (splits, rows, K * r), whose sum is h. M is tokens, N columns
+    of rank space, K features. Grid: (groups * blocks of tokens, blocks of columns, splits).
     """
     m_blocks = tl.cdiv(group_length, BLOCK_M)
     group = tl.program_id(0) // m_blocks
     row = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(2)
+    split, splits = tl.program_id(2), tl.num_programs(2)
     h_row, token, row_mask = _token_rows(pair_ids_ptr, group, row, group_length, group_length, TOP_K)
     _, column, weight_row, column_mask = _rank_columns(
         tl.program_id(1), group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_N, COMPACT
     )
     weight_row = weight_row.to(tl.int64)
-    k_per_split = tl.cdiv(tl.cdiv(features, BLOCK_K), SPLIT_K) * BLOCK_K
+    k_per_split = tl.cdiv(tl.cdiv(features, BLOCK_K), splits) * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     for start in range(split * k_per_split, tl.minimum((split + 1) * k_per_split, features), BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -118,98 +112,154 @@ def gated_lora_shrink_kernel(
             mask=column_mask[None, :] & k_mask[:, None],
             other=0.0,
         )
-        acc = _dot(a, b, acc, INPUT_PRECISION, ROUND, UPCAST)
-    offsets = h_row[:, None] * (slots * r) + column[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
-    if HAS_DGATES:
-        h_pre = tl.load(h_pre_ptr + offsets, mask=mask, other=0.0).to(ACC_DTYPE)
-        sums = tl.sum(tl.reshape(acc * h_pre, (BLOCK_M, BLOCK_N // BLOCK_R, BLOCK_R)), axis=2)
-        r_block = tl.program_id(1) * (BLOCK_N // BLOCK_R) + tl.arange(0, BLOCK_N // BLOCK_R)
-        tl.store(
-            dgates_ptr + (split * rows + h_row[:, None]) * (slots * R_BLOCKS) + r_block[None, :],
-            sums,
-            mask=row_mask[:, None] & (r_block < slots * R_BLOCKS)[None, :],
-        )
-    tl.store(h_ptr + split.to(tl.int64) * rows * (slots * r) + offsets, acc.to(h_ptr.dtype.element_ty), mask=mask)
+        acc = _dot(a, b, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+    offsets = (split.to(tl.int64) * rows + h_row[:, None]) * (slots * r) + column[None, :]
+    tl.store(h_ptr + offsets, acc, mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
-def _load_gated_h(
-    h_ptr, gates_ptr, h_row, column, slot, mask, rows, gate_length, scaling,
-    slots: tl.constexpr, r: tl.constexpr, SPLIT_K: tl.constexpr, ACC_DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Load gates * scaling * h in ACC_DTYPE, at rows and columns that are broadcast, summed over SPLIT_K."""
-    offsets = h_row * (slots * r) + column
+def _sum_of_splits(h_ptr, offsets, mask, rows, columns: tl.constexpr, SPLITS: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    """Load h (SPLITS, rows, columns), summed over the splits."""
     value = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(ACC_DTYPE)
-    for split in tl.static_range(1, SPLIT_K):
-        value += tl.load(h_ptr + split * rows.to(tl.int64) * (slots * r) + offsets, mask=mask, other=0.0).to(ACC_DTYPE)
-    gate = tl.load(gates_ptr + (h_row // gate_length) * slots + slot, mask=mask, other=0.0).to(ACC_DTYPE)
-    return value * gate * scaling
+    for split in tl.static_range(1, SPLITS):
+        value += tl.load(h_ptr + split * rows * columns + offsets, mask=mask, other=0.0).to(ACC_DTYPE)
+    return value
+
+
+@triton.jit
+def _store_rounded(pointers, value, mask, ROUND: tl.constexpr):
+    if ROUND:
+        value = _round(value, ROUND)
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_lora_gate_kernel(
+    h_ptr, gates_ptr, h_pre_ptr, gated_ptr, gated_pre_ptr, sum_ptr, dgates_ptr,
+    rows, gate_length, scaling,
+    slots: tl.constexpr, r: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, HAS_SUM: tl.constexpr,
+    HAS_DGATES: tl.constexpr, ACC_DTYPE: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Compute gated = gates * scaling * h.
+
+    With HAS_SUM it stores h, too, and with HAS_DGATES gated_pre = gates * scaling * h_pre and dgates, which is
+    scaling * h * h_pre, summed over r. h (SPLITS, rows, K * r), whose sum is h; gated, gated_pre, sum and h_pre
+    (rows, K * r); dgates (rows, K). Grid: (blocks of rows, K).
+    """
+    slot = tl.program_id(1)
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rank = tl.arange(0, BLOCK_R)
+    row_mask = row < rows
+    mask = row_mask[:, None] & (rank < r)[None, :]
+    offsets = row[:, None] * (slots * r) + slot * r + rank[None, :]
+    h = _sum_of_splits(h_ptr, offsets, mask, rows, slots * r, SPLITS, ACC_DTYPE)
+    if HAS_SUM:
+        tl.store(sum_ptr + offsets, h, mask=mask)
+    gate = tl.load(gates_ptr + (row // gate_length) * slots + slot, mask=row_mask, other=0.0).to(ACC_DTYPE)
+    gate = (gate * scaling)[:, None]
+    _store_rounded(gated_ptr + offsets, h * gate, mask, ROUND)
+    if HAS_DGATES:
+        h_pre = tl.load(h_pre_ptr + offsets, mask=mask, other=0.0)
+        tl.store(dgates_ptr + row * slots + slot, tl.sum(h * h_pre, axis=1) * scaling, mask=row_mask)
+        _store_rounded(gated_pre_ptr + offsets, h_pre * gate, mask, ROUND)
+
+
+@triton.jit
+def _load_gated(
+    h_ptr, gates_ptr, h_row, column, slot, mask, rows, gate_length, scaling,
+    slots: tl.constexpr, r: tl.constexpr, SPLITS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Load gates * scaling * h: gated h itself if SPLITS is 0, else h (SPLITS, rows, K * r), to sum and gate here."""
+    offsets = h_row[:, None] * (slots * r) + column[None, :]
+    if SPLITS == 0:
+        gated = tl.load(h_ptr + offsets, mask=mask, other=0.0)
+    else:
+        h = _sum_of_splits(h_ptr, offsets, mask, rows, slots * r, SPLITS, ACC_DTYPE)
+        gate_offsets = (h_row[:, None] // gate_length) * slots + slot[None, :]
+        gated = h * tl.load(gates_ptr + gate_offsets, mask=mask, other=0.0).to(ACC_DTYPE) * scaling
+    return gated
 
 
 @triton.jit
 def gated_lora_expand_kernel(
     h_ptr, weight_ptr, gates_ptr, expert_ids_ptr, pair_ids_ptr, base_ptr, bias_ptr, y_ptr, seed_ptr,
-    group_length, gate_length, features, stride_basem, rows, scaling, dropout,
-    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+    group_length, gate_length, features, stride_basem, rows, n_per_program, scaling, dropout,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
     COMPACT: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr,
-    UPCAST: tl.constexpr, BUCKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = dropout((gates * scaling * h) weight) + base + bias, with the dropout mask that x had.
+    """Compute y = dropout(gated weight) + base + bias, with the dropout mask that x had.
 
-    h (rows, K * r), or (SPLIT_K, rows, K * r), whose sum is h; weight (E * r, d); base (T, d), row stride stride_basem;
-    bias (d,); y (T, d). M is tokens, N features, K columns of rank space.
-    Grid: (groups * blocks of tokens, blocks of features).
+    h is gated (rows, K * r), or for SPLITS > 0 what `_load_gated` takes; weight (E * r, d); base (T, d), row stride
+    stride_basem; bias (d,); y (T, d). M is tokens, N features, K columns of rank space. A program computes
+    n_per_program blocks of features with one load of h, if its columns fit one block.
+    Grid: (groups * blocks of tokens, parts of the features).
     """
     m_blocks = tl.cdiv(group_length, BLOCK_M)
     group = tl.program_id(0) // m_blocks
     row = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     h_row, token, row_mask = _token_rows(pair_ids_ptr, group, row, group_length, group_length, TOP_K)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = n < features
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
-    for k_block in range(tl.cdiv(slots * R_BLOCKS * BLOCK_R, BLOCK_K)):
-        slot, column, weight_row, column_mask = _rank_columns(
-            k_block, group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
-        )
-        a = _load_gated_h(
-            h_ptr, gates_ptr, h_row[:, None], column[None, :], slot[None, :], row_mask[:, None] & column_mask[None, :],
-            rows, gate_length, scaling, slots, r, SPLIT_K, ACC_DTYPE,
-        )  # fmt: skip
+    K_BLOCKS: tl.constexpr = (slots * R_BLOCKS * BLOCK_R + BLOCK_K - 1) // BLOCK_K
+    slot, column, weight_row, column_mask = _rank_columns(
+        0, group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
+    )
+    a = _load_gated(
+        h_ptr, gates_ptr, h_row, column, slot, row_mask[:, None] & column_mask[None, :], rows, gate_length, scaling,
+        slots, r, SPLITS, ACC_DTYPE,
+    )  # fmt: skip
+    first = tl.program_id(1) * n_per_program
+    for n_block in range(first, tl.minimum(first + n_per_program, tl.cdiv(features, BLOCK_N))):
+        n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_mask = n < features
         b = tl.load(
             weight_ptr + weight_row.to(tl.int64)[:, None] * features + n[None, :],
             mask=column_mask[:, None] & n_mask[None, :],
             other=0.0,
         )
-        acc = _dot(a, b, acc, INPUT_PRECISION, ROUND, UPCAST)
-    mask = row_mask[:, None] & n_mask[None, :]
-    if HAS_DROPOUT:
-        keep = _dropout_mask(seed_ptr, token[:, None], n[None, :], features, dropout)
-        acc = tl.where(keep, acc / (1 - dropout), 0.0)
-    if HAS_BASE:
-        acc += tl.load(base_ptr + token[:, None] * stride_basem + n[None, :], mask=mask, other=0.0).to(ACC_DTYPE)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(ACC_DTYPE)[None, :]
-    tl.store(y_ptr + token[:, None] * features + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+        acc = _dot(a, b, tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE), DOT_DTYPE, INPUT_PRECISION, ROUND)
+        if K_BLOCKS > 1:
+            for k_block in range(1, K_BLOCKS):
+                slot_k, column_k, weight_row_k, mask_k = _rank_columns(
+                    k_block, group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
+                )
+                a_k = _load_gated(
+                    h_ptr, gates_ptr, h_row, column_k, slot_k, row_mask[:, None] & mask_k[None, :], rows, gate_length,
+                    scaling, slots, r, SPLITS, ACC_DTYPE,
+                )  # fmt: skip
+                b_k = tl.load(
+                    weight_ptr + weight_row_k.to(tl.int64)[:, None] * features + n[None, :],
+                    mask=mask_k[:, None] & n_mask[None, :],
+                    other=0.0,
+                )
+                acc = _dot(a_k, b_k, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+        mask = row_mask[:, None] & n_mask[None, :]
+        if HAS_DROPOUT:
+            keep = _dropout_mask(seed_ptr, token[:, None], n[None, :], features, dropout)
+            acc = tl.where(keep, acc / (1 - dropout), 0.0)
+        if HAS_BASE:
+            acc += tl.load(base_ptr + token[:, None] * stride_basem + n[None, :], mask=mask, other=0.0).to(ACC_DTYPE)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(ACC_DTYPE)[None, :]
+        tl.store(y_ptr + token[:, None] * features + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _add_products(
-    acc, h_ptr, right_ptr, gates_ptr, pair_ids_ptr, seed_ptr, group, slot, rank, column_mask, n, n_mask, first, end,
-    group_length, gate_length, features, stride_rightk, rows, scaling, dropout,
-    slots: tl.constexpr, r: tl.constexpr, SPLIT_K: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    acc, gated_ptr, right_ptr, pair_ids_ptr, seed_ptr, group, column, column_mask, n, n_mask, first, end,
+    group_length, features, stride_rightk, dropout,
+    columns: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return acc + (gates * scaling * h)^T right over rows first..end of a group; slot and rank are (BLOCK_M,)."""
+    """Return acc + gated^T right over rows first..end of a group and the given columns of gated."""
     for start in range(first, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         h_row, token, row_mask = _token_rows(pair_ids_ptr, group, row, group_length, end, TOP_K)
-        a = _load_gated_h(
-            h_ptr, gates_ptr, h_row[None, :], (slot * r + rank)[:, None], slot[:, None],
-            column_mask[:, None] & row_mask[None, :], rows, gate_length, scaling, slots, r, SPLIT_K, ACC_DTYPE,
-        )  # fmt: skip
+        a = tl.load(
+            gated_ptr + h_row[:, None] * columns + column[None, :],
+            mask=row_mask[:, None] & column_mask[None, :],
+            other=0.0,
+        )
         b = tl.load(
             right_ptr + token[:, None] * stride_rightk + n[None, :],
             mask=row_mask[:, None] & n_mask[None, :],
@@ -218,65 +268,90 @@ def _add_products(
         if HAS_DROPOUT:
             keep = _dropout_mask(seed_ptr, token[:, None], n[None, :], features, dropout)
             b = tl.where(keep, b / (1 - dropout), 0.0).to(right_ptr.dtype.element_ty)
-        acc = _dot(a, b, acc, INPUT_PRECISION, ROUND, UPCAST)
+        acc = _dot(tl.trans(a), b, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
     return acc
 
 
 @triton.jit
 def gated_lora_weight_gradient_kernel(
-    h_ptr, right_ptr, gates_ptr, expert_ids_ptr, pair_ids_ptr, group_bounds_ptr, gradient_ptr, seed_ptr,
-    groups, group_length, gate_length, features, stride_rightk, rows, weight_rows, scaling, dropout,
-    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
-    COMPACT: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, TOKEN_SPLITS: tl.constexpr,
-    ACC_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-    BUCKET: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    gated_ptr, right_ptr, expert_ids_ptr, pair_ids_ptr, group_bounds_ptr, gradient_ptr, seed_ptr,
+    groups, group_length, features, stride_rightk, weight_rows, dropout,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, COMPACT: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute the weight's gradient: the sum over tokens of gates * scaling * h, transposed, times right.
+    """Compute the weight's gradient in parts, gated^T right over each split of every group's tokens.
 
-    Row e * r + i sums h[token, slot * r + i] over the slots that hold expert e. h (rows, K * r), or
-    (SPLIT_K, rows, K * r), whose sum is h; right (T, d), row stride stride_rightk; gradient (TOKEN_SPLITS, E * r, d),
-    where each split sums its part of every group's tokens. M is rows of the weight, N features, K tokens.
-    With COMPACT a block of BLOCK_M rows is one block of one expert. The program searches the slots of each group for
-    that expert, or with TOP_K finds the groups of slot j in group_bounds[j] (TOP_K, E + 1). Grid: (blocks of rows,
-    blocks of features, TOKEN_SPLITS).
+    gated (rows, K * r); right (T, d), row stride stride_rightk; gradient (splits, weight_rows, d). M is rows of the
+    weight, N features, K tokens. Without COMPACT, row m is column m of gated. With COMPACT a block of BLOCK_M rows is
+    one block of one expert, and the program searches the slots of each group for that expert, or with TOP_K finds the
+    groups of slot j in group_bounds[j] (TOP_K, E + 1). Grid: (blocks of rows, blocks of features, splits).
     """
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < features
-    split = tl.program_id(2)
-    k_per_split = tl.cdiv(tl.cdiv(group_length, BLOCK_K), TOKEN_SPLITS) * BLOCK_K
+    split, splits = tl.program_id(2), tl.num_programs(2)
+    k_per_split = tl.cdiv(tl.cdiv(group_length, BLOCK_K), splits) * BLOCK_K
     first, last = split * k_per_split, tl.minimum((split + 1) * k_per_split, group_length)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
-    j = tl.arange(0, BLOCK_M)
-    r_block = tl.program_id(0) * (BLOCK_M // BLOCK_R) + j // BLOCK_R
-    expert = r_block // R_BLOCKS
-    rank = (r_block % R_BLOCKS) * BLOCK_R + j % BLOCK_R
-    weight_row = expert * r + rank
-    column_mask = (weight_row < weight_rows) & (rank < r)
+    expert, _, weight_row, _ = _rank_columns(
+        tl.program_id(0), 0, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_M, False
+    )
+    rank = weight_row - expert * r
+    column_mask = (rank < r) & (weight_row < weight_rows)
     own_expert = tl.program_id(0) // R_BLOCKS  # with COMPACT
     if TOP_K:
         for index in range(TOP_K):
             bound_ptr = group_bounds_ptr + index * (weight_rows // r + 1) + own_expert
             for group in range(tl.load(bound_ptr), tl.load(bound_ptr + 1)):
                 acc = _add_products(
-                    acc, h_ptr, right_ptr, gates_ptr, pair_ids_ptr, seed_ptr, group, expert * 0, rank, column_mask, n,
-                    n_mask, first, last, group_length, gate_length, features, stride_rightk, rows, scaling, dropout,
-                    slots, r, SPLIT_K, TOP_K, HAS_DROPOUT, ACC_DTYPE, INPUT_PRECISION, ROUND, UPCAST, BLOCK_K,
+                    acc, gated_ptr, right_ptr, pair_ids_ptr, seed_ptr, group, rank, column_mask, n, n_mask, first,
+                    last, group_length, features, stride_rightk, dropout, slots * r, TOP_K, HAS_DROPOUT, DOT_DTYPE,
+                    INPUT_PRECISION, ROUND, BLOCK_K,
+                )  # fmt: skip
+    elif COMPACT:
+        for group in range(groups):
+            for index in range(slots):
+                end = tl.where(tl.load(expert_ids_ptr + group * slots + index) == own_expert, last, first)
+                acc = _add_products(
+                    acc, gated_ptr, right_ptr, pair_ids_ptr, seed_ptr, group, index * r + rank, column_mask, n, n_mask,
+                    first, end, group_length, features, stride_rightk, dropout, slots * r, TOP_K, HAS_DROPOUT,
+                    DOT_DTYPE, INPUT_PRECISION, ROUND, BLOCK_K,
                 )  # fmt: skip
     else:
-        for group in range(groups):
-            for index in range(slots if COMPACT else 1):
-                slot, end = expert, last
-                if COMPACT:
-                    slot = expert * 0 + index
-                    end = tl.where(tl.load(expert_ids_ptr + group * slots + index) == own_expert, last, first)
-                acc = _add_products(
-                    acc, h_ptr, right_ptr, gates_ptr, pair_ids_ptr, seed_ptr, group, slot, rank, column_mask, n, n_mask,
-                    first, end, group_length, gate_length, features, stride_rightk, rows, scaling, dropout,
-                    slots, r, SPLIT_K, TOP_K, HAS_DROPOUT, ACC_DTYPE, INPUT_PRECISION, ROUND, UPCAST, BLOCK_K,
-                )  # fmt: skip
+        acc = _add_products(
+            acc, gated_ptr, right_ptr, pair_ids_ptr, seed_ptr, 0, weight_row, column_mask, n, n_mask, first, last,
+            group_length, features, stride_rightk, dropout, slots * r, TOP_K, HAS_DROPOUT, DOT_DTYPE, INPUT_PRECISION,
+            ROUND, BLOCK_K,
+        )  # fmt: skip
     gradient_row = (split * weight_rows + weight_row).to(tl.int64)
     tl.store(
         gradient_ptr + gradient_row[:, None] * features + n[None, :],
         acc.to(gradient_ptr.dtype.element_ty),
         mask=column_mask[:, None] & n_mask[None, :],
     )
+
+
+@triton.jit
+def gated_lora_reduce_kernel(
+    parts_ptr, expert_ids_ptr, gradient_ptr, length, part_length,
+    slots: tl.constexpr, SPLITS: tl.constexpr, COMPACT: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the parts of a weight's gradient, and with COMPACT put each slot's rows at its expert; other rows are zero.
+
+    parts (SPLITS, part_length), where each slot has `length` elements; gradient (E, length).
+    Grid: (blocks of an expert's elements, E).
+    """
+    element = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    expert = tl.program_id(1)
+    mask = element < length
+    acc = tl.zeros((BLOCK,), ACC_DTYPE)
+    for index in range(slots if COMPACT else 1):
+        slot, end = expert, length
+        if COMPACT:
+            slot = expert * 0 + index
+            end = tl.where(tl.load(expert_ids_ptr + index) == expert, length, 0)
+        for split in tl.static_range(SPLITS):
+            offset = split * part_length + slot.to(tl.int64) * length
+            acc += tl.load(parts_ptr + offset + element, mask=element < end, other=0.0)
+    tl.store(gradient_ptr + expert.to(tl.int64) * length + element, acc.to(gradient_ptr.dtype.element_ty), mask=mask)

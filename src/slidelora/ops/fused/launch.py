@@ -1,16 +1,18 @@
-"""Launches of the kernels: which grid a shape needs, and which configuration runs.
+"""Launches of the kernels: which configuration runs, and which grid fills the GPU.
 
-Each kernel has a few configurations, and all of them were compiled and checked ahead of time. The number of tokens
-decides which one runs. With SLIDELORA_TUNE=1 triton times all of them instead, once for each range of shapes, dtype and
-GPU, and stores the fastest on disk.
+The number of tokens in a group decides the configuration. The defaults come from the launch model in
+benchmarks/compile_kernels.py, which also checks all of them ahead of time; benchmarks/gpu.py times them on a GPU and
+writes the fastest to tuned.json beside this file, which takes precedence on that architecture.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +20,24 @@ from torch import Tensor
 
 from slidelora.ops.mixture import Mixture
 
-PROGRAMS = 256  # programs that a large GPU can run at the same time
-FEW_TOKENS = 64  # up to this many tokens the shrink kernel splits the features, so that enough programs run
+FEW_TOKENS = 64  # up to this many tokens are not sorted by expert
+GATED_BY_EXPAND = 1  # up to this many tokens, expand applies the gates itself where no gradient is needed
+TABLE = Path(__file__).parent / "tuned.json"
 
 INSTALLED = find_spec("triton") is not None
+OLDEST = (3, 4)  # version of triton
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on any device
 
-Grid = Callable[[dict[str, int]], tuple[int, ...]]
+
+@torch.compiler.assume_constant_result
+def triton_version() -> str:
+    """Return the version of triton, empty if it is not installed or too old."""
+    if not INSTALLED:
+        return ""
+    import triton
+
+    numbers = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return triton.__version__ if numbers >= OLDEST else ""
 
 
 class Config(NamedTuple):
@@ -32,15 +45,20 @@ class Config(NamedTuple):
 
     tokens: int  # in a block
     features: int  # in a block
+    columns: int  # of rank space in a block, at most
     num_warps: int
     num_stages: int
+    programs: int = 256  # that a launch should have; long sums and rows are divided until it has them
 
     def constants(self, kernel: str) -> dict[str, int]:
-        """Return the kernel's constants, num_warps and num_stages among them."""
+        """Return the block sizes of tokens and features under the kernel's names."""
         tokens, features, _ = BLOCKS[kernel]
-        sizes = {tokens: self.tokens, features: self.features}
+        return {tokens: self.tokens, features: self.features}
+
+    def options(self) -> dict[str, Any]:
+        """Return what triton takes in addition to the kernel's own arguments."""
         # triton 3.10 changes the default of enable_fp_fusion.
-        return sizes | {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 # What each kernel calls its block of tokens, of features, and of columns of rank space.
@@ -50,72 +68,110 @@ BLOCKS = {
     "weight_gradient": ("BLOCK_K", "BLOCK_N", "BLOCK_M"),
 }
 
-# By the bytes of an element: for at most 16 tokens, at most 1024, and more. Only tuning tries the last one.
-CONFIGS: dict[str, dict[int, tuple[Config, ...]]] = {
+TOKENS = (16, 1024)  # a group of at most so many tokens takes the first and the second configuration, others the third
+# By kind of input: bf16 is multiplied in bf16, fp16 in TF32, fp32 in fp32 (and fp64 in fp64).
+CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "shrink": {
-        2: (Config(16, 128, 4, 2), Config(32, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 3)),
-        4: (Config(16, 64, 4, 2), Config(32, 64, 4, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 3)),
+        "bf16": (Config(16, 128, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(128, 64, 128, 8, 2, 128)),
+        "fp16": (Config(16, 128, 32, 4, 2), Config(64, 64, 64, 4, 2, 128), Config(64, 64, 64, 4, 2, 128)),
+        "fp32": (Config(16, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(64, 64, 32, 8, 2)),
     },
     "expand": {
-        2: (Config(16, 128, 4, 2), Config(32, 64, 4, 2), Config(64, 128, 8, 2), Config(128, 64, 8, 2)),
-        4: (Config(16, 128, 4, 2), Config(32, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        "bf16": (Config(16, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(128, 64, 64, 8, 2)),
+        "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
+        "fp32": (Config(16, 128, 32, 4, 2), Config(32, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)),
     },
     "weight_gradient": {
-        2: (Config(16, 128, 8, 2), Config(64, 64, 8, 2), Config(64, 128, 8, 2), Config(32, 128, 8, 2)),
-        4: (Config(16, 32, 4, 3), Config(32, 32, 8, 3), Config(32, 64, 8, 3), Config(32, 16, 8, 3)),
+        "bf16": (Config(16, 128, 64, 8, 2), Config(32, 64, 128, 8, 2, 128), Config(32, 128, 128, 8, 3, 128)),
+        "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 8, 2), Config(32, 64, 64, 8, 2)),
+        "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 3), Config(32, 64, 32, 8, 3)),
     },
 }
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # all others are fp32
+REDUCED = 1024  # elements in a block of the kernels that only add up
 
 
-def configs(kernel: str, dtype: torch.dtype, dropout: bool) -> tuple[Config, ...]:
-    """List a kernel's configurations; dropout and float64 take more registers, so their blocks are smaller."""
-    found = CONFIGS[kernel][min(dtype.itemsize, 4)]
+def kind_of(dtype: torch.dtype) -> str:
+    """Return the kind of configurations that a dtype takes."""
+    return KINDS.get(dtype, "fp32")
+
+
+def bucket_of(tokens: int) -> int:
+    """Return the index of the configuration for groups of that many tokens."""
+    return sum(tokens > limit for limit in TOKENS)
+
+
+@cache
+def tuned(name: str) -> dict[str, list[int]]:
+    """Read the configurations that are best on an architecture, as far as they are known, by `tuning_key`."""
+    found: dict[str, list[int]] = json.loads(TABLE.read_text()).get(name, {}) if TABLE.exists() else {}
+    return found
+
+
+def architecture() -> str:
+    """Return the architecture of the current GPU, as in "sm_90" or "gfx942"; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def tuning_key(kernel: str, dtype: torch.dtype, tokens: int, columns: int) -> str:
+    """Return the key of a configuration in the tuned table; columns (K * r) count as the next power of two."""
+    return f"{kernel} {kind_of(dtype)} {bucket_of(tokens)} {_power(columns)}"
+
+
+def config(kernel: str, dtype: torch.dtype, tokens: int, columns: int, dropout: bool = False) -> Config:
+    """Choose the configuration for groups of that many tokens, and K * r columns of rank space."""
+    default = CONFIGS[kernel][kind_of(dtype)][bucket_of(tokens)]
     if not dropout and dtype.itemsize < 8:
-        return found
-    return tuple(c._replace(tokens=max(16, c.tokens // 2), features=max(16, c.features // 2)) for c in found)
+        found = tuned(architecture()).get(tuning_key(kernel, dtype, tokens, columns))
+        return Config(*found) if found else default
+    # Dropout and float64 take more registers.
+    sizes = (max(16, size // 2) for size in default[:3])
+    return Config(*sizes, *default[3:])
 
 
-def rank_constants(kernel: str, slots: int, rank: int, dtype: torch.dtype, compact: bool) -> dict[str, int]:
-    """Return the constants that divide rank space into blocks; the ranks of a slot are padded to whole blocks."""
-    limit = 64 if dtype.itemsize == 2 else 32  # larger blocks would spill registers
-    block_r = min(limit, max(16, 1 << (rank - 1).bit_length()))
+def rank_constants(kernel: str, slots: int, rank: int, limit: int, compact: bool) -> dict[str, int]:
+    """Return the constants that divide rank space into blocks of at most `limit`; each slot is padded to whole ones."""
+    block_r = min(limit, max(16, _power(rank)))
     r_blocks = _cdiv(rank, block_r)
-    columns = min(limit, block_r * (1 << (slots * r_blocks - 1).bit_length()))
+    columns = min(limit, block_r * _power(slots * r_blocks))
     if kernel == "weight_gradient" and compact:
         columns = block_r  # one program handles one expert
     return {"slots": slots, "r": rank, "R_BLOCKS": r_blocks, "BLOCK_R": block_r, BLOCKS[kernel][2]: columns}
 
 
-def dtype_constants(dtype: torch.dtype) -> dict[str, Any]:
+def dtype_constants(dtype: torch.dtype, backend: str | None = None) -> dict[str, Any]:
     """Return the constants that say how a kernel multiplies and accumulates inputs of a dtype."""
     import triton.language as tl
 
-    half = dtype.itemsize == 2
-    # Half precision inputs are multiplied by fp32. TF32 has the precision of fp16 and the range of fp32. AMD GPUs
-    # multiply fp32 on their matrix cores, and not all of them know TF32.
-    tf32 = torch.version.hip is None if half else dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    hip = torch.version.hip is not None if backend is None else backend == "hip"
+    accumulator = tl.float64 if dtype == torch.float64 else tl.float32
+    bf16 = dtype == torch.bfloat16
+    # TF32 has the precision of fp16 and the range of fp32. AMD GPUs multiply fp32 on their matrix cores, and not all
+    # of them know TF32.
+    half = dtype == torch.float16 and not hip
+    tf32 = half or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32)
+    emulated = bf16 and INTERPRETED  # the interpreter multiplies the bits of bfloat16 (triton-lang/triton#11584)
     return {
-        "ACC_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ACC_DTYPE": accumulator,
+        "DOT_DTYPE": tl.bfloat16 if bf16 and not emulated else accumulator,
         "INPUT_PRECISION": "tf32" if tf32 else "ieee",
-        "ROUND": half and tf32,
-        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        "ROUND": 13 if half else 16 if emulated else 0,
     }
 
 
-def split_k(tokens: int, features: int) -> int:
-    """Return the number of parts into which the shrink kernel splits the features."""
-    return 1 if tokens > FEW_TOKENS else max(1, min(8, features // 512))
-
-
-def empty_h(x: Tensor, columns: int) -> Tensor:
-    """Allocate the output of the shrink kernel: (T, K * r), or (SPLIT_K, T, K * r), whose sum is h."""
-    splits = split_k(*x.shape)
-    shape = x.shape[:1] if splits == 1 else (splits, x.shape[0])
-    return x.new_empty(*shape, columns, dtype=_accumulator(x.dtype))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gated_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of gated h for inputs of a dtype: what the products with it round it to."""
+    return dtype if dtype == torch.bfloat16 else accumulator(dtype)
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
@@ -126,40 +182,14 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _bucket(tokens: int) -> int:
-    return 0 if tokens <= 16 else 1 if tokens <= 1024 else 2
+def _power(n: int) -> int:
+    """Return the smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
 
 
-@cache
-def _autotuned(kernel: str, dtype: torch.dtype, dropout: bool) -> Any:
-    import triton
-
-    from slidelora.ops.fused import kernels
-
-    choices = []
-    for config in configs(kernel, dtype, dropout):
-        constants = config.constants(kernel)
-        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-        choices.append(triton.Config(constants, num_warps=warps, num_stages=stages))
-    # The output of expand may be its own base, so a timed run must not add to it twice.
-    restore = ["y_ptr"] if kernel == "expand" else None
-    key = ["BUCKET", "features", "slots", "r"]
-    tune = triton.autotune(choices, key=key, restore_value=restore, cache_results=True)
-    return tune(getattr(kernels, f"gated_lora_{kernel}_kernel"))
-
-
-def _launch(kernel: str, grid: Grid, tokens: int, dtype: torch.dtype, *arguments: Any, **constants: Any) -> None:
-    from slidelora.ops.fused import kernels
-
-    constants |= dtype_constants(dtype)
-    if os.environ.get("SLIDELORA_TUNE") == "1" and not INTERPRETED:
-        tuned = _autotuned(kernel, dtype, constants["HAS_DROPOUT"])
-        tuned[grid](*arguments, BUCKET=tokens.bit_length(), **constants)
-        return
-    bucket = _bucket(tokens)
-    sizes = configs(kernel, dtype, constants["HAS_DROPOUT"])[bucket].constants(kernel)
-    function = getattr(kernels, f"gated_lora_{kernel}_kernel")
-    function[grid(constants | sizes)](*arguments, BUCKET=bucket, **constants, **sizes)
+def _parts(programs: int, blocks: int, most: int) -> int:
+    """Return the number of parts, at most 32 and `most`, that gives no more programs than asked."""
+    return max(1, min(32, most, programs // max(blocks, 1)))
 
 
 class Dropout(NamedTuple):
@@ -172,11 +202,132 @@ class Dropout(NamedTuple):
 NO_DROPOUT = Dropout()
 
 
-class Route(NamedTuple):
+class Plan:
+    """How one kernel runs for one shape: its grid and constants, and what triton compiled for them."""
+
+    def __init__(self, kernel: str, grid: tuple[int, ...], config: Config | None, constants: dict[str, Any]) -> None:
+        self.kernel, self.config, self.constants = kernel, config, constants
+        self.grid = (*grid, *(1,) * (3 - len(grid)))
+        self.options = config.options() if config else {"num_warps": 4, "enable_fp_fusion": True}
+        self.compiled: dict[Any, Any] = {}
+
+    def function(self) -> Any:
+        """Return the kernel."""
+        from slidelora.ops.fused import kernels
+
+        return getattr(kernels, f"gated_lora_{self.kernel}_kernel")
+
+    def launch(self, given: tuple[Tensor | None, ...], key: tuple[Any, ...], *arguments: Any) -> None:
+        """Run the kernel.
+
+        What triton compiles depends on dtypes, on numbers that are 1 or multiples of 16, and on pointers that are
+        multiples of 16. To ask triton each time takes longer than a small kernel, so this asks once for each key.
+
+        Args:
+            given: The tensors that others allocated, whose pointers may be anything.
+            key: The dtypes and numbers that do not follow from the plan.
+            arguments: Of the kernel, without its constants.
+        """
+        if INTERPRETED:
+            self.function()[self.grid](*arguments, **self.constants, **self.options)
+            return
+        pointers = 0
+        for tensor in given:
+            if tensor is not None:
+                pointers |= tensor.data_ptr()
+        device = _driver().active.get_current_device()
+        found = None if pointers & 15 else self.compiled.get((device, key))
+        if found is not None:
+            run, values = found
+            run(*arguments, *values)
+            return
+        function = self.function()
+        kernel = function[self.grid](*arguments, **self.constants, **self.options)
+        if not pointers & 15:
+            values = tuple(self.constants[name] for name in function.arg_names[len(arguments) :])
+            self.compiled[device, key] = kernel[self.grid], values
+
+
+@cache
+def _driver() -> Any:
+    from triton.runtime.driver import driver
+
+    return driver
+
+
+class Shape(NamedTuple):
+    """What a plan depends on, except for the kernel."""
+
+    dtype: torch.dtype  # of x
+    groups: int  # of rows of h that share their experts
+    length: int  # of a group
+    slots: int
+    rank: int
+    num_experts: int
+    compact: bool
+    top_k: int
+    dropout: bool
+
+
+@lru_cache(maxsize=4096)
+def plan(kernel: str, shape: Shape, features: int, splits: int = 0, flags: tuple[tuple[str, Any], ...] = ()) -> Plan:
+    """Plan a launch of shrink, expand or weight_gradient; `splits` of h is what expand reads."""
+    dtype, groups, length, slots, rank, num_experts, compact, top_k, dropout = shape
+    # Long groups of sorted tokens come from many tokens.
+    chosen = config(kernel, dtype, length if length < 128 or not top_k else TOKENS[-1] + 1, slots * rank, dropout)
+    if kernel != "weight_gradient" and (size := max(16, _power(length))) < chosen.tokens:
+        chosen = chosen._replace(tokens=size, programs=min(256, chosen.programs * (chosen.tokens // size)))
+    by_expert = compact and (groups > 1 or bool(top_k))  # else the weight's gradient is computed slot by slot
+    if kernel == "weight_gradient":
+        compact = by_expert
+    constants: dict[str, Any] = rank_constants(kernel, slots, rank, chosen.columns, compact)
+    columns = constants[BLOCKS[kernel][2]]
+    padded = constants["R_BLOCKS"] * constants["BLOCK_R"]
+    constants |= chosen.constants(kernel) | dtype_constants(dtype) | dict(flags)
+    constants |= {"COMPACT": compact, "TOP_K": top_k, "HAS_DROPOUT": dropout}
+    m_blocks = groups * _cdiv(length, chosen.tokens)
+    if kernel == "shrink":
+        n_blocks = _cdiv(slots * padded, columns)
+        parts = _parts(chosen.programs, m_blocks * n_blocks, _cdiv(features, chosen.features))
+        return Plan(kernel, (m_blocks, n_blocks, parts), chosen, constants)
+    n_blocks = _cdiv(features, chosen.features)
+    if kernel == "expand":
+        n_per_program = _cdiv(n_blocks, max(1, min(n_blocks, chosen.programs // m_blocks)))
+        constants["SPLITS"] = splits
+        return Plan(kernel, (m_blocks, _cdiv(n_blocks, n_per_program)), chosen, constants)
+    blocks = _cdiv((num_experts if by_expert else slots) * padded, columns)
+    active = min(blocks, groups * slots * constants["R_BLOCKS"]) if by_expert and not top_k else blocks
+    parts = _parts(chosen.programs, active * n_blocks, _cdiv(length, 2 * chosen.tokens))
+    return Plan(kernel, (blocks, n_blocks, parts), chosen, constants)
+
+
+@lru_cache(maxsize=4096)
+def gate_plan(dtype: torch.dtype, rows: int, slots: int, rank: int, splits: int, keep: bool, gradient: bool) -> Plan:
+    """Plan a launch of the kernel that gates h."""
+    block_r = _power(rank)
+    size = max(1, min(2 * REDUCED // block_r, max(16, _power(rows * slots // 256))))
+    constants = {"slots": slots, "r": rank, "BLOCK_R": block_r, "SPLITS": splits, "BLOCK_M": size}
+    constants |= {"HAS_SUM": keep, "HAS_DGATES": gradient, **dtype_constants(dtype)}
+    constants["ROUND"] = constants["ROUND"] if dtype == torch.bfloat16 else 0
+    del constants["DOT_DTYPE"], constants["INPUT_PRECISION"]
+    return Plan("gate", (_cdiv(rows, size), slots), None, constants)
+
+
+@lru_cache(maxsize=4096)
+def reduce_plan(dtype: torch.dtype, length: int, experts: int, slots: int, splits: int, compact: bool) -> Plan:
+    """Plan a launch of the kernel that adds up the parts of a weight's gradient."""
+    constants = {"slots": slots, "SPLITS": splits, "COMPACT": compact, "BLOCK": REDUCED}
+    constants["ACC_DTYPE"] = dtype_constants(dtype)["ACC_DTYPE"]
+    return Plan("reduce", (_cdiv(length, REDUCED), experts), None, constants)
+
+
+@dataclass(eq=False)
+class Route:
     """Which experts act on which tokens, in the form that the kernels read."""
 
     gates: Tensor  # (., slots); each row serves an equal number of consecutive rows of h
     experts: Tensor | None  # (groups, slots), None for all
+    num_experts: int
     rank: int
     scaling: float
     rows: int  # of h
@@ -186,21 +337,34 @@ class Route(NamedTuple):
     pair_ids: Tensor | None = None
     group_bounds: Tensor | None = None
     top_k: int = 0
+    shapes: dict[tuple[torch.dtype, bool], Shape] = field(default_factory=dict)  # see `shape`
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """The number of experts that act on a row of h."""
         return self.gates.shape[1]
 
-    @property
+    @cached_property
     def gate_length(self) -> int:
         """The number of rows of h that one row of gates serves."""
         return self.rows // self.gates.shape[0]
 
-    def constants(self, kernel: str, dtype: torch.dtype, dropout: Dropout) -> dict[str, Any]:
-        """Return the constants of a kernel that depend on the route."""
-        flags = {"COMPACT": self.experts is not None, "TOP_K": self.top_k, "HAS_DROPOUT": dropout.seed is not None}
-        return rank_constants(kernel, self.slots, self.rank, dtype, self.experts is not None) | flags
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What launches depend on in addition to `shape`."""
+        return self.rows, self.gate_length, self.gates.dtype, None if self.experts is None else self.experts.dtype
+
+    def shape(self, dtype: torch.dtype, dropout: Dropout) -> Shape:
+        """Return what a plan depends on."""
+        drops = dropout.seed is not None
+        found = self.shapes.get((dtype, drops))
+        if found is None:
+            compact = self.experts is not None
+            found = self.shapes[dtype, drops] = Shape(
+                dtype, self.groups, self.group_length, self.slots, self.rank, self.num_experts, compact, self.top_k,
+                drops,
+            )  # fmt: skip
+        return found
 
     def passes(self) -> list[Route]:
         """Split the route into parts so that a token appears only once in each part."""
@@ -208,121 +372,145 @@ class Route(NamedTuple):
             return [self]
         groups = self.groups // self.top_k
         pairs = zip(self.pair_ids.split(groups), self.experts.split(groups))
-        return [self._replace(pair_ids=ids, experts=experts, groups=groups) for ids, experts in pairs]
+        return [replace(self, pair_ids=ids, experts=experts, groups=groups, shapes={}) for ids, experts in pairs]
 
 
-def route_tokens(mixture: Mixture, tokens: int, dtype: torch.dtype) -> Route:
+def route_tokens(mixture: Mixture, tokens: int) -> Route:
     """Route tokens under gates (1, B or T, E or K) and experts (1, B or T, K).
 
     Tokens are sorted by expert where many groups are short, for instance where each token has its own experts.
     """
-    gates, rank, scaling = mixture.gates.contiguous(), mixture.rank, mixture.scaling
+    gates, rank, scaling = mixture.gates.contiguous(), mixture.rank, float(mixture.scaling)
+    count = mixture.num_experts
     if mixture.experts is None:
-        return Route(gates, None, rank, scaling, tokens, 1, tokens)
+        return Route(gates, None, count, rank, scaling, tokens, 1, tokens)
     experts = mixture.experts.contiguous()
     length = tokens // max(experts.shape[0], 1)
     if length >= 16 or tokens <= FEW_TOKENS:
-        return Route(gates, experts, rank, scaling, tokens, experts.shape[0], length)
-    top_k, count, device = experts.shape[1], mixture.num_experts, gates.device
-    size = configs("shrink", dtype, False)[_bucket(tokens)].tokens
+        return Route(gates, experts, count, rank, scaling, tokens, experts.shape[0], length)
+    top_k, device = experts.shape[1], gates.device
+    members = tokens // count  # about as many tokens does an expert have in each slot
+    size = 256 if members >= 1024 else 128 if members >= 256 else 64  # of a group
     by_slot, order = experts.repeat_interleave(length, 0).T.contiguous().sort(dim=1, stable=True)  # (K, T)
     edges = torch.searchsorted(by_slot, torch.arange(count + 1, device=device).expand(top_k, -1).contiguous())
-    members = edges.diff(dim=1)  # (K, E)
-    blocks = (members + size - 1) // size
+    counts = edges.diff(dim=1)  # (K, E)
+    blocks = (counts + size - 1) // size
     last = blocks.cumsum(1)
     block = torch.arange(_cdiv(tokens, size) + count, device=device).expand(top_k, -1).contiguous()  # (K, G)
     found = torch.searchsorted(last, block, right=True)
     expert = found.clamp(max=count - 1)
     within = (block - (last - blocks).gather(1, expert))[..., None] * size + torch.arange(size, device=device)
-    used = (within < members.gather(1, expert)[..., None]) & (found < count)[..., None]  # (K, G, size)
+    used = (within < counts.gather(1, expert)[..., None]) & (found < count)[..., None]  # (K, G, size)
     position = (edges.gather(1, expert)[..., None] + within).clamp(max=tokens - 1)
     token = order.gather(1, position.flatten(1)).view(position.shape)
     slot = torch.arange(top_k, device=device)[:, None]
     pair_ids = torch.where(used, token * top_k + slot[..., None], -1).flatten(0, 1)  # (K * G, size)
     by_pair = gates.repeat_interleave(tokens // gates.shape[0], 0).view(-1, 1)
     bounds = torch.nn.functional.pad(last, (1, 0)) + slot * block.shape[1]
-    groups = pair_ids.shape[0]
-    return Route(by_pair, expert.view(-1, 1), rank, scaling, tokens * top_k, groups, size, pair_ids, bounds, top_k)
+    groups, rows = pair_ids.shape[0], tokens * top_k
+    return Route(by_pair, expert.view(-1, 1), count, rank, scaling, rows, groups, size, pair_ids, bounds, top_k)
 
 
-def shrink(
-    x: Tensor, weight: Tensor, route: Route, dropout: Dropout = NO_DROPOUT, h_pre: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def shrink(x: Tensor, weight: Tensor, route: Route, dropout: Dropout = NO_DROPOUT) -> Tensor:
     """Multiply x (T, d), after dropout, by the active experts' rows of weight (E * r, d), transposed.
 
-    Returns h in the shape of `empty_h` and, where h_pre is given, the sums (T * K,) of h * h_pre over each slot's
-    ranks.
+    Returns h in parts whose sum it is: (splits, rows, K * r).
     """
     features = x.shape[1]
-    h = empty_h(x, route.slots * max(route.top_k, 1) * route.rank)
-    constants = route.constants("shrink", x.dtype, dropout)
-    r_blocks, splits = constants["R_BLOCKS"], split_k(*x.shape)
-    sums = None
-    if h_pre is not None:
-        h_pre = h_pre.sum(0) if h_pre.ndim == 3 else h_pre
-        sums = h.new_empty(splits, route.rows, route.slots * r_blocks, dtype=_accumulator(x.dtype))
+    chosen = plan("shrink", route.shape(x.dtype, dropout), features)
+    h = x.new_empty(chosen.grid[2], route.rows, route.slots * route.rank, dtype=accumulator(x.dtype))
     if x.shape[0]:
         x = _contiguous_rows(x)
-
-        def grid(meta: dict[str, int]) -> tuple[int, ...]:
-            n_blocks = _cdiv(route.slots * r_blocks * meta["BLOCK_R"], meta["BLOCK_N"])
-            return route.groups * _cdiv(route.group_length, meta["BLOCK_M"]), n_blocks, splits
-
-        _launch(
-            "shrink", grid, x.shape[0], x.dtype,
-            x, weight.contiguous(), route.experts, route.pair_ids, h, h_pre, sums, dropout.seed,
+        weight = weight.contiguous()
+        chosen.launch(
+            (x, weight, route.experts, dropout.seed), (weight.dtype, x.stride(0), *route.key),
+            x, weight, route.experts, route.pair_ids, h, dropout.seed,
             route.group_length, features, x.stride(0), route.rows, dropout.probability,
-            **constants, SPLIT_K=splits, HAS_DGATES=h_pre is not None,
         )  # fmt: skip
-    return h, None if sums is None else sums.view(splits, -1, r_blocks).sum((0, 2))
+    return h
+
+
+class Gated(NamedTuple):
+    """What `gate` returns."""
+
+    h: Tensor  # gates * scaling * h (rows, K * r), in what products with inputs take
+    summed: Tensor | None  # h itself
+    pre: Tensor | None  # gates * scaling * h_pre
+    dgates: Tensor | None  # of the shape of the gates
+
+
+def gate(h: Tensor, route: Route, dtype: torch.dtype, keep: bool = False, h_pre: Tensor | None = None) -> Gated:
+    """Gate h (splits, rows, K * r) of inputs of `dtype`; `keep` asks for h, too, and h_pre for the gates' gradient."""
+    splits, rows, columns = h.shape
+    gated = h.new_empty(rows, columns, dtype=gated_dtype(dtype))
+    summed = h.new_empty(rows, columns) if keep else None
+    pre = None if h_pre is None else torch.empty_like(gated)
+    dgates = None if h_pre is None else h.new_empty(rows, route.slots)
+    if rows:
+        chosen = gate_plan(dtype, rows, route.slots, route.rank, splits, keep, h_pre is not None)
+        chosen.launch(
+            (route.gates, h_pre), route.key,
+            h, route.gates, h_pre, gated, pre, summed, dgates, rows, route.gate_length, route.scaling,
+        )  # fmt: skip
+    if dgates is not None and route.gates.shape[0] != rows:
+        dgates = dgates.view(route.gates.shape[0], route.gate_length if rows else 0, route.slots).sum(1)
+    return Gated(gated, summed, pre, dgates)
 
 
 def expand(
-    h: Tensor, weight: Tensor, route: Route, dtype: torch.dtype, base: Tensor | None = None, bias: Tensor | None = None,
-    dropout: Dropout = NO_DROPOUT,
+    h: Tensor, weight: Tensor, route: Route, tokens: int, dtype: torch.dtype, base: Tensor | None = None,
+    bias: Tensor | None = None, dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:  # fmt: skip
-    """Multiply gates * scaling * h by the active experts' rows of weight (E * r, d) and add base and bias: (T, d)."""
-    tokens, features = h.shape[-2], weight.shape[1]
+    """Multiply gated h by the active experts' rows of weight (E * r, d) and add base and bias: (T, d).
+
+    h is what `gate` returns, or what `shrink` returns.
+    """
+    features = weight.shape[1]
     y = h.new_empty(tokens, features, dtype=dtype)
+    if not tokens:
+        return y
     base = None if base is None else _contiguous_rows(base)
-    for part in route.passes() if tokens else ():
-
-        def grid(meta: dict[str, int], part: Route = part) -> tuple[int, ...]:
-            return part.groups * _cdiv(part.group_length, meta["BLOCK_M"]), _cdiv(features, meta["BLOCK_N"])
-
-        _launch(
-            "expand", grid, tokens, dtype,
-            h, weight.contiguous(), part.gates, part.experts, part.pair_ids, base, bias, y, dropout.seed,
-            part.group_length, part.gate_length, features, 0 if base is None else base.stride(0), part.rows,
-            part.scaling, dropout.probability,
-            **part.constants("expand", dtype, dropout), SPLIT_K=h.shape[0] if h.ndim == 3 else 1,
-            HAS_BASE=base is not None, HAS_BIAS=bias is not None,
+    weight = weight.contiguous()
+    for part in route.passes():
+        flags = (("HAS_BASE", base is not None), ("HAS_BIAS", bias is not None))
+        chosen = plan("expand", part.shape(dtype, dropout), features, h.shape[0] if h.ndim == 3 else 0, flags)
+        n_per_program = _cdiv(_cdiv(features, chosen.constants["BLOCK_N"]), chosen.grid[1])
+        stride = 0 if base is None else base.stride(0)
+        dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, base, bias)]
+        chosen.launch(
+            (h, weight, part.gates, part.experts, part.pair_ids, base, bias, dropout.seed),
+            (*dtypes, dtype, stride, *part.key),
+            h, weight, part.gates, part.experts, part.pair_ids, base, bias, y, dropout.seed,
+            part.group_length, part.gate_length, features, stride, part.rows,
+            n_per_program, part.scaling, dropout.probability,
         )  # fmt: skip
         base, bias = y, None  # the next pass adds to this one
     return y
 
 
-def weight_gradient(h: Tensor, right: Tensor, weight: Tensor, route: Route, dropout: Dropout = NO_DROPOUT) -> Tensor:
-    """Multiply gates * scaling * h, transposed, by right (T, d) after dropout: the gradient of weight (E * r, d)."""
+def weight_gradient(
+    gated: Tensor, right: Tensor, weight: Tensor, route: Route, dropout: Dropout = NO_DROPOUT
+) -> Tensor:
+    """Multiply gated h, transposed, by right (T, d) after dropout: the gradient of weight (E * r, d)."""
     tokens, features = right.shape
     if not tokens:
-        return torch.zeros_like(weight)
-    constants = route.constants("weight_gradient", right.dtype, dropout)
-    rows = weight.shape[0]
-    m_blocks = _cdiv(rows // route.rank * constants["R_BLOCKS"] * constants["BLOCK_R"], constants["BLOCK_M"])
-    splits = max(1, min(PROGRAMS // (m_blocks * _cdiv(features, 128)), route.group_length // 256, 16))
-    dtype = weight.dtype if splits == 1 else _accumulator(right.dtype)
-    gradient = right.new_empty(splits, rows, features, dtype=dtype)
+        return torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    chosen = plan("weight_gradient", route.shape(right.dtype, dropout), features)
+    splits, by_slot = chosen.grid[2], route.experts is not None and not chosen.constants["COMPACT"]
+    rows = route.slots * route.rank if by_slot else weight.shape[0]
+    gradient = right.new_empty(weight.shape, dtype=weight.dtype)
+    whole = splits == 1 and not by_slot
+    parts = gradient if whole else right.new_empty(splits, rows, features, dtype=accumulator(right.dtype))
     right = _contiguous_rows(right)
-
-    def grid(meta: dict[str, int]) -> tuple[int, ...]:
-        return m_blocks, _cdiv(features, meta["BLOCK_N"]), splits
-
-    _launch(
-        "weight_gradient", grid, tokens, right.dtype,
-        h, right, route.gates, route.experts, route.pair_ids, route.group_bounds, gradient, dropout.seed,
-        route.groups, route.group_length, route.gate_length, features, right.stride(0), route.rows, rows,
-        route.scaling, dropout.probability,
-        **constants, SPLIT_K=h.shape[0] if h.ndim == 3 else 1, TOKEN_SPLITS=splits,
+    chosen.launch(
+        (gated, right, route.experts, dropout.seed), (parts.dtype, right.stride(0), *route.key),
+        gated, right, route.experts, route.pair_ids, route.group_bounds, parts, dropout.seed,
+        route.groups, route.group_length, features, right.stride(0), rows, dropout.probability,
     )  # fmt: skip
-    return gradient[0] if splits == 1 else gradient.sum(0).to(weight.dtype)
+    if not whole:
+        length = route.rank * features
+        reduce = reduce_plan(right.dtype, length, route.num_experts, route.slots, splits, by_slot)
+        given = (route.experts,) if by_slot else ()
+        experts = route.experts if by_slot else None
+        reduce.launch(given, (gradient.dtype, *route.key), parts, experts, gradient, length, rows * features)
+    return gradient

@@ -10,7 +10,7 @@ from closeness import assert_close
 from torch import Tensor, nn
 
 import slidelora
-from slidelora.ops import Mixture, gated_linear, gated_lora, resolve
+from slidelora.ops import Mixture, fused, gated_linear, gated_lora, resolve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -88,17 +88,36 @@ def test_dropout_is_the_same_in_forward_and_backward(together: bool) -> None:
     assert torch.equal(run(), first) and not torch.equal(run(), first)
 
 
+@pytest.mark.parametrize("keep", [fused.NOTHING, fused.GATED, fused.H])
 @pytest.mark.parametrize("experts", [None, torch.tensor([[0, 2], [1, 1]])])
 @pytest.mark.parametrize("together", [False, True])
-def test_opcheck(experts: Tensor | None, together: bool) -> None:
-    """Schema, fake implementation, autograd registration and tracing, as torch checks them."""
+def test_opcheck(experts: Tensor | None, together: bool, keep: int) -> None:
+    """Schema, fake implementation and tracing of both operators, as torch checks them."""
     slots = 3 if experts is None else 2
     experts = None if experts is None else experts.to(DEVICE)
-    leaves = [t.requires_grad_() for t in (draw(10, 6), draw(6, 6), draw(6, 5), draw(2, slots))]
-    x, A, B, gates = leaves
+    x, A, B, gates, dy = draw(10, 6), draw(6, 6), draw(6, 5), draw(2, slots), draw(10, 5)
     weight, base = (draw(5, 6), None) if together else (None, draw(10, 5))
-    arguments = (x, weight, base, None, A, B, gates, 2, 0.5, experts, None, 0.0)
-    torch.library.opcheck(torch.ops.slidelora.gated_lora.default, arguments)
+    mixture = (A, B, gates, 2, 0.5, experts, None)
+    torch.library.opcheck(torch.ops.slidelora.gated_lora.default, (x, weight, base, None, *mixture, 0.0, keep))
+    if keep:
+        kept = torch.ops.slidelora.gated_lora(x, weight, base, None, *mixture, 0.0, keep)[1]
+        needs = [True, True, True, keep == fused.H]
+        arguments = (dy, x, weight, *mixture, kept, 0.0, needs)
+        torch.library.opcheck(torch.ops.slidelora.gated_lora_backward.default, arguments)
+
+
+@pytest.mark.parametrize("gate_gradient", [False, True])
+def test_traced_gradients_equal_those_of_eager_code(gate_gradient: bool) -> None:
+    leaves = [t.requires_grad_() for t in (draw(2, 70, 12), draw(8, 12), draw(6, 12), draw(6, 8))]
+    gates, dy = draw(2, 3).requires_grad_(gate_gradient), draw(2, 70, 8)
+
+    def run(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return gated_linear(x, W, None, Mixture(A, B, gates, 2, 0.5))
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    wanted = [*leaves, gates] if gate_gradient else leaves
+    found, exact = (torch.autograd.grad(call(*leaves), wanted, dy) for call in (compiled, run))
+    assert all(torch.equal(one, other) for one, other in zip(found, exact))
 
 
 def test_one_graph_of_an_injected_model_for_successive_gates() -> None:

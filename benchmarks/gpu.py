@@ -1,0 +1,707 @@
+"""Check, tune and time slidelora on a GPU, in one call that stops by itself.
+
+    PYTHONPATH=src python3 benchmarks/gpu.py --out DIR [--minutes 5]
+
+Parts, in this order: parity, trace, tuning, layer, model, training. Each may fail alone; its error is in the results.
+DIR/gpu_<name>.json is written after every measurement, and .csv, .png and tuned.json at the end. tuned.json belongs
+into src/slidelora/ops/fused/. With --device cpu the same parts run on small shapes in triton's interpreter, which shows
+that the script works and nothing else.
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+if "cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from torch import Tensor, nn
+
+from slidelora.ops import Mixture, gated_linear, gated_lora
+from slidelora.ops.fused import launch
+
+BEGIN = time.monotonic()
+ON_GPU = "cpu" not in sys.argv
+sys.path.insert(0, str(Path(__file__).parent))
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+HALF = torch.bfloat16
+TABLE: dict[str, list[int]] = {}  # the configurations in use
+# Seconds of each part when all have 300.
+BUDGETS = {"parity": 40, "trace": 20, "tuning": 90, "layer": 60, "model": 60, "training": 30}
+# Relative errors that float64 allows; in the interpreter bfloat16 is cut off where a GPU rounds it.
+BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.2e-2}
+MODES = ("flat", "by token", "compact", "by sample", "sorted", "dropout")
+CACHE = 256 * 2**20  # bytes that empty L2
+
+
+class OutOfTime(Exception):
+    """A part used up its seconds."""
+
+
+class Run:
+    """The results so far, and the time that is left."""
+
+    def __init__(self, out: Path, minutes: float) -> None:
+        self.start = time.monotonic()
+        self.seconds = 60 * minutes - (self.start - BEGIN)  # imports take some, too
+        self.results: dict[str, Any] = {"parts": {}}
+        self.name = torch.cuda.get_device_name().lower().replace(" ", "_") if ON_GPU else "cpu"
+        self.path = out / f"gpu_{self.name}.json"
+        self.part, self.deadline = "", 0.0
+
+    def record(self, **row: Any) -> None:
+        """Add a row to the current part and write everything."""
+        self.results["parts"][self.part]["rows"].append(row)
+        self.write()
+
+    def write(self) -> None:
+        self.results["seconds"] = round(time.monotonic() - self.start, 1)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=1, default=str) + "\n")
+        temporary.replace(self.path)
+
+    def check(self) -> None:
+        """Raise OutOfTime if the part's seconds are used up."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    def perform(self, part: str, function: Callable[["Run"], None]) -> None:
+        """Run a part; whatever happens in it, the others run, too."""
+        self.part = part
+        state: dict[str, Any] = {"status": "complete", "rows": []}
+        self.results["parts"][part] = state
+        begin = time.monotonic()
+        # What earlier parts left over is for the later ones.
+        spent_until = sum(BUDGETS[name] for name in list(BUDGETS)[: list(BUDGETS).index(part) + 1])
+        self.deadline = self.start + self.seconds * 0.92 * spent_until / sum(BUDGETS.values())
+        try:
+            self.check()
+            function(self)
+        except OutOfTime:
+            state["status"] = "out of time: rows that are missing were not reached"
+        except Exception:
+            state["status"] = "failed"
+            state["error"] = traceback.format_exc()
+        state["seconds"] = round(time.monotonic() - begin, 1)
+        self.write()
+        print(f"{part}: {state['status']}, {len(state['rows'])} rows, {state['seconds']} s", flush=True)
+        if "error" in state:
+            print(state["error"], flush=True)
+
+
+def machine() -> dict[str, str]:
+    """Describe the device, its driver, and the versions."""
+    import bench_gated_lora
+
+    found = bench_gated_lora.machine()
+    with contextlib.suppress(Exception):
+        import triton
+
+        found["triton"] = triton.__version__
+    if ON_GPU:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"architecture": launch.architecture(), "multiprocessors": str(properties.multi_processor_count)}
+        found["cuda"] = str(torch.version.cuda)
+        with contextlib.suppress(Exception):
+            import subprocess
+
+            command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
+            found["driver, clocks"] = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    return found
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Return the Frobenius norm of the difference over the norm of the truth; NaN stays NaN."""
+    return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm().clamp_min(1e-300))
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def gpu_times(calls: dict[str, Callable[[], object]], repeats: int, run: Run | None = None) -> dict[str, list[float]]:
+    """Time calls in turn, in microseconds: on a GPU between events, with an empty L2 cache and a full queue."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    filler = torch.empty(4 * CACHE if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)
+    for repeat in range(-3, repeats):
+        for name, call in calls.items():
+            if run is not None:
+                run.check()
+            if ON_GPU:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                for _ in range(4):
+                    filler.zero_()  # the host enqueues the call meanwhile
+                begin.record()
+                call()
+                end.record()
+                end.synchronize()
+                value = begin.elapsed_time(end) * 1e3
+            else:
+                start = time.perf_counter()
+                call()
+                value = (time.perf_counter() - start) * 1e6
+            if repeat >= 0:
+                found[name].append(value)
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median and the 20th and 80th percentiles, in microseconds."""
+    deciles = statistics.quantiles(values, n=10) if len(values) > 1 else values * 9
+    return {"us": round(statistics.median(values), 2), "p20": round(deciles[1], 2), "p80": round(deciles[7], 2)}
+
+
+# Parity
+
+
+def parity_case(mode: str, dtype: torch.dtype, tokens: int, features: int, small: bool = False) -> dict[str, Any]:
+    """Compare output and gradients with float64, and two runs with each other."""
+    torch.manual_seed(0)
+    if ON_GPU:
+        torch.cuda.set_device(0)
+    experts, rank, samples = (9, 29, 1) if mode == "sorted" else (3, 12, 2)
+    slots = experts if mode in ("flat", "by token", "dropout") else 2
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    scale_B, scale_dy = (1e-4, 1e-5) if small else (1.0, 1.0)
+    x, W = draw(samples, tokens, features).to(dtype), draw(features + 16, features).to(dtype)
+    A, B = draw(experts * rank, features) / features**0.5, draw(experts * rank, features + 16) * scale_B
+    dy = (draw(samples, tokens, features + 16) * scale_dy).to(dtype)
+    chosen = {
+        "compact": torch.tensor([[2, 0]], device=DEVICE),
+        "by sample": torch.tensor([[2, 0], [1, 1]], device=DEVICE),
+        "sorted": torch.randint(0, experts - 1, (samples, tokens, 2), device=DEVICE),
+    }.get(mode)
+    shape = {"by token": (samples, tokens, slots), "sorted": (samples, tokens, slots), "compact": (1, slots)}
+    gates = draw(*shape.get(mode, (samples, slots)))
+    leaves = [t.requires_grad_() for t in (x, A, B, gates)]
+    if mode == "dropout":  # compare with the mask that identity experts show
+        seen = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            y = gated_linear(x, W, None, Mixture(A, B, gates, rank, 0.5), 0.25)
+            seen.append([y, *torch.autograd.grad(y, leaves, dy)])
+        torch.manual_seed(1)
+        eye = torch.eye(features, device=DEVICE)
+        one = Mixture(eye, eye, torch.ones(1, 1, device=DEVICE), features)
+        zero = torch.zeros(features, features, device=DEVICE, dtype=dtype)
+        mask = gated_linear(torch.ones_like(x), zero, None, one, 0.25) != 0
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        dropped = torch.where(mask, exact[0] / 0.75, 0.0)
+    else:
+        seen = []
+        for _ in range(2):
+            y = gated_linear(x, W, None, Mixture(A, B, gates, rank, 0.5, chosen))
+            seen.append([y, *torch.autograd.grad(y, leaves, dy)])
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        dropped = exact[0]
+    mixture = Mixture(*exact[1:], rank, 0.5, chosen)
+    truth = gated_lora(exact[0] @ W.double().T, dropped, mixture, "reference")
+    expected = [truth, *torch.autograd.grad(truth, exact, dy.double())]
+    names = ("y", "dx", "dA", "dB", "dgates")
+    errors = {name: relative_error(one, other) for name, one, other in zip(names, seen[0], expected)}
+    with torch.no_grad():
+        base = gated_lora(torch.zeros_like(seen[0][0]), x, Mixture(A, B, gates, rank, 0.5, chosen), "fused")
+        only = gated_lora(torch.zeros_like(truth), exact[0], mixture, "reference")
+        errors["mixture"] = relative_error(base, only)
+    same = all(torch.equal(one, other) for one, other in zip(*seen))
+    # A gradient rounds the factors of one product more than the output.
+    bound = {name: BOUNDS[dtype] * (1 if name in ("y", "mixture") else 2) for name in errors}
+    good = same and all(errors[name] < bound[name] for name in errors)  # False for NaN
+    return {
+        "mode": mode, "dtype": str(dtype)[6:], "tokens": tokens, "features": features, "small experts": small,
+        "deterministic": same, "good": good, "errors": {name: float(f"{error:.2e}") for name, error in errors.items()},
+    }  # fmt: skip
+
+
+def run_workers(function: Callable[..., Any], jobs: list[tuple[Any, ...]], run: Run) -> Iterator[tuple[Any, Any]]:
+    """Call a function for all jobs, on a GPU in several processes, because compilation takes most of the time."""
+    if not ON_GPU:
+        for job in jobs:
+            run.check()
+            yield job, function(*job)
+        return
+    pool = ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn"))
+    futures = [(job, pool.submit(function, *job)) for job in jobs]
+    try:
+        for job, future in futures:
+            try:
+                yield job, future.result(timeout=max(0.1, run.deadline - time.monotonic()))
+            except TimeoutError:
+                raise OutOfTime from None
+            except Exception as error:
+                yield job, {"good": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def parity(run: Run) -> None:
+    """Every mode and dtype against float64."""
+    sizes = ((1, 256), (100, 256), (600, 272)) if ON_GPU else ((1, 32), (70, 32))
+    jobs = [(mode, dtype, *size) for size in sizes for mode in MODES for dtype in BOUNDS]
+    jobs += [("by sample", torch.float16, 48 if not ON_GPU else 600, 64, True)]
+    for job, row in run_workers(parity_case, jobs, run):
+        run.record(**({"case": str(job)} | row))
+
+
+# Kernels
+
+
+def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: int) -> tuple[Any, ...]:
+    """Draw x, dy (T, d), weight, and a mixture."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    x, dy = draw(1, tokens, features).to(HALF), draw(1, tokens, features).to(HALF)
+    W = (draw(features, features) / features**0.5).to(HALF)
+    A, B = draw(experts * rank, features) / features**0.5, draw(experts * rank, features)
+    chosen = torch.arange(active, device=DEVICE)[None] if active < experts else None
+    shape = (1, active) if chosen is None else chosen.shape
+    gates = torch.full(shape, 1 / active, device=DEVICE)
+    return x, dy, W, Mixture(A.requires_grad_(), B.requires_grad_(), gates, rank, 1.0, chosen)
+
+
+def trace(run: Run) -> None:
+    """Kernel by kernel, the microseconds of a layer's forward and backward."""
+
+    tokens, features = (4096, 4096) if ON_GPU else (32, 64)
+    copied = torch.empty(CACHE if ON_GPU else 2**20, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(copied)
+    rate = 2 * copied.numel() / statistics.median(gpu_times({"copy": lambda: target.copy_(copied)}, 10)["copy"]) * 1e6
+    run.record(what="device-to-device copy, bytes/s read and written", value=rate)
+    if ON_GPU:
+        left = torch.randn(8192, 8192, device=DEVICE, dtype=HALF)
+        taken = statistics.median(gpu_times({"mm": lambda: left @ left}, 5)["mm"])
+        run.record(what="8192^3 bf16 product, FLOP/s", value=2 * 8192**3 / taken * 1e6)
+    for label, sizes in {"3 of r=32, 2 active": (3, 32, 2), "8 of r=16, flat": (8, 16, 8)}.items():
+        trace_layer(run, label, rate, tokens, features, sizes)
+
+
+def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, sizes: tuple[int, int, int]) -> None:
+    """Trace one layer, and time its kernels beside the products of cuBLAS."""
+    from torch.profiler import ProfilerActivity, profile
+
+    x, dy, W, mixture = layer_inputs(tokens, features, *sizes)
+    x.requires_grad_()
+    leaves = [x, mixture.lora_A, mixture.lora_B]
+
+    def step() -> None:
+        torch.autograd.grad(gated_linear(x, W, None, mixture), leaves, dy)
+
+    for _ in range(3):
+        step()
+    synchronize()
+    activities = [ProfilerActivity.CUDA] if ON_GPU else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _ in range(5 if ON_GPU else 1):
+            step()
+        synchronize()
+    floor = tokens * features * 2 / rate * 1e6
+    for event in profiler.key_averages():
+        taken = getattr(event, "device_time_total", 0) if ON_GPU else event.cpu_time_total
+        if taken:
+            run.record(
+                what=label, kernel=event.key[:120], calls=event.count, us=round(taken / event.count, 2),
+                floor_of_one_pass_us=round(floor, 2),
+            )  # fmt: skip
+    # What cuBLAS takes for the products that the kernels compute.
+    half_A, half_B = (w[: mixture.gates.shape[-1] * mixture.rank].detach().to(HALF) for w in mixture[:2])
+    rows, dy_rows, h = x.detach()[0], dy[0], torch.randn(tokens, half_A.shape[0], device=DEVICE, dtype=HALF)
+    route = launch.route_tokens(mixture, tokens)
+    calls = {
+        "shrink and gate": lambda: launch.gate(launch.shrink(rows, mixture.lora_A, route), route, HALF),
+        "shrink, cuBLAS in bf16": lambda: rows @ half_A.T,
+        "expand": lambda: launch.expand(h, mixture.lora_B, route, tokens, HALF),
+        "expand, cuBLAS": lambda: h @ half_B,
+        "weight gradient": lambda: launch.weight_gradient(h, dy_rows, mixture.lora_B, route),
+        "weight gradient, cuBLAS": lambda: h.T @ dy_rows,
+        "base": lambda: rows @ W.T,
+        "base with beta=1": lambda: dy_rows.clone().addmm_(rows, W.T),
+        "clone": lambda: dy_rows.clone(),
+    }
+    with torch.no_grad():
+        for name, values in gpu_times(calls, 15 if ON_GPU else 1).items():
+            run.record(what=label, call=name, **spread(values))
+
+
+# Tuning
+
+
+def candidates(kernel: str, tokens: int) -> list[launch.Config]:
+    """List configurations worth a try."""
+    Config = launch.Config
+    default = launch.CONFIGS[kernel]["bf16"][launch.bucket_of(tokens)]
+    if tokens <= launch.TOKENS[0]:
+        sizes = {"shrink": (64, 128, 256), "expand": (32, 64, 128), "weight_gradient": (64, 128)}[kernel]
+        found = [Config(16, size, c, 4, s, 256) for size in sizes for c in (32, 64) for s in (2, 4)]
+    elif kernel == "weight_gradient":
+        sizes = ((k, n, 128, w) for k in (32, 64) for n, w in ((64, 4), (128, 8)))
+        found = [Config(*size, s, p) for size in sizes for s in (3, 4) for p in (132, 264)]
+    else:
+        blocks = ((32, 4), (64, 4), (128, 8)) if tokens <= launch.TOKENS[1] else ((64, 4), (128, 8), (256, 8))
+        found = [Config(m, f, 128, w, s, p) for m, w in blocks for f in (64, 128) for s in (2, 4) for p in (132, 264)]
+    return list(dict.fromkeys([default, *found]))
+
+
+def use(table: dict[str, list[int]]) -> None:
+    """Let all launches follow a table."""
+    if table is not TABLE:
+        TABLE.clear()
+        TABLE.update(table)
+    launch.tuned = lambda _: table
+    launch.plan.cache_clear()
+
+
+def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) -> Callable[[], object]:
+    """Return a call of one kernel, and of the one that finishes its sums."""
+    x, dy, _, mixture = layer_inputs(tokens, features, slots, rank, slots)
+    rows, dy_rows, route = x[0], dy[0], launch.route_tokens(mixture, tokens)
+    h = torch.randn(tokens, slots * rank, device=DEVICE, dtype=HALF)
+    A, B = mixture.lora_A.detach(), mixture.lora_B.detach()
+    if kernel == "shrink":
+        return lambda: launch.gate(launch.shrink(rows, A, route), route, HALF)
+    if kernel == "expand":
+        return lambda: launch.expand(h, B, route, tokens, HALF)
+    return lambda: launch.weight_gradient(h, dy_rows, B, route)
+
+
+def time_candidates(kernel: str, tokens: int, features: int, slots: int, rank: int) -> list[dict[str, Any]]:
+    """Compile and run every candidate once; what does not compile is left out."""
+    key = launch.tuning_key(kernel, HALF, tokens, slots * rank)
+    call, found = kernel_call(kernel, tokens, features, slots, rank), []
+    for config in candidates(kernel, tokens)[: None if ON_GPU else 2]:
+        use({key: list(config)})
+        with contextlib.suppress(Exception):
+            call()
+            synchronize()
+            found.append({"key": key, "config": list(config)})
+    return found
+
+
+def tuning(run: Run) -> None:
+    """Time the candidates of each kernel, and keep the fastest for each key."""
+    features = 4096 if ON_GPU else 64
+    shapes = [(4096, 2, 32), (512, 2, 32), (4096, 8, 16), (1, 2, 32), (512, 8, 16), (4096, 2, 16), (1, 8, 16)]
+    if not ON_GPU:
+        shapes = [(32, 2, 8)]
+    jobs = [(kernel, tokens, features, slots, rank) for tokens, slots, rank in shapes for kernel in launch.CONFIGS]
+    table = dict(SHIPPED)
+    use(table)
+    try:
+        for job, compiled in run_workers(time_candidates, jobs, run):  # later calls find the compiled code on disk
+            if isinstance(compiled, dict):
+                run.record(kernel=job[0], tokens=job[1], **compiled)
+                continue
+            call, best = kernel_call(*job), None
+            for entry in compiled:
+                use({**table, entry["key"]: entry["config"]})
+                entry.update(spread(gpu_times({"call": call}, 9 if ON_GPU else 1, run)["call"]))
+                if best is None or entry["us"] < best["us"]:
+                    best = entry
+            if best is not None:
+                table[best["key"]] = best["config"]
+                before = next((e for e in compiled if e["config"] == SHIPPED.get(best["key"])), compiled[0])
+                shape = dict(zip(("kernel", "tokens", "d", "slots", "rank"), job))
+                run.record(**shape, before=before, best=best, all=compiled)
+    finally:
+        use(table)
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+        name = launch.architecture() or "cpu"
+        (run.path.parent / "tuned.json").write_text(f'{{"{name}": {{\n{lines}\n}}}}\n')
+
+
+# A layer
+
+
+def warm(table: dict[str, list[int]], *size: Any) -> None:
+    """Compile the kernels of a layer, which later calls find on disk."""
+    from bench_gated_lora import Case, Size
+
+    use(table)
+    case = Case(Size(*size), compiled=False)
+    case.step("fused")
+    with torch.no_grad():
+        case.run["fused"]()
+    synchronize()
+
+
+def layer(run: Run) -> None:
+    """Base layer, PEFT, the released formulation, and slidelora's backends."""
+    from bench_gated_lora import Case, Size
+
+    mixtures = [(3, 2, "constant", 32), (8, 8, "learned", 16), (8, 2, "constant", 16), (16, 2, "token", 64)]
+    shapes = [(4096, t) for t in (4096, 1, 512, 16)] + [(d, t) for t in (4096, 512, 1, 16) for d in (2048, 5120)]
+    shapes += [(d, 16384) for d in (4096, 2048, 5120)]
+    if not ON_GPU:
+        mixtures, shapes = [(3, 2, "constant", 4), (3, 3, "learned", 4)], [(64, 16), (64, 1)]
+    if ON_GPU:
+        sizes = [(TABLE, t, *m[:3], 4096, m[3]) for t in dict.fromkeys(t for _, t in shapes) for m in mixtures]
+        for _ in run_workers(warm, sizes, run):
+            pass
+    for features, tokens in shapes:
+        for experts, active, gate, rank in mixtures:
+            run.check()
+            compiled = ON_GPU and (features, tokens, experts) == (4096, 4096, 3)  # compilation takes long
+            case = Case(Size(tokens, experts, active, gate, features, rank), compiled)
+            shape = {"d": features, "T": tokens, "experts": experts, "rank": rank, "active": active, "gate": gate}
+            names = [name for name in case.run if name != "einsum" or tokens * experts <= 2**17]
+            steps = {
+                "forward": {name: case.run[name] for name in names},
+                "forward + backward": {name: partial(case.step, name) for name in names},
+            }
+            repeats = 20 if tokens <= 4096 else 8
+            for what, calls in steps.items():
+                for name, values in gpu_times(calls, repeats if ON_GPU else 1, run).items():
+                    row = {**shape, "what": what, "name": name, **spread(values), "saved": case.saved_bytes(name)}
+                    run.record(**row, peak=case.peak_bytes(name) if ON_GPU and what != "forward" else 0)
+            start = time.perf_counter()
+            for name in ("base", "stacked", "fused"):  # including the host
+                times = []
+                for _ in range(20 if ON_GPU else 1):
+                    start = time.perf_counter()
+                    case.step(name)
+                    synchronize()
+                    times.append((time.perf_counter() - start) * 1e6)
+                run.record(**shape, what="forward + backward, with the host", name=name, **spread(times))
+            if tokens == 1 and ON_GPU:
+                for name in names:
+                    with torch.no_grad():
+                        graph = captured(case.run[name])
+                    values = gpu_times({name: graph.replay}, 30, run)[name]
+                    run.record(**shape, what="forward, CUDA graph", name=name, **spread(values))
+
+
+def captured(call: Callable[[], object]) -> Any:
+    """Capture a call in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+# A model
+
+
+def model(run: Run) -> None:
+    """Llama blocks of the 8B model's shape: a training step, its memory, and a decoding step."""
+    import peft
+    import transformers
+
+    import slidelora
+
+    batch, length = (4, 2048) if ON_GPU else (1, 8)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    if not ON_GPU:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=32000 if ON_GPU else 64, num_hidden_layers=4 if ON_GPU else 1, pad_token_id=0, eos_token_id=None,
+        max_position_embeddings=4096, **sizes,
+    )  # fmt: skip
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            return transformers.LlamaForCausalLM(config).to(HALF).requires_grad_(False)
+
+    def with_lora() -> nn.Module:
+        return peft.get_peft_model(plain(), peft.LoraConfig(r=64, lora_alpha=64, target_modules=targets))
+
+    def with_experts(backend: str, **fields: Any) -> nn.Module:
+        options = {"gate": "given", "r": 32, "lora_alpha": 32, "target_modules": targets, "backend": backend}
+        return slidelora.inject(plain(), experts=["a", "b", "shared"], shared=["shared"], **options | fields)
+
+    makers: dict[str, Callable[[], nn.Module]] = {"base": plain, "PEFT LoRA": with_lora}
+    makers |= {backend: lambda backend=backend: with_experts(backend) for backend in ("fused", "stacked")}
+    ids = torch.randint(1, config.vocab_size, (batch, length), device=DEVICE)
+    for name, make in makers.items():
+        run.check()
+        made = make()
+        if name == "base":
+            made.get_input_embeddings().weight.requires_grad_(True)  # so that there is a backward
+        gates = {"a": 0.5, "shared": 0.5} if name in ("fused", "stacked") else None
+
+        def step(made: nn.Module = made, gates: Any = gates) -> None:
+            scope = contextlib.nullcontext() if gates is None else slidelora.gates(made, gates)
+            with scope, torch.autocast(DEVICE.type, HALF):
+                loss = made(input_ids=ids, labels=ids).loss
+            loss.backward()
+            made.zero_grad()
+
+        for _ in range(2):
+            step()
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(8 if ON_GPU else 1):
+            run.check()
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            times.append((time.perf_counter() - start) * 1e6)
+        peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
+        run.record(what="training step, with the host", name=name, **spread(times), peak=peak)
+        try:
+            decode(run, name, made.eval(), gates, config)
+        except OutOfTime:
+            raise
+        except Exception as error:
+            run.record(what="decode", name=name, error=f"{type(error).__name__}: {error}"[:2000])
+        del made, step
+
+
+def decode(run: Run, name: str, made: nn.Module, gates: Any, config: Any) -> None:
+    """Time one decoding step with a static cache, without and with a CUDA graph."""
+    import transformers
+
+    import slidelora
+
+    token = torch.ones(1, 1, dtype=torch.long, device=DEVICE)
+    position = torch.tensor([16], device=DEVICE)
+    cache = transformers.StaticCache(config=config, max_cache_len=64)
+    scope = contextlib.nullcontext() if gates is None else slidelora.gates(made, gates)
+
+    def step() -> None:
+        made(input_ids=token, past_key_values=cache, cache_position=position, position_ids=position[None])
+
+    with torch.no_grad(), scope:
+        for what in ("decode", "decode, CUDA graph") if ON_GPU else ("decode",):
+            call = captured(step).replay if "graph" in what else step
+            run.record(what=what, name=name, **spread(gpu_times({name: call}, 20 if ON_GPU else 1, run)[name]))
+
+
+# Training
+
+
+def training(run: Run) -> None:
+    """Steps a second of the tiny preset, and the renderer's share of the time; without diffusers the renderer alone."""
+    from textharmony.data.synthetic import SyntheticWords
+    from textharmony.prompts import Task
+
+    words = SyntheticWords(0, "train", {Task.READ: 1.0, Task.DRAW: 1.0, Task.EDIT: 1.0})
+    start, count = time.perf_counter(), 0
+    while count < 2000 and time.perf_counter() - start < 5:
+        words[count]
+        count += 1
+    rate = count / (time.perf_counter() - start)
+    run.record(what="records that the renderer makes in a second, on one core", value=rate)
+    try:
+        import diffusers  # noqa: F401
+    except ImportError:
+        run.record(what="training steps", value="not measured: the tiny preset needs diffusers, which is not installed")
+        return
+    import tempfile
+    from dataclasses import replace
+
+    from textharmony.presets.tiny import TINY, TINY_TRAINING
+    from textharmony.train.loop import train
+
+    stage, taken = TINY_TRAINING.stages[-1], {}
+    few, many = (5, 25) if ON_GPU else (1, 2)
+    for steps in (few, many):  # the difference leaves out what happens once
+        run.check()
+        config = replace(TINY_TRAINING, stages=(replace(stage, steps=steps),))
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            train(TINY, config, folder)
+            taken[steps] = time.perf_counter() - start
+    step = (taken[many] - taken[few]) / (many - few)
+    run.record(what=f"steps in a second of the stage {stage.name}, batches of {stage.batch_size}", value=1 / step)
+    share = stage.batch_size / rate / step
+    run.record(what="seconds of rendering for a step on one core, over those of the step", value=share)
+
+
+PARTS = {"parity": parity, "trace": trace, "tuning": tuning, "layer": layer, "model": model, "training": training}
+SHIPPED = launch.tuned(launch.architecture())
+
+
+def plot(run: Run) -> None:
+    """Plot the layer's overhead over the base for d = 4096 and T = 4096."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = run.results["parts"].get("layer", {}).get("rows", [])
+    rows = [row for row in rows if row.get("what") in ("forward", "forward + backward")]
+    rows = [row for row in rows if (row["d"], row["T"]) == (rows[0]["d"], rows[0]["T"])] if rows else []
+    figure, axis = pyplot.subplots(figsize=(12, 5), layout="constrained")
+    for row in rows:
+        row["label"] = f"{row['experts']} of r={row['rank']}, {row['active']} active\n{row['what']}"
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for i, name in enumerate(names):
+        found = {row["label"]: row["us"] for row in rows if row["name"] == name}
+        positions = [labels.index(label) + 0.8 * i / len(names) for label in found]
+        axis.bar(positions, list(found.values()), 0.8 / len(names), label=name)
+    axis.set_xticks(range(len(labels)), labels, fontsize=7)
+    axis.set(ylabel="microseconds", title=f"one layer on {run.name}")
+    axis.legend()
+    figure.savefig(run.path.with_suffix(".png"), dpi=100)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if ON_GPU and not torch.cuda.is_available():
+        sys.exit("no GPU is available; --device cpu runs the script on small shapes in triton's interpreter")
+    torch.set_num_threads(1 if not ON_GPU else torch.get_num_threads())
+    described = machine()
+    run = Run(arguments.out, arguments.minutes)
+    run.results["machine"] = described
+
+    def stop() -> None:
+        run.results["stopped"] = f"in {run.part}, which did not end by itself"
+        run.write()
+        print(f"stopped in {run.part}", flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(run.seconds, stop)
+    timer.daemon = True
+    timer.start()
+    for part, function in PARTS.items():
+        run.perform(part, function)
+    rows = [{"part": part} | row for part, state in run.results["parts"].items() for row in state["rows"]]
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    with run.path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(run)
+    print(f"{run.path}, {time.monotonic() - run.start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
