@@ -125,14 +125,16 @@ def _backward(
 class _GatedLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, _base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout = arguments
+        x, weight, base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout = arguments
         needs_B, needs_gates = ctx.needs_input_grad[5:7]
         keep = H if needs_gates else GATED if needs_B else NOTHING
         # Eager code sorts tokens once for forward and backward.
         ctx.route = None
         if not _is_traced(x):
             ctx.route = launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), x.shape[0])
-        y, kept = _run_forward(*arguments, keep, ctx.route)
+        y, kept = _run_forward(
+            x, weight, base, bias, lora_A, lora_B, gates, rank, scaling, experts, seed, dropout, keep, ctx.route
+        )  # fmt: skip
         ctx.save_for_backward(x, weight, lora_A, lora_B, gates, experts, seed, kept)
         ctx.settings = rank, scaling, dropout, None if bias is None else bias.dtype
         return y

@@ -130,8 +130,8 @@ def config(kernel: str, dtype: torch.dtype, tokens: int, columns: int, dropout: 
         found = tuned(architecture()).get(tuning_key(kernel, dtype, tokens, columns))
         return Config(*found) if found else default
     # Dropout and float64 take more registers.
-    sizes = (max(16, size // 2) for size in default[:3])
-    return Config(*sizes, *default[3:])
+    tokens, features, columns = (max(16, size // 2) for size in default[:3])
+    return default._replace(tokens=tokens, features=features, columns=columns)
 
 
 def rank_constants(kernel: str, slots: int, rank: int, limit: int, compact: bool) -> dict[str, int]:
