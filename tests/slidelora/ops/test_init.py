@@ -162,7 +162,7 @@ def test_gradients_of_small_experts(
     _, (_, exact_dx, *exact) = run("reference", tuple(tensor.double() for tensor in case), 4, chosen)
     bound = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 1e-3 if backend == "fused" else 1e-6)
     if backend == "fused" and dtype == torch.bfloat16:
-        bound = 4e-3  # it rounds the experts to bf16
+        bound = 6e-3  # it rounds experts, gradients and rank space to bf16, by 2e-3 each
     assert_close(found, exact, bound)
     assert relative_error(dx, exact_dx) < bound + 2.5 * relative_error(exact_dx.to(dtype), exact_dx)
 

@@ -72,7 +72,7 @@ TOKENS = (16, 1024)  # a group of at most so many tokens takes the first and the
 # By kind of input: bf16 is multiplied in bf16, fp16 in TF32, fp32 in fp32 (and fp64 in fp64).
 CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "shrink": {
-        "bf16": (Config(16, 128, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(128, 64, 128, 8, 2, 128)),
+        "bf16": (Config(16, 64, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(128, 64, 128, 8, 2, 128)),
         "fp16": (Config(16, 128, 32, 4, 2), Config(64, 64, 64, 4, 2, 128), Config(64, 64, 64, 4, 2, 128)),
         "fp32": (Config(16, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(64, 64, 32, 8, 2)),
     },
@@ -82,9 +82,9 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
         "fp32": (Config(16, 128, 32, 4, 2), Config(32, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)),
     },
     "weight_gradient": {
-        "bf16": (Config(16, 128, 64, 8, 2), Config(32, 64, 128, 8, 2, 128), Config(32, 128, 128, 8, 3, 128)),
+        "bf16": (Config(16, 128, 64, 8, 2), Config(32, 64, 128, 8, 3, 128), Config(32, 128, 128, 8, 3, 128)),
         "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 8, 2), Config(32, 64, 64, 8, 2)),
-        "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 3), Config(32, 64, 32, 8, 3)),
+        "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 2), Config(32, 64, 32, 8, 3)),
     },
 }
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # all others are fp32
