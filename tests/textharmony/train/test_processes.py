@@ -24,10 +24,11 @@ from textharmony.config import ModelConfig, TrainConfig
 from textharmony.presets import PAPER, PAPER_TRAINING
 
 STEPS = int(os.environ.get("TEXTHARMONY_STEPS", "8"))  # of the comparison of engines
-KILLS = int(os.environ.get("TEXTHARMONY_KILLS", "2"))
+KILLS = int(os.environ.get("TEXTHARMONY_KILLS", "1"))
 ENGINES = {"ddp": {}, "fsdp": FSDP}
 CONFIG = TrainConfig((READ,), save_every=2, sample_every=1000, workers=0, trackers=())
 pytestmark = pytest.mark.slow
+minutes = pytest.mark.skipif("TEXTHARMONY_LONG" not in os.environ, reason="takes minutes; TEXTHARMONY_LONG=1 runs it")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def losses(out: Path) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items() if name != "stage"} for row in rows]
 
 
+@minutes
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_all_tasks_as_one_does_and_go_on(
     folder: Path, alone: Path, tmp_path: Path, engine: str
@@ -84,6 +86,7 @@ def test_two_processes_train_all_tasks_as_one_does_and_go_on(
     assert changed(found, load_file(out / "model" / "model.safetensors")) == set()
 
 
+@minutes
 def test_a_checkpoint_of_another_engine_is_refused(folder: Path, alone: Path, tmp_path: Path) -> None:
     run = Run(2, tmp_path / "given", folder, ENGINE, alone, still=True, **FSDP)
     said = [process.communicate(timeout=120)[1] for process in run.processes]
@@ -130,7 +133,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_goes_on(
     assert changed(together[1], weights_of(out)) == set()
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=minutes)])
 def test_another_number_of_processes_goes_on(
     config: ModelConfig, together: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, count: int
 ) -> None:
@@ -146,7 +149,7 @@ def test_another_number_of_processes_goes_on(
     assert relative_error(apart[1], apart[0]) < 1e-3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=minutes)])
 def test_a_signal_to_all_processes_of_the_command_keeps_the_step(tmp_path: Path, number: signal.Signals) -> None:
     """As Ctrl-C in a terminal and most schedulers send it: to the workers that load batches, too."""
     command = [sys.executable, "-m", "textharmony", "train", "-o", str(tmp_path), "--batch-size", "2", "--workers", "2"]
@@ -172,6 +175,7 @@ def test_torchrun_starts_the_command(folder: Path, tmp_path: Path) -> None:
     assert len(checkpoints(tmp_path / "run")) == 2 and "model after" in done.stdout
 
 
+@minutes
 def test_accelerate_launches_the_command_with_fsdp(folder: Path, tmp_path: Path) -> None:
     """With the file of the repository, on the CPU."""
     file = Path(__file__).parents[3] / "examples" / "launch" / "fsdp2.yaml"

@@ -29,7 +29,6 @@ OLDEST = (3, 4)  # version of triton
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on any device
 
 
-@torch.compiler.assume_constant_result
 def triton_version() -> str:
     """Return the version of triton, empty if it is not installed or too old."""
     if not INSTALLED:
@@ -38,6 +37,10 @@ def triton_version() -> str:
 
     numbers = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return triton.__version__ if numbers >= OLDEST else ""
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler, and triton, together with slidelora.
+triton_version._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class Config(NamedTuple):
