@@ -6,22 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from adapter_files import Tiny
 
 import slidelora
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 FLIPS = 180
 Attack = Callable[[Path, Path], object]  # of a file and of the same file of another adapter
-
-
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.q_proj, self.v_proj = nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 4)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
 
 
 def save(folder: Path, seed: int, **fields: object) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_files import drop_metadata
+from adapter_files import Tiny, drop_metadata
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from injected_models import count_hooks
@@ -22,15 +22,6 @@ from slidelora.injection import slide_layers
 EXPERTS = ["text", "image", "shared"]
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.q_proj, self.v_proj = nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 4)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
 
 
 def load_pretrained(model: nn.Module, directory: Path) -> None:
