@@ -128,9 +128,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(
     assert checkpoints(tmp_path) == ["0-read-step000002"] and all_finite(weights_of(tmp_path).values())
 
 
-def test_a_loss_that_explodes_ends_a_run(
-    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_explodes_ends_a_run(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, count = TextHarmonyModel.forward, 0
 
     def exploding(self: TextHarmonyModel, **arguments: object) -> dict[str, torch.Tensor]:
