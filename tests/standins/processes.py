@@ -91,7 +91,7 @@ def _train(
     log: Path, environment: Mapping[str, str], arguments: tuple[Any, ...], still: bool, poison: int | None
 ) -> None:
     """What each process does."""
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 2)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
     from textharmony.train.loop import train

@@ -33,8 +33,9 @@ def make_accelerator(config: TrainConfig, out: str, trackers: Sequence[str]) -> 
     """Make the accelerator that the launcher's environment describes; raise ValueError for FSDP1 and DeepSpeed."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
-            "the launcher asks for DeepSpeed, expected DDP or FSDP2: ZeRO waits for weights and gradients of ViT and "
-            "UNet in all processes, and a process without pictures or drawings has none"
+            "the launcher asks for DeepSpeed, expected DDP or FSDP2: ZeRO mixes up gradients where a process uses no "
+            "ViT or no UNet since its samples have no pictures or drawings, and it steps before a bad step can be "
+            "skipped"
         )
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
