@@ -222,7 +222,7 @@ class _Damaged(Exception):
 
 
 def _describe(error: BaseException, folder: Path) -> str:
-    """What went wrong, with the file that was being written and the room on the disk, which writers' errors leave out."""
+    """What went wrong, in which file, and how much room the disk has, which writers do not say."""
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
     name = files[-1].name if files else folder.name
     if isinstance(error, SafetensorError):  # it leaves no file

@@ -168,6 +168,23 @@ def test_another_number_of_processes_goes_on(
     assert relative_error(apart[1], apart[0]) < 1e-3
 
 
+@minutes
+def test_sharded_checkpoints_go_on_in_another_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    """Four of them; in one process there is no FSDP, and it is refused."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    Run(2, tmp_path / "log", folder, CONFIG, whole, **FSDP).wait()
+    run = Run(2, tmp_path / "log", folder, CONFIG, out, **FSDP)
+    run.wait_for(out / "checkpoint" / "0-read-step000002")
+    run.kill()
+    assert not (out / "model").exists()
+    alone = Run(1, tmp_path / "log", folder, CONFIG, out, **FSDP)
+    assert "is of FSDP, and this run is of DDP or one process: expected the same engine" in alone.end(0, 120)
+    Run(4, tmp_path / "log", folder, CONFIG, out, **FSDP).wait()
+    expected, found = (load_file(path / "model" / "model.safetensors") for path in (whole, out))
+    apart = [torch.cat([tensor.flatten() for _, tensor in sorted(t.items())]) for t in (expected, found)]
+    assert changed(expected, found) and relative_error(apart[1], apart[0]) < 1e-3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=minutes)])
 def test_a_signal_to_all_processes_of_the_command_keeps_the_step(tmp_path: Path, number: signal.Signals) -> None:
     """As Ctrl-C in a terminal and most schedulers send it: to the workers that load batches, too."""
