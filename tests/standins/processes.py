@@ -62,7 +62,7 @@ class Run:
         assert not self.processes[rank].is_alive(), f"process {rank} runs for more than {timeout} s"
         return self._logs[rank].read_text()
 
-    def wait(self, timeout: float = 300) -> list[str]:
+    def wait(self, timeout: float = 600) -> list[str]:
         """What the processes wrote to stderr; raise if one failed."""
         try:
             said = [self.end(rank, timeout) for rank in range(len(self.processes))]
