@@ -1,42 +1,17 @@
 """Training runs in several processes that talk over gloo, as a launcher starts them."""
 
+import multiprocessing
 import os
-import pickle
 import signal
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Noise that depends on the drawing alone, so that two processes may draw what one does.
-_DRIVER = """if True:
-    import pickle, sys
-    import torch
-    from textharmony.model.image_decoder import ImageDecoder
-    from textharmony.train.loop import train
+import torch
 
-    given, still = pickle.load(open(sys.argv[1], "rb"))
-    if still:
-        make = ImageDecoder.__init__
-        def init(self, *arguments, **named):
-            make(self, *arguments, **named)
-            diffusion, corrupt = self.diffusion, self.diffusion.corrupt
-            def one_by_one(latents):
-                parts = []
-                for latent in latents:
-                    with torch.random.fork_rng():
-                        torch.manual_seed(int(latent.double().abs().sum() * 1e3) % 2**31)
-                        parts.append(corrupt(latent[None]))
-                return tuple(torch.cat(part) for part in zip(*parts))
-            self.diffusion.corrupt = one_by_one
-        ImageDecoder.__init__ = init
-    try:
-        train(*given)
-    except (ValueError, OSError) as error:
-        sys.exit(f"textharmony: {error}")
-"""
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -55,40 +30,114 @@ def free_port() -> int:
 class Run:
     """A run of `train(*arguments)` in `count` processes."""
 
-    def __init__(self, count: int, given: Path, *arguments: Any, still: bool = False, **environment: str) -> None:
-        """Start it; `given` is a file to write, and `still` makes noise depend on the drawings alone."""
-        given.write_bytes(pickle.dumps((arguments, still)))
+    def __init__(
+        self, count: int, log: Path, *arguments: Any, still: bool = False, poison: int | None = None, **environment: str
+    ) -> None:
+        """Start it.
+
+        Args:
+            count: How many processes.
+            log: Where the processes write their stderr, to LOG-RANK.
+            arguments: Of `train`.
+            still: Whether noise depends on the drawings alone.
+            poison: A step, from 1, in which the loss of the last process is NaN.
+            environment: More variables.
+        """
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", _DRIVER, str(given)],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(count)
-        ]
+        # The server has imported everything, and each process is forked from it: they start in no time.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["textharmony.train.loop"])
+        self._logs = [Path(f"{log}-{rank}") for rank in range(count)]
+        self.processes = []
+        for rank, own in enumerate(self._logs):
+            variables = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment
+            last = poison if rank == count - 1 else None
+            self.processes.append(context.Process(target=_train, args=(own, variables, arguments, still, last)))
+            self.processes[-1].start()
 
-    def wait(self, timeout: float = 300) -> list[str]:
+    def end(self, rank: int, timeout: float) -> str:
+        """Wait until a process ends, and return what it wrote to stderr."""
+        self.processes[rank].join(timeout)
+        assert not self.processes[rank].is_alive(), f"process {rank} runs for more than {timeout} s"
+        return self._logs[rank].read_text()
+
+    def wait(self, timeout: float = 600) -> list[str]:
         """What the processes wrote to stderr; raise if one failed."""
         try:
-            said = [process.communicate(timeout=timeout)[1] for process in self.processes]
+            said = [self.end(rank, timeout) for rank in range(len(self.processes))]
         finally:
             self.kill()
-        assert [process.returncode for process in self.processes] == [0] * len(said), "\n".join(said)
+        assert [process.exitcode for process in self.processes] == [0] * len(said), "\n".join(said)
         return said
 
     def kill(self, rank: int | None = None) -> None:
         """kill -9, all processes or one."""
         for process in self.processes if rank is None else [self.processes[rank]]:
-            process.send_signal(signal.SIGKILL)
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGKILL)
         if rank is None:
             for process in self.processes:
-                process.wait()
+                process.join()
 
     def wait_for(self, path: Path, timeout: float = 120) -> None:
         """Wait until a file exists or the run ends."""
         end = time.monotonic() + timeout
-        while not path.exists() and self.processes[0].poll() is None and time.monotonic() < end:
+        while not path.exists() and self.processes[0].is_alive() and time.monotonic() < end:
             time.sleep(0.005)
+
+
+def _train(
+    log: Path, environment: Mapping[str, str], arguments: tuple[Any, ...], still: bool, poison: int | None
+) -> None:
+    """What each process does."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    from textharmony.train.loop import train
+
+    if still:
+        _make_noise_depend_on_drawings()
+    if poison is not None:
+        _poison(poison)
+    try:
+        train(*arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"textharmony: {error}")
+
+
+def _make_noise_depend_on_drawings() -> None:
+    """So that two processes draw what one does."""
+    from textharmony.model.image_decoder import ImageDecoder
+
+    make = ImageDecoder.__init__
+
+    def init(self: ImageDecoder, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
+        corrupt = self.diffusion.corrupt
+
+        def one_by_one(latents: torch.Tensor) -> Any:
+            parts = []
+            for latent in latents:
+                with torch.random.fork_rng():
+                    torch.manual_seed(int(latent.double().abs().sum() * 1e3) % 2**31)
+                    parts.append(corrupt(latent[None]))
+            return tuple(torch.cat(part) for part in zip(*parts))
+
+        self.diffusion.corrupt = one_by_one  # type: ignore[method-assign]
+
+    ImageDecoder.__init__ = init  # type: ignore[method-assign]
+
+
+def _poison(step: int) -> None:
+    from textharmony.model.core import TextHarmonyModel
+
+    forward, count = TextHarmonyModel.forward, 0
+
+    def poisoned(self: TextHarmonyModel, **arguments: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        factor = float("nan") if count == step else 1.0
+        return {name: loss * factor for name, loss in forward(self, **arguments).items()}
+
+    TextHarmonyModel.forward = poisoned  # type: ignore[method-assign]

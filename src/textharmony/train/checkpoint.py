@@ -222,10 +222,13 @@ class _Damaged(Exception):
 
 
 def _describe(error: BaseException, folder: Path) -> str:
-    """What went wrong, with the file that was written last, which the writers' errors leave out."""
+    """What went wrong, in which file, and how much room the disk has, which writers do not say."""
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    name = files[-1].name if files else folder.name
+    if isinstance(error, SafetensorError):  # it leaves no file
+        name = "model.safetensors"
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{files[-1].name if files else folder.name}: {reason[0]}"
+    return f"{name}: {reason[0]} ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free on the disk)"
 
 
 def trained_names(model: TextHarmonyModel, stages: tuple[Stage, ...]) -> set[str]:

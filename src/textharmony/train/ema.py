@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,17 @@ class Average:
     def apply(self) -> None:
         """Give the model the averages."""
         self._average.copy_to(self._weights())
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """A context in which the model has the averages."""
+        weights = self._weights()
+        self._average.store(weights)
+        self._average.copy_to(weights)
+        try:
+            yield
+        finally:
+            self._average.restore(weights)
 
     def _state(self) -> dict[str, Any]:
         return {"average": dict(zip(self._parameters, self._average.shadow_params))}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from tqdm import tqdm
 
 from textharmony.train.progress import add_lines
 
-EXPLODED = 10  # times the stage's first loss, or times 1 if that was smaller: no training that works comes there
+# Times the stage's first loss, or times 1 if that was smaller: no training that works comes there, in one step or in
+# half of the last RECENT steps.
+EXPLODED, LOST, RECENT = 10, 3, 20
 _SHOWN = 4  # samples that a message names; the file has all
 
 
@@ -35,6 +39,7 @@ class Guard:
     ) -> None:
         self.stage, self.first, self.skipped, self.in_a_row = stage, first, 0, 0
         self._allowed, self._out, self._process = allowed, out, process
+        self._recent = deque[float](maxlen=RECENT)  # total losses
 
     def find_fault(self, losses: Mapping[str, float], norm: float) -> str | None:
         """Tell what is wrong with a step's losses over all processes, or with the norm of its gradient."""
@@ -46,9 +51,13 @@ class Guard:
         total = losses["total"]
         if self.first is None:
             self.first = total
-        limit = EXPLODED * max(1.0, abs(self.first))
-        if abs(total) > limit:
+        self._recent.append(total)
+        usual, scale = median(self._recent), max(1.0, abs(self.first))
+        if abs(total) > EXPLODED * scale:
             return f"the total loss is {total:.3g} and was {self.first:.3g} in the first step: it exploded"
+        if len(self._recent) == RECENT and usual > LOST * scale:
+            was = f"was {self.first:.3g} in the first step"
+            return f"the median of the last {RECENT} total losses is {usual:.3g} and {was}: it exploded"
         return None
 
     def skip(self, step: int, fault: str, records: Sequence[str]) -> None:

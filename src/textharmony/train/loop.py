@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from textharmony.signals import Stop, Stopped, stop_on_signals
 from textharmony.train.checkpoint import Checkpoints, Progress, trained_names
 from textharmony.train.ema import Average
 from textharmony.train.engine import (
+    check_learning_rates,
     checkpoint_activations,
     group_parameters,
     make_accelerator,
@@ -162,7 +163,7 @@ def _check(model: TextHarmony, config: TrainConfig, data: Data | None, accelerat
                 f"stage {stage.name!r} has batch_size {stage.batch_size}, expected a multiple of {parts}: "
                 f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} micro-batches"
             )
-        group_parameters(model, stage)
+        check_learning_rates(stage, group_parameters(model, stage))
         half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
         if half:
             raise ValueError(f"stage {stage.name!r} trains {half[0]}, whose weights are not fp32: see language_dtype")
@@ -274,11 +275,11 @@ def _standardise_latents(run: _Run, number: int) -> None:
 
 
 def _draw(run: _Run, number: int, step: int) -> None:
-    """Write a sheet of samples."""
-    stage, main = run.config.stages[number], run.accelerator.is_main_process
+    """Write a sheet of samples, with the weights that the run would save: the averages, if it has them."""
+    stage, main, average = run.config.stages[number], run.accelerator.is_main_process, run.checkpoints.average
     if not main and not run.accelerator.is_fsdp2:
         return
-    with usable_parts(run.model):
+    with nullcontext() if average is None else average.applied(), usable_parts(run.model):
         sheet = draw_samples(run.model.eval(), stage)
     if main:
         save_picture(sheet, run.out / f"samples-{number}-{stage.name}-{step:05d}.png")

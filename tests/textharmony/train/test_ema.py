@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors.torch import load_file
 from short_runs import READ, SHORT, changed, spoiled, weights_of
 
 from textharmony.config import ModelConfig, Stage
+from textharmony.pipeline import TextHarmony
 from textharmony.train.ema import Average
 from textharmony.train.loop import train
 
@@ -55,3 +57,25 @@ def test_the_average_is_saved_and_a_resumed_run_has_the_same(
     (tmp_path / "again" / "model").rename(tmp_path / "other")
     train(config, AVERAGED, tmp_path / "again")  # it is finished, and writes the model once more
     assert changed(saved, load_file(tmp_path / "again" / "model" / "model.safetensors")) == set()
+
+
+def test_sheets_show_the_averages_and_training_goes_on_with_the_weights(
+    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = replace(DRAW, steps=2, losses=("image",))
+    short = replace(AVERAGED, stages=(stage,), save_every=1000)
+    shown: list[dict[str, torch.Tensor]] = []
+
+    def draw(model: TextHarmony, stage: Stage) -> Image.Image:
+        weights = model.image_decoder.named_parameters(prefix="image_decoder")
+        shown.append({name: parameter.detach().half() for name, parameter in weights})
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("textharmony.train.loop.draw_samples", draw)
+    train(config, replace(short, sample_every=1), tmp_path / "shown")
+    train(config, short, tmp_path / "plain")
+    assert len(shown) == 3  # twice, and at the end of the other run
+    saved, raw = load_file(tmp_path / "shown" / "model" / "model.safetensors"), weights_of(tmp_path / "shown")
+    assert changed(shown[1], {name: saved[name] for name in shown[1]}) == set()
+    assert changed(shown[1], {name: raw[name].half() for name in shown[1]})
+    assert changed(raw, weights_of(tmp_path / "plain")) == set()

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import SHORT, checkpoints, spoiled, weights_of
+from short_runs import READ, SHORT, checkpoints, spoiled, weights_of
 
-from textharmony.config import ModelConfig, Stage
+from textharmony.config import ModelConfig
 from textharmony.model.core import TextHarmonyModel
-from textharmony.train.guard import Diverged, Guard, all_finite
+from textharmony.train.guard import RECENT, Diverged, Guard, all_finite
 from textharmony.train.loop import train
 
 
@@ -23,6 +23,17 @@ def test_what_is_wrong_with_a_step_is_told(tmp_path: Path) -> None:
     assert guard.find_fault({"total": 9.0}, 1.0) is None
     small = Guard("read", tmp_path, 0, 3)
     assert small.find_fault({"total": 1e-9}, 1.0) is None and small.find_fault({"total": 5.0}, 1.0) is None
+
+
+def test_a_loss_that_stays_high_is_told_and_single_high_losses_are_not(tmp_path: Path) -> None:
+    guard = Guard("read", tmp_path, 0, 3)
+    healthy = [2.0, *[(2.0, 1.0, 15.0)[i % 3] for i in range(200)]]  # a third of the batches are far harder
+    assert not any(guard.find_fault({"total": loss}, 1.0) for loss in healthy)
+    lost = [guard.find_fault({"total": 7.0}, 1.0) for _ in range(RECENT)]
+    assert not any(lost[:5])
+    assert lost[-1] == "the median of the last 20 total losses is 7 and was 2 in the first step: it exploded"
+    resumed = Guard("read", tmp_path, 0, 3, first=2.0)
+    assert [bool(resumed.find_fault({"total": 7.0}, 1.0)) for _ in range(RECENT)] == [False] * (RECENT - 1) + [True]
 
 
 def test_only_steps_in_a_row_end_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,12 +128,44 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(
     assert checkpoints(tmp_path) == ["0-read-step000002"] and all_finite(weights_of(tmp_path).values())
 
 
-def test_an_absurd_learning_rate_is_noticed(config: ModelConfig, tmp_path: Path) -> None:
-    """The highest rate that is not refused."""
-    stage = Stage("draw", r"image_decoder\.(?!vae)", {"draw": 1}, 40, 4, 1.0, losses=("image",), warmup=1)
-    with pytest.raises(Diverged, match="in the first step: it exploded, as were 3 in a row"):
-        train(config, replace(SHORT, stages=(stage,), max_skipped=3), tmp_path)
-    assert not (tmp_path / "checkpoint").exists() or all_finite(weights_of(tmp_path).values())
+def test_a_loss_that_explodes_ends_a_run(config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, count = TextHarmonyModel.forward, 0
+
+    def exploding(self: TextHarmonyModel, **arguments: object) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        return {name: loss * (100 if count > 3 else 1) for name, loss in forward(self, **arguments).items()}
+
+    monkeypatch.setattr(TextHarmonyModel, "forward", exploding)
+    with pytest.raises(Diverged, match="in the first step: it exploded, as were 2 in a row"):
+        train(config, replace(SHORT, max_skipped=2), tmp_path)
+    assert checkpoints(tmp_path) == ["0-read-step000002"] and all_finite(weights_of(tmp_path).values())
+
+
+ALL = {"read": 1, "locate": 1, "draw": 1, "answer": 1, "edit": 1}
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+@pytest.mark.parametrize(
+    ("tasks", "trainable", "losses"),
+    [
+        ({"read": 1}, READ.trainable, ("text",)),
+        ({"draw": 1}, r"image_decoder\.(?!vae)", ("image",)),
+        ({"draw": 1}, r"image_decoder\.vae", ("autoencoder",)),
+        (ALL, r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)", ("text", "image", "layout", "words")),
+    ],
+)
+def test_an_absurd_learning_rate_is_noticed_before_anything_is_trained(
+    config: ModelConfig, tmp_path: Path, tasks: dict[str, float], trainable: str, losses: tuple[str, ...], rate: float
+) -> None:
+    """A step would change each weight by more than its size; the last checkpoint stays."""
+    stage = replace(READ, tasks=tasks, trainable=trainable, losses=losses, learning_rate=rate)
+    with pytest.raises(ValueError, match=rf"stage 'read' has learning rate {rate:g}, expected at most 0\.\d+: AdamW"):
+        train(config, replace(SHORT, stages=(stage,)), tmp_path)
+    with pytest.raises(ValueError, match=rf"has learning rate {rate:g}, expected at most"):
+        own = {trainable: rate}
+        train(config, replace(SHORT, stages=(replace(stage, learning_rate=1e-3, learning_rates=own),)), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rate", [0.0, -1e-3, 1.5, math.nan, math.inf])

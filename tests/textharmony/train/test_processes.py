@@ -22,9 +22,11 @@ from short_runs import READ, changed, checkpoints, newest, weights_of
 
 from textharmony.config import ModelConfig, TrainConfig
 from textharmony.presets import PAPER, PAPER_TRAINING
+from textharmony.train.guard import all_finite
 
 STEPS = int(os.environ.get("TEXTHARMONY_STEPS", "8"))  # of the comparison of engines
 KILLS = int(os.environ.get("TEXTHARMONY_KILLS", "1"))
+PATIENCE = 60 + 30 * STEPS  # seconds
 ENGINES = {"ddp": {}, "fsdp": FSDP}
 CONFIG = TrainConfig((READ,), save_every=2, sample_every=1000, workers=0, trackers=())
 pytestmark = pytest.mark.slow
@@ -56,7 +58,7 @@ ENGINE = TrainConfig((MIXED,), save_every=STEPS // 2, sample_every=STEPS, worker
 @pytest.fixture(scope="module")
 def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
-    Run(1, out / "given", folder, ENGINE, out / "run", still=True).wait()
+    Run(1, out / "log", folder, ENGINE, out / "run", still=True).wait()
     return out / "run"
 
 
@@ -72,8 +74,8 @@ def test_two_processes_train_all_tasks_as_one_does_and_go_on(
 ) -> None:
     """With samples of all tasks, of which a process may have none; half of the steps, then the other half."""
     out = tmp_path / "run"
-    run = Run(2, tmp_path / "given", folder, ENGINE, out, still=True, **ENGINES[engine])
-    run.wait()
+    run = Run(2, tmp_path / "log", folder, ENGINE, out, still=True, **ENGINES[engine])
+    run.wait(PATIENCE)
     for one, two in zip(losses(alone), losses(out), strict=True):
         assert two == pytest.approx(one, rel=1e-4), engine
     expected, found = (load_file(path / "model" / "model.safetensors") for path in (alone, out))
@@ -82,14 +84,14 @@ def test_two_processes_train_all_tasks_as_one_does_and_go_on(
     assert relative_error(together[1], together[0]) < 1e-3
     newest(out).rename(out / "last")
     (out / "model").rename(out / "other")
-    Run(2, tmp_path / "given", folder, ENGINE, out, still=True, **ENGINES[engine]).wait()
+    Run(2, tmp_path / "log", folder, ENGINE, out, still=True, **ENGINES[engine]).wait(PATIENCE)
     assert changed(found, load_file(out / "model" / "model.safetensors")) == set()
 
 
 @minutes
 def test_a_checkpoint_of_another_engine_is_refused(folder: Path, alone: Path, tmp_path: Path) -> None:
-    run = Run(2, tmp_path / "given", folder, ENGINE, alone, still=True, **FSDP)
-    said = [process.communicate(timeout=120)[1] for process in run.processes]
+    run = Run(2, tmp_path / "log", folder, ENGINE, alone, still=True, **FSDP)
+    said = [run.end(rank, timeout=120) for rank in range(2)]
     assert all("is of DDP or one process, and this run is of FSDP: expected the same engine" in line for line in said)
 
 
@@ -97,7 +99,7 @@ def test_a_checkpoint_of_another_engine_is_refused(folder: Path, alone: Path, tm
 def together(config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A whole run of two processes."""
     out = tmp_path_factory.mktemp("together")
-    Run(2, out / "given", config, CONFIG, out / "run").wait()
+    Run(2, out / "log", config, CONFIG, out / "run").wait()
     return out / "run", weights_of(out / "run")
 
 
@@ -108,13 +110,13 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(
     moments = random.Random(0)
     for index in range(KILLS):
         out = tmp_path / str(index)
-        run = Run(2, tmp_path / "given", config, replace(CONFIG, save_every=1), out)
+        run = Run(2, tmp_path / "log", config, replace(CONFIG, save_every=1), out)
         step = moments.randrange(1, READ.steps)
         saving = index % 2 == 0
         run.wait_for(out / "checkpoint" / f"{'.' if saving else ''}0-read-step{step:06d}")
         time.sleep(moments.random() * (0.05 if saving else 0.5))
         run.kill()
-        Run(2, tmp_path / "given", config, CONFIG, out).wait()
+        Run(2, tmp_path / "log", config, CONFIG, out).wait()
         assert changed(together[1], weights_of(out)) == set(), index
         assert (out / "losses.csv").exists()
 
@@ -123,14 +125,31 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_run_goes_on(
     config: ModelConfig, together: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    run = Run(2, tmp_path / "given", config, CONFIG, out)
+    run = Run(2, tmp_path / "log", config, CONFIG, out)
     run.wait_for(out / "checkpoint" / "0-read-step000002")
     run.kill(rank=1)
-    said = run.processes[0].communicate(timeout=60)[1]
-    assert run.processes[0].returncode == 1
+    said = run.end(0, timeout=60)
+    assert run.processes[0].exitcode == 1
     assert "textharmony: another of the 2 processes has ended" in said and "Traceback" not in said
-    Run(2, tmp_path / "given", config, CONFIG, out).wait()
+    Run(2, tmp_path / "log", config, CONFIG, out).wait()
     assert changed(together[1], weights_of(out)) == set()
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=minutes)])
+def test_a_fault_in_one_of_two_processes_skips_the_step_in_both(
+    folder: Path, config: ModelConfig, tmp_path: Path, engine: str
+) -> None:
+    """Losses and gradients are summed over the processes, so that both see the fault."""
+    out, start = tmp_path / "run", config if engine == "ddp" else folder
+    said = Run(2, tmp_path / "log", start, CONFIG, out, poison=3, **ENGINES[engine]).wait()
+    lines = [(out / name).read_text() for name in ("skipped.txt", "skipped-1.txt")]
+    for line in lines:
+        assert line.startswith("stage 'read', step 3 was skipped: the total loss is nan, the text loss is nan")
+        assert line.count("\n") == 1 and line.count("synthetic train-") == 2
+    assert lines[0] != lines[1] and "step 3 was skipped" in said[0] and "skipped" not in said[1]
+    saved = load_file(out / "model" / "model.safetensors")
+    assert all_finite(saved.values())
+    assert [row["step"] for row in losses(out)] == [2.0, 4.0, 6.0]
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(4, marks=minutes)])
@@ -139,14 +158,31 @@ def test_another_number_of_processes_goes_on(
 ) -> None:
     """Reading draws no noise, so that all numbers of processes come to the same weights but for rounding."""
     out = tmp_path / "run"
-    run = Run(2, tmp_path / "given", config, CONFIG, out)
+    run = Run(2, tmp_path / "log", config, CONFIG, out)
     run.wait_for(out / "checkpoint" / "0-read-step000004")
     run.kill()
     assert not (out / "checkpoint" / "0-read-step000006").exists()
-    Run(count, tmp_path / "given", config, CONFIG, out).wait()
+    Run(count, tmp_path / "log", config, CONFIG, out).wait()
     expected, found = together[1], weights_of(out)
     apart = [torch.cat([tensor.flatten() for _, tensor in sorted(t.items())]) for t in (expected, found)]
     assert relative_error(apart[1], apart[0]) < 1e-3
+
+
+@minutes
+def test_sharded_checkpoints_go_on_in_another_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    """Four of them; without FSDP it is refused."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    Run(2, tmp_path / "log", folder, CONFIG, whole, **FSDP).wait()
+    run = Run(2, tmp_path / "log", folder, CONFIG, out, **FSDP)
+    run.wait_for(out / "checkpoint" / "0-read-step000002")
+    run.kill()
+    assert not (out / "model").exists()
+    alone = Run(1, tmp_path / "log", folder, CONFIG, out)
+    assert "is of FSDP, and this run is of DDP or one process: expected the same engine" in alone.end(0, 300)
+    Run(4, tmp_path / "log", folder, CONFIG, out, **FSDP).wait()
+    expected, found = (load_file(path / "model" / "model.safetensors") for path in (whole, out))
+    apart = [torch.cat([tensor.flatten() for _, tensor in sorted(t.items())]) for t in (expected, found)]
+    assert changed(expected, found) and relative_error(apart[1], apart[0]) < 1e-3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=minutes)])
