@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,12 +36,29 @@ def triton_version() -> str:
         return ""
     import triton
 
-    numbers = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return triton.__version__ if numbers >= OLDEST else ""
+    return triton.__version__ if _numbers(triton.__version__) >= OLDEST else ""
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler, and triton, together with slidelora.
 triton_version._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def check_interpreter(triton: str, numpy: str) -> None:
+    """Raise RuntimeError if triton's interpreter cannot run a loop with this version of numpy."""
+    if _numbers(triton) < (3, 7) and _numbers(numpy) >= (2, 4):
+        raise RuntimeError(
+            f"TRITON_INTERPRET=1 with triton {triton} and numpy {numpy}, expected triton >= 3.7 or numpy < 2.4: the "
+            "interpreter of older versions cannot convert numpy's arrays of one element to numbers"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+@cache
+def _check_installed() -> None:
+    check_interpreter(triton_version(), version("numpy"))
 
 
 class Config(NamedTuple):
@@ -232,6 +250,7 @@ class Plan:
             arguments: Of the kernel, without its constants.
         """
         if INTERPRETED:
+            _check_installed()
             self.function()[self.grid](*arguments, **self.constants, **self.options)
             return
         pointers = 0
