@@ -355,7 +355,7 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
     calls = {
         "shrink and gate": lambda: launch.gate(launch.shrink(rows, mixture.lora_A, route), route, HALF),
         "shrink, cuBLAS in bf16": lambda: rows @ half_A.T,
-        "expand": lambda: launch.expand(h, mixture.lora_B, route, tokens, HALF),
+        "expand": lambda: launch.expand(h, mixture.lora_B, route, torch.empty_like(dy_rows)),
         "expand, cuBLAS": lambda: h @ half_B,
         "weight gradient": lambda: launch.weight_gradient(h, dy_rows, mixture.lora_B, route),
         "weight gradient, cuBLAS": lambda: h.T @ dy_rows,
@@ -405,7 +405,7 @@ def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) 
     if kernel == "shrink":
         return lambda: launch.gate(launch.shrink(rows, A, route), route, HALF)
     if kernel == "expand":
-        return lambda: launch.expand(h, B, route, tokens, HALF)
+        return lambda: launch.expand(h, B, route, torch.empty_like(dy_rows))
     return lambda: launch.weight_gradient(h, dy_rows, B, route)
 
 

@@ -93,7 +93,7 @@ def test_no_launch_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, chosen: tu
     route = launch.route_tokens(Mixture(A, B, gates, 4, 0.5, experts), 600)
     assert (route.top_k > 0) == (chosen == (600, 2))
     gated = launch.gate(launch.shrink(x, A, route), route, x.dtype, keep=True)
-    y = launch.expand(gated.h, B, route, 600, x.dtype)
+    y = launch.expand(gated.h, B, route, x.new_empty(600, B.shape[1]))
     assert y.shape == (600, 48) and launch.weight_gradient(gated.h, x, A, route).shape == A.shape
 
 
