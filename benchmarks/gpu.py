@@ -18,16 +18,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-if "cpu" in sys.argv:
+if {"cpu", "--device=cpu"} & set(sys.argv[1:]):
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+else:
+    os.environ.pop("TRITON_INTERPRET", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -37,7 +39,7 @@ from slidelora.ops import Mixture, gated_linear, gated_lora
 from slidelora.ops.fused import launch
 
 BEGIN = time.monotonic()
-ON_GPU = "cpu" not in sys.argv
+ON_GPU = "TRITON_INTERPRET" not in os.environ
 sys.path.insert(0, str(Path(__file__).parent))
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.bfloat16
@@ -48,6 +50,9 @@ BUDGETS = {"parity": 40, "trace": 20, "tuning": 90, "layer": 60, "model": 60, "t
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.2e-2}
 MODES = ("flat", "by token", "compact", "by sample", "sorted", "dropout")
 CACHE = 256 * 2**20  # bytes that empty L2
+
+
+Item = TypeVar("Item")
 
 
 class OutOfTime(Exception):
@@ -64,6 +69,7 @@ class Run:
         self.name = torch.cuda.get_device_name().lower().replace(" ", "_") if ON_GPU else "cpu"
         self.path = out / f"gpu_{self.name}.json"
         self.part, self.deadline = "", 0.0
+        self.left: list[str] = []  # what the current part has not begun
 
     def record(self, **row: Any) -> None:
         """Add a row to the current part and write everything."""
@@ -76,16 +82,33 @@ class Run:
         temporary.write_text(json.dumps(self.results, indent=1, default=str) + "\n")
         temporary.replace(self.path)
 
+    def write_table(self) -> None:
+        """Write the rows of all parts as CSV."""
+        rows = [{"part": part} | row for part, state in self.results["parts"].items() for row in state["rows"]]
+        with self.path.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
     def check(self) -> None:
         """Raise OutOfTime if the part's seconds are used up."""
         if time.monotonic() > self.deadline:
             raise OutOfTime
 
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield what a part goes through, and keep a list of what is left; raise OutOfTime between two of them."""
+        every = list(items)
+        for i, item in enumerate(every):
+            self.left = [str(one) for one in every[i:]]
+            self.check()
+            yield item
+        self.left = []
+
     def perform(self, part: str, function: Callable[["Run"], None]) -> None:
         """Run a part; whatever happens in it, the others run, too."""
         self.part = part
-        state: dict[str, Any] = {"status": "complete", "rows": []}
-        self.results["parts"][part] = state
+        state: dict[str, Any] = {"status": "running", "rows": []}
+        self.results["parts"][part], self.left = state, []
         begin = time.monotonic()
         # What earlier parts left over is for the later ones.
         spent_until = sum(BUDGETS[name] for name in list(BUDGETS)[: list(BUDGETS).index(part) + 1])
@@ -93,16 +116,17 @@ class Run:
         try:
             self.check()
             function(self)
+            state["status"] = "complete"
         except OutOfTime:
-            state["status"] = "out of time: rows that are missing were not reached"
+            state |= {"status": "out of time", "not reached": self.left or ["everything after the last row"]}
         except Exception:
             state["status"] = "failed"
             state["error"] = traceback.format_exc()
         state["seconds"] = round(time.monotonic() - begin, 1)
         self.write()
         print(f"{part}: {state['status']}, {len(state['rows'])} rows, {state['seconds']} s", flush=True)
-        if "error" in state:
-            print(state["error"], flush=True)
+        for name in {"error", "not reached"} & state.keys():
+            print(f"  {name}: {state[name]}", flush=True)
 
 
 def machine() -> dict[str, str]:
@@ -236,14 +260,13 @@ def parity_case(mode: str, dtype: torch.dtype, tokens: int, features: int, small
 def run_workers(function: Callable[..., Any], jobs: list[tuple[Any, ...]], run: Run) -> Iterator[tuple[Any, Any]]:
     """Call a function for all jobs, on a GPU in several processes, because compilation takes most of the time."""
     if not ON_GPU:
-        for job in jobs:
-            run.check()
+        for job in run.each(jobs):
             yield job, function(*job)
         return
     pool = ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn"))
-    futures = [(job, pool.submit(function, *job)) for job in jobs]
+    futures = [pool.submit(function, *job) for job in jobs]
     try:
-        for job, future in futures:
+        for job, future in zip(run.each(jobs), futures):
             try:
                 yield job, future.result(timeout=max(0.1, run.deadline - time.monotonic()))
             except TimeoutError:
@@ -293,8 +316,9 @@ def trace(run: Run) -> None:
         left = torch.randn(8192, 8192, device=DEVICE, dtype=HALF)
         taken = statistics.median(gpu_times({"mm": lambda: left @ left}, 5)["mm"])
         run.record(what="8192^3 bf16 product, FLOP/s", value=2 * 8192**3 / taken * 1e6)
-    for label, sizes in {"3 of r=32, 2 active": (3, 32, 2), "8 of r=16, flat": (8, 16, 8)}.items():
-        trace_layer(run, label, rate, tokens, features, sizes)
+    layers = {"3 of r=32, 2 active": (3, 32, 2), "8 of r=16, flat": (8, 16, 8)}
+    for label in run.each(layers):
+        trace_layer(run, label, rate, tokens, features, layers[label])
 
 
 def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, sizes: tuple[int, int, int]) -> None:
@@ -331,7 +355,7 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
     calls = {
         "shrink and gate": lambda: launch.gate(launch.shrink(rows, mixture.lora_A, route), route, HALF),
         "shrink, cuBLAS in bf16": lambda: rows @ half_A.T,
-        "expand": lambda: launch.expand(h, mixture.lora_B, route, tokens, HALF),
+        "expand": lambda: launch.expand(h, mixture.lora_B, route, torch.empty_like(dy_rows)),
         "expand, cuBLAS": lambda: h @ half_B,
         "weight gradient": lambda: launch.weight_gradient(h, dy_rows, mixture.lora_B, route),
         "weight gradient, cuBLAS": lambda: h.T @ dy_rows,
@@ -381,7 +405,7 @@ def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) 
     if kernel == "shrink":
         return lambda: launch.gate(launch.shrink(rows, A, route), route, HALF)
     if kernel == "expand":
-        return lambda: launch.expand(h, B, route, tokens, HALF)
+        return lambda: launch.expand(h, B, route, torch.empty_like(dy_rows))
     return lambda: launch.weight_gradient(h, dy_rows, B, route)
 
 
@@ -458,37 +482,35 @@ def layer(run: Run) -> None:
         sizes = [(TABLE, t, *m[:3], 4096, m[3]) for t in dict.fromkeys(t for _, t in shapes) for m in mixtures]
         for _ in run_workers(warm, sizes, run):
             pass
-    for features, tokens in shapes:
-        for experts, active, gate, rank in mixtures:
-            run.check()
-            compiled = ON_GPU and (features, tokens, experts) == (4096, 4096, 3)  # compilation takes long
-            case = Case(Size(tokens, experts, active, gate, features, rank), compiled)
-            shape = {"d": features, "T": tokens, "experts": experts, "rank": rank, "active": active, "gate": gate}
-            names = [name for name in case.run if name != "einsum" or tokens * experts <= 2**17]
-            steps = {
-                "forward": {name: case.run[name] for name in names},
-                "forward + backward": {name: partial(case.step, name) for name in names},
-            }
-            repeats = 20 if tokens <= 4096 else 8
-            for what, calls in steps.items():
-                for name, values in gpu_times(calls, repeats if ON_GPU else 1, run).items():
-                    row = {**shape, "what": what, "name": name, **spread(values), "saved": case.saved_bytes(name)}
-                    run.record(**row, peak=case.peak_bytes(name) if ON_GPU and what != "forward" else 0)
-            start = time.perf_counter()
-            for name in ("base", "stacked", "fused"):  # including the host
-                times = []
-                for _ in range(20 if ON_GPU else 1):
-                    start = time.perf_counter()
-                    case.step(name)
-                    synchronize()
-                    times.append((time.perf_counter() - start) * 1e6)
-                run.record(**shape, what="forward + backward, with the host", name=name, **spread(times))
-            if tokens == 1 and ON_GPU:
-                for name in names:
-                    with torch.no_grad():
-                        graph = captured(case.run[name])
-                    values = gpu_times({name: graph.replay}, 30, run)[name]
-                    run.record(**shape, what="forward, CUDA graph", name=name, **spread(values))
+    for features, tokens, experts, active, gate, rank in run.each([(*s, *m) for s in shapes for m in mixtures]):
+        compiled = ON_GPU and (features, tokens, experts) == (4096, 4096, 3)  # compilation takes long
+        case = Case(Size(tokens, experts, active, gate, features, rank), compiled)
+        shape = {"d": features, "T": tokens, "experts": experts, "rank": rank, "active": active, "gate": gate}
+        names = [name for name in case.run if name != "einsum" or tokens * experts <= 2**17]
+        steps = {
+            "forward": {name: case.run[name] for name in names},
+            "forward + backward": {name: partial(case.step, name) for name in names},
+        }
+        repeats = 20 if tokens <= 4096 else 8
+        for what, calls in steps.items():
+            for name, values in gpu_times(calls, repeats if ON_GPU else 1, run).items():
+                row = {**shape, "what": what, "name": name, **spread(values), "saved": case.saved_bytes(name)}
+                run.record(**row, peak=case.peak_bytes(name) if ON_GPU and what != "forward" else 0)
+        start = time.perf_counter()
+        for name in ("base", "stacked", "fused"):  # including the host
+            times = []
+            for _ in range(20 if ON_GPU else 1):
+                start = time.perf_counter()
+                case.step(name)
+                synchronize()
+                times.append((time.perf_counter() - start) * 1e6)
+            run.record(**shape, what="forward + backward, with the host", name=name, **spread(times))
+        if tokens == 1 and ON_GPU:
+            for name in names:
+                with torch.no_grad():
+                    graph = captured(case.run[name])
+                values = gpu_times({name: graph.replay}, 30, run)[name]
+                run.record(**shape, what="forward, CUDA graph", name=name, **spread(values))
 
 
 def captured(call: Callable[[], object]) -> Any:
@@ -540,9 +562,8 @@ def model(run: Run) -> None:
     makers: dict[str, Callable[[], nn.Module]] = {"base": plain, "PEFT LoRA": with_lora}
     makers |= {backend: lambda backend=backend: with_experts(backend) for backend in ("fused", "stacked")}
     ids = torch.randint(1, config.vocab_size, (batch, length), device=DEVICE)
-    for name, make in makers.items():
-        run.check()
-        made = make()
+    for name in run.each(makers):
+        made = makers[name]()
         if name == "base":
             made.get_input_embeddings().weight.requires_grad_(True)  # so that there is a backward
         gates = {"a": 0.5, "shared": 0.5} if name in ("fused", "stacked") else None
@@ -624,6 +645,8 @@ def training(run: Run) -> None:
     from textharmony.train.loop import train
 
     stage, taken = TINY_TRAINING.stages[-1], {}
+    if not ON_GPU:
+        stage = replace(stage, batch_size=4)
     few, many = (5, 25) if ON_GPU else (1, 2)
     for steps in (few, many):  # the difference leaves out what happens once
         run.check()
@@ -683,9 +706,13 @@ def main() -> None:
     run.results["machine"] = described
 
     def stop() -> None:
-        run.results["stopped"] = f"in {run.part}, which did not end by itself"
+        state = run.results["parts"].setdefault(run.part, {"rows": []})
+        state |= {"status": "stopped: it did not end by itself", "not reached": run.left}
+        later = list(PARTS)[list(PARTS).index(run.part) + 1 :]
+        run.results["stopped"] = f"in {run.part}; parts that were not reached: {', '.join(later) or 'none'}"
         run.write()
-        print(f"stopped in {run.part}", flush=True)
+        run.write_table()
+        print(f"stopped {run.results['stopped']}", flush=True)
         os._exit(1)
 
     timer = threading.Timer(run.seconds, stop)
@@ -693,12 +720,7 @@ def main() -> None:
     timer.start()
     for part, function in PARTS.items():
         run.perform(part, function)
-    rows = [{"part": part} | row for part, state in run.results["parts"].items() for row in state["rows"]]
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    with run.path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    run.write_table()
     plot(run)
     print(f"{run.path}, {time.monotonic() - run.start:.0f} s")
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,12 +36,29 @@ def triton_version() -> str:
         return ""
     import triton
 
-    numbers = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return triton.__version__ if numbers >= OLDEST else ""
+    return triton.__version__ if _numbers(triton.__version__) >= OLDEST else ""
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler, and triton, together with slidelora.
 triton_version._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def check_interpreter(triton: str, numpy: str) -> None:
+    """Raise RuntimeError if triton's interpreter cannot run a loop with this version of numpy."""
+    if _numbers(triton) < (3, 7) and _numbers(numpy) >= (2, 4):
+        raise RuntimeError(
+            f"TRITON_INTERPRET=1 with triton {triton} and numpy {numpy}, expected triton >= 3.7 or numpy < 2.4: the "
+            "interpreter of older versions cannot convert numpy's arrays of one element to numbers"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+@cache
+def _check_installed() -> None:
+    check_interpreter(triton_version(), version("numpy"))
 
 
 class Config(NamedTuple):
@@ -232,6 +250,7 @@ class Plan:
             arguments: Of the kernel, without its constants.
         """
         if INTERPRETED:
+            _check_installed()
             self.function()[self.grid](*arguments, **self.constants, **self.options)
             return
         pointers = 0
@@ -340,22 +359,19 @@ class Route:
     pair_ids: Tensor | None = None
     group_bounds: Tensor | None = None
     top_k: int = 0
-    shapes: dict[tuple[torch.dtype, bool], Shape] = field(default_factory=dict)  # see `shape`
+    # What follows from the others, computed once because every launch reads it.
+    slots: int = field(init=False)  # the number of experts that act on a row of h
+    gate_length: int = field(init=False)  # the number of rows of h that one row of gates serves
+    key: tuple[Any, ...] = field(init=False)  # what launches depend on in addition to `shape`
+    shapes: dict[tuple[torch.dtype, bool], Shape] = field(init=False)  # see `shape`
 
-    @cached_property
-    def slots(self) -> int:
-        """The number of experts that act on a row of h."""
-        return self.gates.shape[1]
-
-    @cached_property
-    def gate_length(self) -> int:
-        """The number of rows of h that one row of gates serves."""
-        return self.rows // self.gates.shape[0]
-
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """What launches depend on in addition to `shape`."""
-        return self.rows, self.gate_length, self.gates.dtype, None if self.experts is None else self.experts.dtype
+    def __post_init__(self) -> None:
+        """Compute the other fields."""
+        served, self.slots = self.gates.shape
+        self.gate_length = self.rows // served if served else 0
+        experts = None if self.experts is None else self.experts.dtype
+        self.key = self.rows, self.gate_length, self.gates.dtype, experts
+        self.shapes = {}
 
     def shape(self, dtype: torch.dtype, dropout: Dropout) -> Shape:
         """Return what a plan depends on."""
@@ -375,7 +391,7 @@ class Route:
             return [self]
         groups = self.groups // self.top_k
         pairs = zip(self.pair_ids.split(groups), self.experts.split(groups))
-        return [replace(self, pair_ids=ids, experts=experts, groups=groups, shapes={}) for ids, experts in pairs]
+        return [replace(self, pair_ids=ids, experts=experts, groups=groups) for ids, experts in pairs]
 
 
 def route_tokens(mixture: Mixture, tokens: int) -> Route:
@@ -461,15 +477,14 @@ def gate(h: Tensor, route: Route, dtype: torch.dtype, keep: bool = False, h_pre:
 
 
 def expand(
-    h: Tensor, weight: Tensor, route: Route, tokens: int, dtype: torch.dtype, base: Tensor | None = None,
-    bias: Tensor | None = None, dropout: Dropout = NO_DROPOUT,
+    h: Tensor, weight: Tensor, route: Route, y: Tensor, base: Tensor | None = None, bias: Tensor | None = None,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:  # fmt: skip
-    """Multiply gated h by the active experts' rows of weight (E * r, d) and add base and bias: (T, d).
+    """Multiply gated h by the active experts' rows of weight (E * r, d) and add base and bias; write y (T, d).
 
     h is what `gate` returns, or what `shrink` returns.
     """
-    features = weight.shape[1]
-    y = h.new_empty(tokens, features, dtype=dtype)
+    (tokens, features), dtype = y.shape, y.dtype
     if not tokens:
         return y
     base = None if base is None else _contiguous_rows(base)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from closeness import assert_close
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import slidelora
 from slidelora.ops import Mixture, fused, gated_linear, gated_lora, resolve
@@ -118,6 +119,25 @@ def test_traced_gradients_equal_those_of_eager_code(gate_gradient: bool) -> None
     wanted = [*leaves, gates] if gate_gradient else leaves
     found, exact = (torch.autograd.grad(call(*leaves), wanted, dy) for call in (compiled, run))
     assert all(torch.equal(one, other) for one, other in zip(found, exact))
+
+
+def test_a_mode_that_begins_between_forward_and_backward() -> None:
+    """Only x needs a gradient, so that the forward keeps nothing of h."""
+    x, W, A, B = draw(2, 5, 16).requires_grad_(), draw(24, 16), draw(12, 16), draw(12, 24)
+    dy = draw(2, 5, 24)
+    y = gated_linear(x, W, None, Mixture(A, B, draw(2, 3), 4))
+    (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    with FlopCounterMode(display=False):
+        (found,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(found, expected)
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, W = draw(1, 3, 16).requires_grad_(), draw(8, 16)
+    y = gated_linear(x, W, None, Mixture(draw(8, 16), draw(8, 8), draw(1, 2), 4))
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_one_graph_of_an_injected_model_for_successive_gates() -> None:

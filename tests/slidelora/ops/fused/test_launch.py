@@ -1,6 +1,7 @@
 """How shapes become launches: sorted tokens, sums in parts, configurations."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,18 @@ from slidelora.ops import Mixture, gated_linear, gated_lora
 from slidelora.ops.fused import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(("triton", "numpy"), [("3.6.0", "2.3.5"), ("3.7.0+git1", "2.4.0"), ("3.10.1", "2.10.0")])
+def test_versions_that_interpret_together(triton: str, numpy: str) -> None:
+    launch.check_interpreter(triton, numpy)
+
+
+@pytest.mark.parametrize(("triton", "numpy"), [("3.6.0", "2.4.0"), ("3.4.0+git1", "2.10.0rc1"), ("3.5.1", "3.0.0")])
+def test_an_interpreter_that_cannot_run_loops_is_refused(triton: str, numpy: str) -> None:
+    message = rf"with triton {re.escape(triton)} and numpy {re.escape(numpy)}, expected triton >= 3\.7 or numpy < 2\.4"
+    with pytest.raises(RuntimeError, match=message):
+        launch.check_interpreter(triton, numpy)
 
 
 def draw(*shape: int) -> Tensor:
@@ -80,7 +93,7 @@ def test_no_launch_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch, chosen: tu
     route = launch.route_tokens(Mixture(A, B, gates, 4, 0.5, experts), 600)
     assert (route.top_k > 0) == (chosen == (600, 2))
     gated = launch.gate(launch.shrink(x, A, route), route, x.dtype, keep=True)
-    y = launch.expand(gated.h, B, route, 600, x.dtype)
+    y = launch.expand(gated.h, B, route, x.new_empty(600, B.shape[1]))
     assert y.shape == (600, 48) and launch.weight_gradient(gated.h, x, A, route).shape == A.shape
 
 
