@@ -6,10 +6,13 @@ imported when it runs, so that help and mistakes come at once.
 
 from __future__ import annotations
 
-import json
+import errno
+import io
+import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,19 +21,28 @@ import tyro
 from tyro.conf import OmitArgPrefixes as Flat  # the fields of a dataclass as options of the command
 from tyro.conf import Positional
 
-from textharmony.captions.build import CaptionSettings
+from textharmony.captions.build import SUFFIXES, CaptionSettings, find_pictures
 from textharmony.captions.endpoint import ChatSettings, EndpointSettings
-from textharmony.config import GenerationSettings, PredictionSettings
-from textharmony.files import replace_file
+from textharmony.config import GenerationSettings, ModelConfig, PredictionSettings, check_count, check_seed
+from textharmony.files import parse_json, quote, replace_file
 from textharmony.signals import Stopped
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from textharmony.pipeline import TextHarmony
+    from textharmony.prompts import Request
+
+
+def _shown(default: str, *aliases: str) -> Any:
+    """What help says about the default of an option that is None or empty; other names of the option."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", aliases=list(aliases) or None)
+
 
 Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-MaybeOut = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 DType = Literal["float32", "bfloat16", "float16"]
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_EMBEDDED = Path(__file__).parent / "weights" / "tiny"
+_AT_ONCE = 16  # pictures that `read` holds in memory
 
 
 def _load(model: str) -> TextHarmony:
@@ -39,48 +51,134 @@ def _load(model: str) -> TextHarmony:
     return TextHarmony.from_pretrained(model)
 
 
+def _check(model: str, request: Request) -> None:
+    """Raise ValueError for a request that the model's configuration rules out, before its weights are opened."""
+    try:
+        file = (_EMBEDDED if model == "tiny" else Path(model)) / "config.json"
+        layout = ModelConfig.from_dict(parse_json(file.read_bytes())).layout
+    except (OSError, ValueError):
+        return  # the model cannot be loaded, and loading tells why
+    request.completed(layout)
+
+
+def _check_out(out: Path) -> None:
+    """Raise ValueError or OSError if a picture cannot be written there: another ending, or no folder above it."""
+    from textharmony.images import picture_format
+
+    picture_format(out)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder, expected the name of a picture")
+    _check_folder(out.parent)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise OSError if a folder is no folder, or cannot be made or written to."""
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file, expected a folder")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{above} cannot be written to")
+
+
 def _save(picture: Any, path: Path) -> None:
     from textharmony.images import save_picture
 
     save_picture(picture, path)
 
 
+def _source(path: Path) -> Path | bytes:
+    """The picture's file; for "-" the bytes of stdin."""
+    from textharmony.images import MOST_BYTES
+
+    return sys.stdin.buffer.read(MOST_BYTES + 1) if str(path) == "-" else path
+
+
+def _open(path: Path) -> Image.Image:
+    """Decode a picture, before a model is loaded."""
+    from textharmony.images import open_image
+
+    return open_image(_source(path))
+
+
+def _complain(error: object) -> None:
+    print(f"textharmony: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 @dataclass
 class Read:
-    """Print the text in each picture."""
+    """Print the text in each picture, after the picture's name if there are several.
 
-    images: Positional[tuple[Path, ...]]  # picture files
+    A picture that cannot be read is named on stderr, the others are read, and the exit status is 1.
+    """
+
+    # Picture files; folders, of which all pictures are read, those in their folders, too; "-" for stdin.
+    images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help_behavior_hint="(required, one or more)")]
     model: str = "tiny"  # the embedded model, or a folder that save_pretrained wrote
 
     def __call__(self) -> None:
-        for text in _load(self.model).read(list(self.images)):
-            print(text)
+        if not self.images:
+            raise ValueError("no picture is given, expected files, folders, or - for stdin")
+        paths = [found for path in self.images for found in (find_pictures(path).values() if path.is_dir() else [path])]
+        if paths == [*self.images][:1]:  # not one picture in a folder
+            image = _open(paths[0])
+            print(_load(self.model).read([image])[0])
+            return
+        missing = [path for path in paths if str(path) != "-" and not path.exists()]
+        for path in missing:
+            _complain(f"{path} does not exist")
+        there = [path for path in paths if path not in missing]
+        failed = len(missing)
+        harmony = None
+        for start in range(0, len(there), _AT_ONCE):
+            opened: list[tuple[Path, Image.Image]] = []
+            for path in there[start : start + _AT_ONCE]:
+                try:
+                    opened.append((path, _open(path)))
+                except (ValueError, OSError) as error:
+                    _complain(error)
+                    failed += 1
+            if opened:
+                harmony = harmony or _load(self.model)
+                texts = harmony.read([image for _, image in opened])
+                for (path, _), text in zip(opened, texts, strict=True):
+                    print(f"{path}: {' '.join(text.splitlines())}", flush=True)
+        if failed:
+            raise ValueError(f"{failed} of {len(paths)} pictures cannot be read")
 
 
 @dataclass
 class Answer:
     """Print the answer to a question about the text in a picture."""
 
-    image: Positional[Path]  # a picture file
+    image: Positional[Path]  # a picture file; "-" for stdin
     question: Positional[str]  # such as "how many characters are there"
     model: str = "tiny"  # the embedded model, or a folder that save_pretrained wrote
-    max_new_tokens: int | None = None  # the longest answer, in tokens; the model's own limit if not given
+    max_new_tokens: Annotated[int | None, _shown("the model's own")] = None  # the longest answer, in tokens
     num_beams: int = 1  # of beam search; 1: greedy
 
     def __call__(self) -> None:
-        print(_load(self.model).answer(self.image, self.question, self.max_new_tokens, self.num_beams))
+        from textharmony.prompts import Request, Task
+
+        GenerationSettings(self.max_new_tokens, self.num_beams)
+        image = _open(self.image)
+        _check(self.model, Request(Task.ANSWER, self.question, image))
+        print(_load(self.model).answer(image, self.question, self.max_new_tokens, self.num_beams))
 
 
 @dataclass
 class Locate:
     """Print where a word is: x1 y1 x2 y2 in thousandths of the picture, one box in a line."""
 
-    image: Positional[Path]  # a picture file
+    image: Positional[Path]  # a picture file; "-" for stdin
     text: Positional[str]  # the word
     model: str = "tiny"  # the embedded model, or a folder that save_pretrained wrote
 
     def __call__(self) -> None:
-        for box in _load(self.model).locate(self.image, self.text):
+        from textharmony.prompts import Request, Task
+
+        image = _open(self.image)
+        _check(self.model, Request(Task.LOCATE, self.text, image))
+        for box in _load(self.model).locate(image, self.text):
             print(*box)
 
 
@@ -89,31 +187,43 @@ class Draw:
     """Draw the quoted text of a prompt such as '"HELLO" in red on white'."""
 
     prompt: Positional[str]  # the caption
-    out: Out = Path("drawing.png")  # the picture to write
+    out: Out = Path("drawing.png")  # the picture to write; its folder is made
     model: str = "tiny"  # the embedded model, or a folder that save_pretrained wrote
     seed: int = 0  # another seed gives another picture
-    num_inference_steps: int | None = None  # of denoising; the model's own number if not given
-    guidance_scale: float | None = None  # of classifier-free guidance; the model's own scale if not given
+    num_inference_steps: Annotated[int | None, _shown("the model's own")] = None  # of denoising
+    # Of classifier-free guidance; 1: no guidance.
+    guidance_scale: Annotated[float | None, _shown("the model's own")] = None
 
     def __call__(self) -> None:
-        settings = self.seed, self.num_inference_steps, self.guidance_scale
-        _save(_load(self.model).draw(self.prompt, *settings), self.out)
+        from textharmony.prompts import Request, Task
+
+        steps, scale = self.num_inference_steps, self.guidance_scale
+        GenerationSettings(num_inference_steps=steps, guidance_scale=scale)
+        _check_out(self.out)
+        _check(self.model, Request(Task.DRAW, self.prompt, seed=self.seed))
+        _save(_load(self.model).draw(self.prompt, self.seed, steps, scale), self.out)
         print(self.out)
 
 
 @dataclass
 class Edit:
-    """Draw a new text into a box of a picture."""
+    """Draw a new text into a box of a picture; the rest of it stays as it is, its transparency, too."""
 
-    image: Positional[Path]  # a picture file
+    image: Positional[Path]  # a picture file; "-" for stdin
     text: Positional[str]  # a word, or a word and its colour as in '"HELLO" in red'
-    box: tuple[float, float, float, float]  # x1 y1 x2 y2 in thousandths of the picture
-    out: Out = Path("edited.png")  # the picture to write
+    box: tuple[float, float, float, float]  # x1 y1 x2 y2 in thousandths of the upright picture
+    out: Out = Path("edited.png")  # the picture to write; its folder is made
     model: str = "tiny"  # the embedded model, or a folder that save_pretrained wrote
     seed: int = 0  # another seed gives another picture
 
     def __call__(self) -> None:
-        _save(_load(self.model).edit(self.image, self.box, self.text, self.seed), self.out)
+        from textharmony.images import open_image
+        from textharmony.prompts import Request, Task
+
+        _check_out(self.out)
+        source = _source(self.image)
+        _check(self.model, Request(Task.EDIT, self.text, open_image(source), self.box, self.seed))
+        _save(_load(self.model).edit(source, self.box, self.text, self.seed), self.out)
         print(self.out)
 
 
@@ -121,7 +231,8 @@ class Edit:
 class Chat:
     """Reply to texts and pictures with texts, which are printed, and pictures, which are written to a folder."""
 
-    parts: Positional[tuple[str, ...]]  # texts and picture files in their order
+    # Texts and picture files in their order.
+    parts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(help_behavior_hint="(required, one or more)")]
     out: Out = Path("chat")  # the folder for pictures
     model: str = "tiny"  # the embedded model, or a folder that save_pretrained wrote
     max_pictures: int = 1  # the model draws when it asks for a picture itself, but no more than these
@@ -130,6 +241,11 @@ class Chat:
     settings: Flat[GenerationSettings] = field(default_factory=GenerationSettings)
 
     def __call__(self) -> None:
+        if not self.parts:
+            raise ValueError("no part is given, expected texts and picture files")
+        check_count("max_pictures", self.max_pictures, 0)
+        check_seed(self.seed)
+        _check_folder(self.out)
         parts = [_part(part) for part in self.parts]
         harmony, settings, streamer = _load(self.model), self.settings, None
         if self.stream:
@@ -140,20 +256,22 @@ class Chat:
         drawing = self.seed, settings.num_inference_steps, settings.guidance_scale
         for number, reply in enumerate(harmony.chat(parts, self.max_pictures, *writing, *drawing), 1):
             if not isinstance(reply, str):
-                self.out.mkdir(parents=True, exist_ok=True)
                 _save(reply, self.out / f"{number}.png")
                 print(self.out / f"{number}.png")
             elif not self.stream:
                 print(reply)
 
 
-def _part(part: str) -> str | Path:
-    """The path of a picture, or a text; raise ValueError for the name of a picture that does not exist."""
+def _part(part: str) -> str | Image.Image:
+    """A picture, or a text; raise ValueError for the name of a picture that does not exist."""
+    from textharmony.prompts import check_plain
+
     path = Path(part)
-    if len(part) < 4096 and "\n" not in part and path.is_file():
-        return path
-    if path.suffix.lower() in _PICTURES:
+    if len(part) < 4096 and "\n" not in part and "\0" not in part and path.is_file():
+        return _open(path)
+    if path.suffix.lower() in SUFFIXES:
         raise ValueError(f"{part} is not a file, expected a picture or text")
+    check_plain(part)
     return part
 
 
@@ -166,25 +284,30 @@ class Init:
     image: str  # folder or hub id of Stable Diffusion 1 or 2
     out: Out  # the folder to write
     preset: Literal["paper", "released"] = "paper"  # "released": the released architecture, from CLIP, Llama and SD
-    settings: Path | None = None  # a JSON file of fields of ModelConfig that differ from the preset
-    image_size: int | None = None  # side in pixels of the pictures that are read; the preset's if not given
-    drawing_size: int | None = None  # side in pixels of drawn pictures; what the UNet was trained on if not given
+    settings: Annotated[Path | None, _shown("the preset alone")] = None  # a JSON file of fields of ModelConfig
+    image_size: Annotated[int | None, _shown("the preset's")] = None  # side in pixels of the pictures that are read
+    # Side in pixels of drawn pictures.
+    drawing_size: Annotated[int | None, _shown("what the UNet was trained on")] = None
     experts_on: Literal["language", "vision", "both", "none"] = "language"  # which models get Slide-LoRA
     dtype: DType = "float32"  # of the three models' weights
+    overwrite: bool = False  # replace a model that OUT holds
 
     def __call__(self) -> None:
         import torch
 
-        from textharmony.config import ModelConfig, put_experts_on
-        from textharmony.model.backbones import drawing_size
+        from textharmony.config import put_experts_on
+        from textharmony.model.backbones import check_parts, drawing_size
         from textharmony.pipeline import TextHarmony
         from textharmony.presets import MODELS
 
+        _check_new(self.out, self.overwrite)
         given = _settings(self.settings)
-        if self.drawing_size is not None or "drawing_size" not in given:
-            given["drawing_size"] = (self.drawing_size,) * 2 if self.drawing_size else drawing_size(self.image)
-        if self.image_size is not None:
-            given["image_size"] = (self.image_size,) * 2
+        for name in ("image_size", "drawing_size"):
+            if (side := getattr(self, name)) is not None:
+                given[name] = (check_count(name, side),) * 2
+        check_parts(self.vision, self.language, self.image)
+        if "drawing_size" not in given:
+            given["drawing_size"] = drawing_size(self.image)
         config = put_experts_on(ModelConfig.from_dict(MODELS[self.preset].to_dict() | given), self.experts_on)
         dtype = getattr(torch, self.dtype)
         model = TextHarmony.from_backbones(self.vision, self.language, self.image, config, dtype)
@@ -201,28 +324,57 @@ class Convert:
 
     released: Positional[Path]  # the folder with pytorch_model.bin, or with the pieces of it
     out: Positional[Path]  # the folder to write
-    tokenizer: Path | None = None  # a folder with Vicuna-13B's tokenizer; RELEASED if not given
-    settings: Path | None = None  # a JSON file of fields of ModelConfig that differ from the preset "released"
+    tokenizer: Annotated[Path | None, _shown("the first folder")] = None  # a folder with Vicuna-13B's tokenizer
+    # A JSON file of fields of ModelConfig.
+    settings: Annotated[Path | None, _shown("the preset 'released' alone")] = None
     dtype: DType = "bfloat16"  # of the weights in the folder
+    overwrite: bool = False  # replace a model that the folder holds
 
     def __call__(self) -> None:
         import torch
 
-        from textharmony.config import ModelConfig
         from textharmony.pipeline import convert_released
         from textharmony.presets import MODELS
 
+        _check_new(self.out, self.overwrite)
         config = ModelConfig.from_dict(MODELS["released"].to_dict() | _settings(self.settings))
         convert_released(self.released, self.out, getattr(torch, self.dtype), self.tokenizer, config)
         print(self.out)
 
 
+def _check_new(out: Path, overwrite: bool) -> None:
+    """Raise ValueError if a folder holds a model that nobody asked to replace, or files of others."""
+    from textharmony.model.checkpoint import check_replaceable
+
+    _check_folder(out)
+    check_replaceable(out)
+    if not overwrite and (out / "config.json").exists():
+        raise ValueError(f"{out} holds a model, expected another folder, or --overwrite to replace it")
+
+
 def _settings(file: Path | None) -> dict[str, Any]:
     """The fields of ModelConfig in a JSON file."""
-    given = {} if file is None else json.loads(file.read_text())
+    try:
+        given = {} if file is None else parse_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(given, dict):
-        raise ValueError(f"{file} holds {given!r}, expected an object with fields of ModelConfig")
+        raise ValueError(f"{file} holds {quote(given)}, expected an object with fields of ModelConfig")
     return given
+
+
+def _trained(name: str) -> Any:
+    """Help shows what a field of TrainConfig is in each of the TRAININGS."""
+
+    def show(default: str) -> str:
+        from textharmony.presets import TRAININGS
+
+        values = {preset: getattr(training, name) for preset, training in TRAININGS.items()}
+        if len(set(values.values())) == 1:
+            return f"(default: {values['tiny'] or 'none'})"
+        return f"(default: {', '.join(f'{preset} {value}' for preset, value in values.items())})"
+
+    return tyro.conf.arg(help_behavior_hint=show)
 
 
 @dataclass
@@ -230,28 +382,36 @@ class Train:
     """Train a preset from scratch, or a model through stages; go on where a checkpoint ends."""
 
     preset: str = "tiny"  # what to train from scratch
-    out: MaybeOut = None  # the folder to write; runs/NAME if not given
-    model: Path | None = None  # a folder that save_pretrained wrote, to train instead of a preset
+    out: Annotated[Path | None, _shown("runs/PRESET or runs/STAGES", "-o")] = None  # the folder to write
+    # A folder that save_pretrained wrote, to train instead of a preset.
+    model: Annotated[Path | None, _shown("the preset")] = None
     stages: str = "paper"  # what the model is trained through
     # A JSON file with the sources of each stage, such as {"align": [{"name": "mario-laion", "folder": "laion",
-    # "weight": 2}], "tune": [...]}; rendered words if not given.
-    data: Path | None = None
-    steps: int | None = None  # of every stage, to try things out, with the warm-up in proportion
-    batch_size: int | None = None  # of every stage; as the stages say if not given, like the options below
-    learning_rate: float | None = None  # of every stage
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # of accelerate
-    gradient_accumulation_steps: int | None = None  # micro-batches in each process's part of a batch
-    language_dtype: DType | None = None  # of a frozen language model's weights, in memory and in OUT/model
-    workers: int | None = None  # processes that load batches
-    save_every: int | None = None  # optimizer steps between two checkpoints
-    save_minutes: float | None = None  # between two checkpoints, if that is sooner
-    keep: int | None = None  # the newest checkpoints that are kept
+    # "weight": 2}], "tune": [...]}.
+    data: Annotated[Path | None, _shown("rendered words")] = None
+    # Of every stage, to try things out, with the warm-up in proportion.
+    steps: Annotated[int | None, _shown("each stage's own")] = None
+    batch_size: Annotated[int | None, _shown("each stage's own")] = None  # samples in an optimizer step of every stage
+    learning_rate: Annotated[float | None, _shown("each stage's own")] = None  # of every stage
+    # Of accelerate; None: as it is configured.
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"] | None, _trained("mixed_precision")] = None
+    # Micro-batches in each process's part of a batch.
+    gradient_accumulation_steps: Annotated[int | None, _trained("gradient_accumulation_steps")] = None
+    # Of a frozen language model's weights, in memory and in OUT/model.
+    language_dtype: Annotated[DType | None, _trained("language_dtype")] = None
+    workers: Annotated[int | None, _trained("workers")] = None  # processes that load batches
+    save_every: Annotated[int | None, _trained("save_every")] = None  # optimizer steps between two checkpoints
+    # Minutes between two checkpoints, if that is sooner.
+    save_minutes: Annotated[float | None, _trained("save_minutes")] = None
+    keep: Annotated[int | None, _trained("keep")] = None  # the newest checkpoints that are kept
     # "newest": go on from the newest checkpoint, which must be sound; "auto": from the newest sound one.
-    resume: Literal["newest", "auto"] | None = None
-    max_skipped: int | None = None  # steps in a row that are skipped, as their loss is not finite, before the run ends
-    ema_decay: float | None = None  # of a moving average of the image decoder's weights, which is saved
-    # Of accelerate, such as "tensorboard", "trackio" and "wandb"; tensorboard where it is installed, if not given.
-    trackers: tuple[str, ...] | None = None
+    resume: Annotated[Literal["newest", "auto"] | None, _trained("resume")] = None
+    # Steps in a row that are skipped, as their loss is not finite, before the run ends.
+    max_skipped: Annotated[int | None, _trained("max_skipped")] = None
+    # Of a moving average of the image decoder's weights, which is saved.
+    ema_decay: Annotated[float | None, _trained("ema_decay")] = None
+    # Of accelerate, such as "tensorboard", "trackio" and "wandb".
+    trackers: Annotated[tuple[str, ...] | None, _shown("tensorboard where it is installed")] = None
 
     def __call__(self) -> None:
         from textharmony.data.loading import load_sources
@@ -294,36 +454,45 @@ class Evaluate:
 
     # The embedded model, or a folder that save_pretrained wrote.
     preset: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "tiny"
-    out: MaybeOut = None  # the folder to write; runs/evaluation or runs/BENCHMARK if not given
-    benchmark: str | None = None  # its name; held-out words if not given
-    data: Path | None = None  # the folder of the benchmark's data set
-    split: str | None = None  # of the data set; the benchmark's own if not given
+    out: Annotated[Path | None, _shown("runs/evaluation or runs/BENCHMARK", "-o")] = None  # the folder to write
+    # Some parts of the table of what people ask; the whole table if not given.
+    only: tuple[Literal["reading", "drawing", "editing", "questions", "speed"], ...] = ()
+    benchmark: Annotated[str | None, _shown("held-out words")] = None  # its name
+    data: Annotated[Path | None, _shown("none, needed for a benchmark")] = None  # the folder of the data set
+    split: Annotated[str | None, _shown("the benchmark's own")] = None  # of the data set
     limit: int = 0  # how many records are asked about, for a report of their own; 0: all
     max_share: float = 0.01  # of the records that may be corrupt
-    inception: Path | None = None  # weights of Inception v3, for FID
-    clip: Path | None = None  # a folder of CLIP, for the CLIP score
+    inception: Annotated[Path | None, _shown("none, no FID")] = None  # weights of Inception v3, for FID
+    clip: Annotated[Path | None, _shown("none, no CLIP score")] = None  # a folder of CLIP, for the CLIP score
     score_only: bool = False  # score the predictions in OUT again, without a model
     settings: Flat[PredictionSettings] = field(default_factory=PredictionSettings)
 
     def __call__(self) -> None:
         started = time.monotonic()
         if self.benchmark is None:
-            shared = ("preset", "out", "benchmark")
+            shared = ("preset", "out", "only", "benchmark")
             for option, value in vars(self).items():
                 if option not in shared and value != getattr(Evaluate(), option):
                     given = "an option of predictions" if option == "settings" else f"--{option.replace('_', '-')}"
                     raise ValueError(f"{given} belongs to a benchmark, expected --benchmark NAME")
-            from textharmony.evaluate.tiny import markdown_table, measure_tiny
+            from textharmony.evaluate.table import markdown_table
+            from textharmony.evaluate.tiny import measure_tiny
 
             out = self.out or Path("runs/evaluation")
-            print(markdown_table(measure_tiny(_load(self.preset), out)))
+            print(markdown_table(measure_tiny(_load(self.preset), out, only=self.only)))
             print(f"\n{time.monotonic() - started:.0f} s; sheets in {out}")
             return
+        if self.only:
+            raise ValueError("--only belongs to the tiny model's table, expected it without --benchmark")
         from textharmony.evaluate.benchmarks import evaluate_benchmark, find_benchmark
 
         find_benchmark(self.benchmark)
         if self.data is None:
             raise ValueError(f"evaluate --benchmark {self.benchmark} needs --data, the data set's folder")
+        check_count("limit", self.limit, 0)
+        for folder in (self.data, self.clip):
+            if folder is not None and not folder.is_dir():
+                raise FileNotFoundError(f"{folder} is not a folder")
         out = self.out or Path("runs") / self.benchmark
         report = evaluate_benchmark(
             self.benchmark,
@@ -344,13 +513,32 @@ class Evaluate:
 
 @dataclass
 class Demo:
-    """Read pictures, draw words, edit and locate; write one contact sheet."""
+    """Read pictures, draw words, edit and locate; write one contact sheet, or open a page in the browser."""
 
-    words: Positional[tuple[str, ...]] = ()  # to draw; some of ours if not given
+    words: Annotated[Positional[tuple[str, ...]], _shown("some of ours")] = ()  # to draw
     out: Out = Path("demo.png")  # the sheet to write
     model: str = "tiny"  # the embedded model, or a folder that save_pretrained wrote
+    page: bool = False  # instead of a sheet, show a page on which you use the model with pictures of your own
+    host: str = "127.0.0.1"  # the address of the page; another one lets others in, without a password
+    port: Annotated[int | None, _shown("the first free one from 7860")] = None  # of the page
 
     def __call__(self) -> None:
+        if self.page and (self.words or self.out != Demo.out):
+            raise ValueError("words and --out belong to the sheet, expected neither of them with --page")
+        if not self.page and (self.host, self.port) != (Demo.host, Demo.port):
+            raise ValueError("--host and --port belong to the page, expected --page with them")
+        if self.port is not None and not 0 < self.port < 2**16:
+            raise ValueError(f"--port is {self.port}, expected 1 to 65535")
+        if self.page:
+            from textharmony.page import serve
+
+            serve(_load(self.model), self.host, self.port, print)
+            return
+        from textharmony.prompts import Request, Task
+
+        _check_out(self.out)
+        for word in self.words:
+            _check(self.model, Request(Task.DRAW, f'"{word}"'))
         from textharmony.demo import WORDS, demonstrate
 
         demonstrate(_load(self.model), self.words or WORDS, self.out, print)
@@ -366,10 +554,11 @@ class BuildCaptions:
 
     pictures: Positional[Path]  # the folder
     out: Out = Path("captions")  # the folder to write
-    endpoint: str | None = None  # an OpenAI-compatible endpoint such as http://localhost:8000/v1
-    model: str | None = None  # its name at the endpoint
-    local: Path | None = None  # a folder of transformers, instead of an endpoint
-    prompt: Path | None = None  # a JSON file with other instructions: system, ask, revise
+    # An OpenAI-compatible endpoint such as http://localhost:8000/v1.
+    endpoint: Annotated[str | None, _shown("none, --local instead")] = None
+    model: Annotated[str | None, _shown("none, needed for an endpoint")] = None  # its name at the endpoint
+    local: Annotated[Path | None, _shown("none, --endpoint instead")] = None  # a folder of transformers
+    prompt: Annotated[Path | None, _shown("our instructions")] = None  # a JSON file with system, ask and revise
     settings: Flat[CaptionSettings] = field(default_factory=CaptionSettings)
     chat: Flat[ChatSettings] = field(default_factory=ChatSettings)
     requests: Flat[EndpointSettings] = field(default_factory=EndpointSettings)
@@ -380,8 +569,10 @@ class BuildCaptions:
         from textharmony.evaluate.ocr import read_text
 
         prompt = None if self.prompt is None else Prompt.load(self.prompt)
+        _check_folder(self.out)
         chat: Endpoint | LocalChat
         if self.local is not None and self.endpoint is None and self.model is None:
+            find_pictures(self.pictures)  # raises if there are none
             chat = LocalChat(self.local, self.chat)
         elif self.local is None and self.endpoint is not None and self.model is not None:
             chat = Endpoint(self.endpoint, self.model, self.chat, self.requests)
@@ -399,26 +590,32 @@ class BuildCaptions:
 class CheckData:
     """Tell whether a folder is a known data set, and what is wrong with it; write a sheet of samples."""
 
-    folder: Positional[Path]  # of the data set
+    folder: Positional[Path]  # the folder of the data set
     out: Out = Path("data.png")  # the sheet to write
-    name: str | None = None  # of the data set; what the folder looks like if not given
-    split: str | None = None  # the data set's first if not given
-    # What is asked about a data set of scenes; its first task if not given.
-    task: Literal["read", "answer", "locate", "draw", "edit"] | None = None
+    name: Annotated[str | None, _shown("what the folder looks like")] = None  # the kind of data set
+    split: Annotated[str | None, _shown("the first")] = None  # a part of the data set
+    # What is asked about a data set of scenes.
+    task: Annotated[Literal["read", "answer", "locate", "draw", "edit"] | None, _shown("its first")] = None
     limit: int = 1000  # how many records are looked at; 0: all
     max_share: float = 0.01  # fail if more than this share of the records is corrupt
-    faults: Path | None = None  # a file for everything that is wrong, one fault in a line
+    # A file for everything that is wrong, one fault in a line.
+    faults: Annotated[Path | None, _shown("none, the first 20 are printed")] = None
     outside: bool = False  # let records name files outside of the folder
 
     def __call__(self) -> None:
         from textharmony.data.check import check_folder, sheet
         from textharmony.prompts import Task
 
+        check_count("limit", self.limit, 0)
+        if not 0 <= self.max_share <= 1:
+            raise ValueError(f"max_share is {self.max_share}, expected 0..1")
+        _check_out(self.out)
         task = None if self.task is None else Task(self.task)
         reports = check_folder(self.folder, self.name, self.split, task, self.limit, self.outside)
         print("\n".join(line for report in reports for line in report.lines()))
         if self.faults is not None:
             listed = "".join(f"{fault}\n" for report in reports for fault in report.faults)
+            self.faults.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.faults, listed.encode(errors="backslashreplace"))
         if (picture := sheet(reports)) is not None:
             _save(picture, self.out)
@@ -440,12 +637,31 @@ def main() -> None:
     app.command(captions, name="captions", help="Captions for pictures of your own.")
     data.command(name="check")(CheckData)
     app.command(data, name="data", help="Data sets on disk.")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text of the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app.cli(prog="textharmony")()
+        try:
+            app.cli(prog="textharmony")()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
+        _complain("stopped by SIGINT")
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # whoever reads our output has enough, as in `textharmony read ... | head -1`
+        _drop_output()
+        sys.exit(128 + signal.SIGPIPE)
     except Stopped as stop:
-        print(f"textharmony: {stop}", file=sys.stderr)
+        _complain(stop)
         raise
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _drop_output()  # which may be what cannot be written
         sys.exit("textharmony: " + " ".join(str(error).split()))
+
+
+def _drop_output() -> None:
+    """Let Python write what stdout still holds to nowhere when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

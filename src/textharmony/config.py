@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -32,12 +34,18 @@ class LayoutConfig:
     slots: int = 6  # the longest word, in characters
     fonts: int = 12
     characters: str = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    # The colours that captions may name, "#rrggbb" among them if any colour is drawn; (): those of `colors`.
+    palette: tuple[str, ...] = ()
     # Names of inks and grounds, which the word heads learn to tell apart.
     colors: tuple[str, ...] = ("black", "white", "red", "green", "blue", "yellow", "orange", "purple")
     width: int = 96  # of the planner's transformer
     depth: int = 3
     heads: int = 4
     glyph_size: tuple[int, int] = (24, 20)  # (height, width) in pixels of a painted character before it is stretched
+    # How far glyphs reach above the cap line and below the baseline, in cap heights.
+    overshoot: float = 0.0
+    descent: float = 0.25
+    legible: float = 0.0  # the least difference in luma, on 0..255, between the ink and the ground of a drawing
     steps: int = 16  # Euler steps in which a layout is sampled
 
 
@@ -92,6 +100,7 @@ class ModelConfig:
     begin_head: bool = False  # learn a correction of the begin-of-image logit, for a language model with a frozen head
     # In training, the model reads the picture that it has to draw after its begin-of-image token, and ends its text.
     feed_back: bool = False  # not together with a layout, whose labels belong to input pictures
+    hides_edits: bool = True  # whether what the model reads of a picture that it edits is grey where it paints
     layout: LayoutConfig | None = None  # plan the layout of drawn words; None: no planner and no word heads
     released: ReleasedConfig | None = None  # the released architecture; None: ours
     unconditional_share: float = 0.1  # of training pictures that are drawn without a context, for guidance
@@ -165,7 +174,7 @@ def _from_dict(cls: Any, values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         if name in _NESTED and value is not None:
             value = _from_dict(_NESTED[name], value)
-        tuples = ("image_size", "drawing_size", "pixel_mean", "pixel_std", "stem", "glyph_size", "colors")
+        tuples = ("image_size", "drawing_size", "pixel_mean", "pixel_std", "stem", "glyph_size", "colors", "palette")
         arguments[name] = tuple(value) if isinstance(value, list) and name in tuples else value
     for one in fields(cls):
         if one.name in arguments:
@@ -230,19 +239,48 @@ def put_experts_on(config: ModelConfig, where: str) -> ModelConfig:
     )
 
 
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return a whole number, numpy's too, as an int; raise ValueError for anything else, or one below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {quote(value)}, expected a whole number of at least {least}") from None
+    if number < least:
+        raise ValueError(f"{name} is {quote(number)}, expected at least {least}")
+    return number
+
+
+def check_seed(value: Any) -> int:
+    """Return a seed, numpy's too, as an int; raise ValueError for one that torch does not take."""
+    try:
+        seed = operator.index(value)
+    except TypeError:
+        raise ValueError(f"seed is {quote(value)}, expected a whole number") from None
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {quote(seed)}, expected at least -2**63 and below 2**64")
+    return seed
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How answers are written and pictures drawn; None takes the model's own value."""
 
-    max_new_tokens: int | None = None  # the longest answer, in tokens
+    max_new_tokens: int | None = None  # the longest answer, in tokens; None: the model's own limit
     num_beams: int = 1  # of beam search; 1: greedy
-    num_inference_steps: int | None = None  # denoising steps of a drawing
-    guidance_scale: float | None = None  # of classifier-free guidance; 1: no guidance
+    num_inference_steps: int | None = None  # denoising steps of a drawing; None: the model's own number
+    guidance_scale: float | None = None  # of classifier-free guidance; 1: no guidance; None: the model's own scale
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "num_inference_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_count(name, value))
+        if (scale := self.guidance_scale) is not None:
+            try:
+                object.__setattr__(self, "guidance_scale", float(scale))
+            except (TypeError, ValueError):
+                raise ValueError(f"guidance_scale is {quote(scale)}, expected a number") from None
+            if not math.isfinite(float(scale)):
+                raise ValueError(f"guidance_scale is {scale}, expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -255,9 +293,10 @@ class PredictionSettings:
     generation: GenerationSettings = GenerationSettings()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", check_seed(self.seed))
         for name in ("samples", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_count(name, value))
 
 
 LOSSES = ("autoencoder", "text", "image", "layout", "words", "gate")
@@ -282,6 +321,8 @@ class Stage:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            check_count(f"{name} of stage {self.name!r}", getattr(self, name))
         for rate in (self.learning_rate, *self.learning_rates.values()):
             if not 0 < rate <= 1:  # NaN, too
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from textharmony.files import quote, replace_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-# An open picture, an array uint8 (H, W, 3), an encoded file, or the path of one.
+# An open picture, an array uint8 or bool (H, W) or with 1, 3 or 4 channels last, an encoded file, or the path of one.
 Picture = Image.Image | np.ndarray | bytes | str | Path
 
 MOST_PIXELS = 2**26  # of a picture that is decoded from a file: 8192 x 8192
@@ -37,24 +38,34 @@ HIDDEN = float(np.float32(_GREY) / np.float32(127.5) - np.float32(1))
 def open_image(source: Picture, mode: str = "RGB") -> Image.Image:
     """Decode a picture as people see it: turned upright by its EXIF orientation, transparency on white.
 
+    Of an animated picture or a file with several, this is the first one. Colours are taken as the file has them: a
+    colour profile is not applied, but a picture in RGB keeps it.
+
     Args:
-        source: A PIL image, an array uint8 (height, width, 3), an encoded file as bytes, or a path.
-        mode: The mode of the result, "RGB" or "L".
+        source: A PIL image, an array as of Picture, an encoded file as bytes, or a path.
+        mode: The mode of the result: "RGB", "L", or "RGBA", which keeps the transparency.
 
     Returns:
-        A new picture.
+        A new picture. It has no metadata but the colour profile: those of the file speak of other pixels, such as an
+        orientation that is applied.
 
     Raises:
-        ValueError: Pillow cannot read the picture, its format is none of FORMATS, or an encoded one has more than
-            MOST_PIXELS or MOST_BYTES.
+        ValueError: Pillow cannot read the picture, it is no file, it has no pixels, its format is none of FORMATS, or
+            an encoded one has more than MOST_PIXELS or MOST_BYTES.
         FileNotFoundError: There is no such file.
     """
     with _decoding(source), _open(source) as picture:
+        colored = picture.mode.startswith(("RGB", "P"))  # a profile is for the mode that the file has
+        profile = picture.info.get("icc_profile") if colored and mode != "L" else None
         picture = _to_8_bits(ImageOps.exif_transpose(picture))
-        if mode == "RGB" and picture.has_transparency_data:
+        picture = picture.convert(_SIMPLER.get(picture.mode, picture.mode))
+        if mode != "L" and picture.has_transparency_data:
             picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert(mode)
+            if mode == "RGB":
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert(mode)
+        picture.info = {} if profile is None else {"icc_profile": profile}
+        return picture
 
 
 def image_size(source: Picture) -> tuple[int, int]:
@@ -91,7 +102,14 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
         whole = 65535.0
     if low < 0 or high > whole:
         raise ValueError(f"its pixels are {low:g} to {high:g}, expected 0 to {whole:g}")
-    return Image.fromarray((numbers * (255 / whole)).round().astype(np.uint8))
+    grey = Image.fromarray((numbers * (255 / whole)).round().astype(np.uint8))
+    if isinstance(transparent := picture.info.get("transparency"), int):  # a PNG's grey that stands for transparency
+        grey.putalpha(Image.fromarray(numbers != transparent).convert("L"))
+    return grey
+
+
+# Modes that Pillow does not convert to every other one.
+_SIMPLER = {"LAB": "RGB", "La": "LA", "RGBa": "RGBA"}
 
 
 def _describe(source: Picture) -> str:
@@ -104,10 +122,20 @@ def _describe(source: Picture) -> str:
 
 def _open(source: Picture) -> Image.Image:
     if isinstance(source, Image.Image):
+        if 0 in source.size:
+            raise ValueError("it has no pixels")
         return source.copy()
     if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+        colors = source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source
+        return Image.fromarray(colors * np.uint8(255) if colors.dtype == bool else colors)
+    if isinstance(source, bytes):
+        size = len(source)
+    else:
+        found = os.stat(source)
+        if not stat.S_ISREG(found.st_mode):  # a pipe that nobody writes to would block for ever
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+            raise ValueError(f"it is {kind}, expected a file")
+        size = found.st_size
     if size > MOST_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MOST_BYTES}")
     picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
@@ -126,10 +154,57 @@ def _formats() -> tuple[str, ...]:
 def check_picture(picture: object) -> None:
     """Raise ValueError for what is no Picture: another type, or an array of another shape or dtype."""
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-            raise ValueError(f"picture is {picture.dtype} {picture.shape}, expected uint8 (height, width, 3)")
+        shape, kind = picture.shape, picture.dtype
+        channels_last = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+        if kind not in (np.uint8, np.bool_) or not channels_last or 0 in shape:
+            remedy = ""
+            if kind.kind == "f":
+                remedy = ": multiply numbers in 0..1 by 255, round them, and call astype(np.uint8)"
+            elif len(shape) == 3 and shape[0] in (1, 3, 4):
+                remedy = ": transpose(1, 2, 0) puts the channels last"
+            raise ValueError(
+                f"picture is {kind} {shape}, expected uint8 (height, width), or with 1, 3 or 4 channels last{remedy}"
+            )
     elif not isinstance(picture, (Image.Image, bytes, str, Path)):
-        raise ValueError(f"picture is {quote(picture)}, expected a PIL image, a numpy array, bytes or a path")
+        raise ValueError(
+            f"picture is {' '.join(quote(picture).split())}, expected a PIL image, a numpy array, bytes or a path"
+        )
+
+
+def restore_transparency(edited: Image.Image, source: Picture, box: Box) -> Image.Image:
+    """Give an edited picture the transparency of its source; return a picture without transparency as it is.
+
+    Args:
+        edited: The picture in RGB, with the transparent parts of its source on white.
+        source: What was edited.
+        box: What the edit filled, in thousandths.
+
+    Returns:
+        A picture in RGBA. Outside of the box it is the source. Inside, white is transparent where the source is
+        transparent around the box, since the ground goes on there; otherwise everything is opaque.
+    """
+    with _decoding(source), _open(source) as picture:
+        if not picture.has_transparency_data:
+            return edited
+    restored = open_image(source, "RGBA")
+    region = covered_pixels(box, restored.size)
+    alpha, patch = np.asarray(restored.crop(region))[..., 3], edited.crop(region).convert("RGBA")
+    if np.median(np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])) == 0:
+        patch = _white_to_alpha(patch)
+    restored.paste(patch, region)
+    return restored
+
+
+_NEARLY_WHITE = 8  # of 255: what a decoder makes of white
+
+
+def _white_to_alpha(picture: Image.Image) -> Image.Image:
+    """Make white transparent, and colours as far as they hold white: on white the picture looks as before."""
+    darkness = 255 - np.asarray(picture)[..., :3].astype(np.float32)  # (H, W, 3)
+    alpha = darkness.max(-1, keepdims=True)
+    alpha[alpha < _NEARLY_WHITE] = 0
+    colors = 255 - 255 * darkness / np.maximum(alpha, 1)
+    return Image.fromarray(np.concatenate([colors.clip(0, 255), alpha], -1).round().astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -139,7 +214,7 @@ class FittedImage:
     original: Image.Image
     colors: Tensor  # (3, H, W) uint8
     scale: float  # pixels of the model = pixels of the original * scale + offset
-    offset: tuple[int, int]  # x and y
+    offset: tuple[float, float]  # x and y
 
     @property
     def size(self) -> tuple[int, int]:
@@ -198,12 +273,17 @@ def fit_image(source: Picture, size: tuple[int, int]) -> FittedImage:
     if scale != 1:
         fitted = original.resize((max(1, round(original.width * scale)), max(1, round(original.height * scale))))
     pixels = np.asarray(fitted)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     canvas = np.empty((height, width, 3), np.uint8)
-    canvas[:] = np.median(border, axis=0).astype(np.uint8)
+    canvas[:] = median_border(pixels)
     x, y = (width - fitted.width) // 2, (height - fitted.height) // 2
     canvas[y : y + fitted.height, x : x + fitted.width] = pixels
     return FittedImage(original, torch.from_numpy(canvas).permute(2, 0, 1), scale, (x, y))
+
+
+def median_border(pixels: np.ndarray) -> np.ndarray:
+    """The median colour (3,) of the border of pixels (H, W, 3) uint8."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(border, axis=0).astype(np.uint8)
 
 
 def normalise(colors: Tensor) -> Tensor:
@@ -250,14 +330,32 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a picture in the format of the file's name, whole or not at all; raise ValueError for an unknown format."""
-    path = Path(path)
+def picture_format(path: Path) -> str:
+    """The format, one of FORMATS, that the ending of a file's name stands for; raise ValueError for another ending."""
     format = Image.registered_extensions().get(path.suffix.lower())
-    if format is None or format not in Image.SAVE:
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected the suffix of a picture, such as .png")
+    if format not in FORMATS or format not in Image.SAVE:
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected the ending of a picture, such as .png or .jpg")
+    return str(format)
+
+
+def save_picture(picture: Image.Image, path: str | Path) -> None:
+    """Write a picture in the format of the file's name, whole or not at all, and make its folder.
+
+    A picture in RGBA is put on white for formats without transparency. The colour profile is written, other metadata
+    are not.
+
+    Raises:
+        ValueError: The name has an unknown ending.
+        OSError: The file cannot be written.
+    """
+    path = Path(path)
+    format = picture_format(path)
+    if format in ("BMP", "JPEG", "PPM"):
+        picture = open_image(picture)
     encoded = io.BytesIO()
-    picture.save(encoded, format)
+    quality = {"quality": 95} if format in ("JPEG", "WEBP") else {}  # what an edit leaves alone stays nearly as it was
+    picture.save(encoded, format, icc_profile=picture.info.get("icc_profile"), **quality)
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, encoded.getvalue())
 
 
@@ -282,3 +380,11 @@ def contact_sheet(
         sheet.paste(picture.resize((picture.width * zoom, picture.height * zoom)), (x, y))
         pen.text((x, y + picture.height * zoom + 1), caption, fill="black", font=font)
     return sheet
+
+
+def stretch_contrast(picture: Image.Image) -> Image.Image:
+    """Spread the luma of an RGB picture over 0..255: its 1st percentile becomes black, its 99th white."""
+    counts = np.cumsum(picture.convert("L").histogram())
+    low, high = (int(np.searchsorted(counts, share * counts[-1])) for share in (0.01, 0.99))
+    scale = 255 / max(high - low, 8)
+    return picture.point([min(255, max(0, round((value - low) * scale))) for value in range(256)] * 3)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
@@ -15,10 +17,21 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from textharmony.boxes import check_box, parse_boxes
-from textharmony.config import GenerationSettings, ModelConfig
+from textharmony.boxes import Box, check_box, parse_boxes
+from textharmony.config import GenerationSettings, ModelConfig, check_count, check_seed
 from textharmony.files import quote
-from textharmony.images import FittedImage, Picture, black, fit_image, hide, to_pil
+from textharmony.finding import Line, is_flat
+from textharmony.images import (
+    FittedImage,
+    Picture,
+    black,
+    check_picture,
+    fit_image,
+    hide,
+    open_image,
+    restore_transparency,
+    to_pil,
+)
 from textharmony.model.backbones import (
     Backbones,
     DTypes,
@@ -30,14 +43,23 @@ from textharmony.model.backbones import (
 )
 from textharmony.model.checkpoint import load_folder, load_weights, require_possible, save_folder, weight_files
 from textharmony.model.core import ADAPTER, TextHarmonyModel
-from textharmony.model.generation import draw, prompt, write
+from textharmony.model.generation import Prompted, draw, prompt, write, write_surely
 from textharmony.model.released.files import ReleasedFiles
 from textharmony.model.released.keys import EXPERTS, POSITION_IDS, from_released, released_keys, released_shapes
 from textharmony.presets.paper import PAPER, RELEASED
 from textharmony.prompts import BOI, IMAGE, Request, Task, check_length, check_plain, compose, image_tokens
+from textharmony.windows import blend, fit_edit, fit_window, views_of_text
 
 _BATCH = 50  # requests that go through the model together
+_SURE = -0.15  # the least mean log-probability of a line's tokens, where there are several lines
 _EMBEDDED = Path(__file__).parent / "weights" / "tiny"
+
+
+class _Answer(NamedTuple):
+    """What the model wrote about a view of a picture."""
+
+    text: str
+    surety: float  # the mean log-probability of its tokens
 
 
 class TextHarmony(TextHarmonyModel):
@@ -49,7 +71,8 @@ class TextHarmony(TextHarmonyModel):
         """Read all the text in a picture.
 
         Args:
-            image: A PIL image, an array uint8 (height, width, 3), an encoded file, or a path; or a list of these.
+            image: A PIL image, an array uint8 (height, width) or with 1, 3 or 4 channels last, an encoded file, or a
+                path; or a list of these.
             max_new_tokens: The longest answer; None: the model's own limit.
             num_beams: Of beam search; 1: greedy.
             streamer: A transformers streamer, for one picture.
@@ -113,6 +136,7 @@ class TextHarmony(TextHarmonyModel):
             ValueError: The model cannot draw the text.
         """
         settings = GenerationSettings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        prompt = _listed(prompt)
         return self._map(Task.DRAW, settings, prompt=prompt, seed=_seeds(seed, generator, prompt))
 
     def edit(
@@ -137,20 +161,20 @@ class TextHarmony(TextHarmonyModel):
             generator: As in `draw`.
 
         Returns:
-            A PIL image, or a list of them.
+            A PIL image, or a list of them: in RGBA where the picture has transparency, in RGB otherwise; upright, and
+            without the metadata of the picture's file.
 
         Raises:
             ValueError: A box has another form, or the model cannot draw the text.
         """
-        if isinstance(box, list) and all(isinstance(side, (int, float)) for side in box):
-            box = tuple(box)  # one box, not a list of boxes
+        image, box, text = _listed(image), _listed_boxes(box), _listed(text)
         settings = GenerationSettings(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         seeds = _seeds(seed, generator, image, box, text)
         return self._map(Task.EDIT, settings, image=image, box=box, prompt=text, seed=seeds)
 
     def _map(self, task: Task, settings: GenerationSettings | None = None, streamer: Any = None, **fields: Any) -> Any:
         """The result of one request, or of one for each item of the fields that are lists."""
-        rows, several = _rows(fields)
+        rows, several = _rows({n: value if n == "box" else _listed(value) for n, value in fields.items()})
         results = self.perform([Request(task, **row) for row in rows], settings, streamer)
         return results if several else results[0]
 
@@ -184,7 +208,9 @@ class TextHarmony(TextHarmonyModel):
         for modality, rows in tqdm(groups, disable=len(requests) <= _BATCH, leave=False):
             group = [requests[row] for row in rows]
             done = self._write(group, settings, streamer) if modality == "text" else self._paint(group, settings)
-            for row, result in zip(rows, done, strict=True):
+            for row, request, result in zip(rows, group, done, strict=True):
+                if request.task is Task.EDIT and request.image is not None and request.box is not None:
+                    result = restore_transparency(result, request.image, request.box)
                 results[row] = result
         return results
 
@@ -224,10 +250,9 @@ class TextHarmony(TextHarmonyModel):
         Raises:
             ValueError: There are no parts, a text holds special tokens, or a picture cannot be read.
         """
-        if not parts or max_pictures < 0:
-            raise ValueError(
-                f"parts is {quote(parts)} and max_pictures {max_pictures}, expected some parts and at least 0"
-            )
+        if not isinstance(parts := _listed(parts), list) or not parts:
+            raise ValueError(f"parts is {quote(parts)}, expected a list of texts and pictures")
+        max_pictures, seed = check_count("max_pictures", max_pictures, 0), check_seed(seed)
         settings = GenerationSettings(max_new_tokens, num_beams, num_inference_steps, guidance_scale)
         pixels = [self._fit(part).pixels for part in parts if not isinstance(part, str)]
         for part in parts:
@@ -248,7 +273,7 @@ class TextHarmony(TextHarmonyModel):
                 break
             ids += written[: written.index(self.boi_id) + 1]
             prompted = prompt(self, [ids], _stack(pixels), "image", prompt_length)
-            (picture,) = draw(self, prompted, [seed + drawn], settings)
+            (picture,) = draw(self, prompted, [check_seed(seed + drawn)], settings)
             replies.append(to_pil(picture))
             if drawn + 1 == max_pictures and not self.config.feed_back:
                 break  # such a model was not trained on what follows a picture
@@ -260,6 +285,9 @@ class TextHarmony(TextHarmonyModel):
 
     def _fit(self, picture: Picture) -> FittedImage:
         return fit_image(picture, self.config.image_size)
+
+    def _fit_edit(self, picture: Picture, box: Box, size: tuple[int, int]) -> FittedImage:
+        return fit_edit(picture, box, size, self.config.target_size, self.config.layout is not None)
 
     def _encode(self, text: str) -> list[int]:
         check_length(text, self.positions)
@@ -281,15 +309,65 @@ class TextHarmony(TextHarmonyModel):
 
     @torch.no_grad()
     def _write(self, requests: Sequence[Request], settings: GenerationSettings, streamer: Any) -> list[Any]:
-        fitted = [self._fit(request.image) for request in requests if request.image is not None]
+        if self.config.layout is None:
+            fitted = [self._fit(request.image) for request in requests if request.image is not None]
+            prompted = self._prompt(requests, fitted)
+            ids = write(self, prompted, settings, streamer)
+            texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            return [
+                [picture.to_original(box) for box in parse_boxes(text)] if request.task is Task.LOCATE else text
+                for request, picture, text in zip(requests, fitted, texts, strict=True)
+            ]
+        return self._write_words(requests, settings, streamer)
+
+    def _prompt(self, requests: Sequence[Request], fitted: Sequence[FittedImage]) -> Prompted:
         pixels = torch.stack([picture.pixels for picture in fitted])
-        prompted = prompt(self, [self._compose(request) for request in requests], pixels, "text")
-        ids = write(self, prompted, settings, streamer)
-        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        return [
-            [picture.to_original(box) for box in parse_boxes(text)] if request.task is Task.LOCATE else text
-            for request, picture, text in zip(requests, fitted, texts, strict=True)
-        ]
+        return prompt(self, [self._compose(request) for request in requests], pixels, "text")
+
+    def _write_words(self, requests: Sequence[Request], settings: GenerationSettings, streamer: Any) -> list[Any]:
+        """As _write, by a model of single lines: they are found first, and what the model is surest of counts."""
+        size = self.config.image_size
+        views, asked, of = list[FittedImage](), list[Request](), list[tuple[int, Line | None]]()
+        for row, request in enumerate(requests):
+            assert request.image is not None
+            check_picture(request.image)
+            original = open_image(request.image)
+            reads = request.task is Task.READ
+            found = views_of_text(original, size, 1 if streamer is not None else 3)
+            if reads and is_flat(original):
+                continue
+            for line, window, shown in found:
+                views.append(fit_window(original, window, size, shown, stretch=reads))
+                of.append((row, line))
+            if not found or (reads and streamer is None):
+                views.append(fit_image(original, size))
+                of.append((row, None))
+            asked += [request] * (len(views) - len(asked))
+        answers = list[_Answer]()
+        for start in range(0, len(views), _BATCH):
+            several = slice(start, start + _BATCH)
+            prompted = self._prompt(asked[several], views[several])
+            ids, surety = write_surely(self, prompted, settings, streamer)
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            answers += [_Answer(text.strip(), sure) for text, sure in zip(texts, surety.tolist(), strict=True)]
+        results: list[Any] = ["" if request.task is not Task.LOCATE else [] for request in requests]
+        for row, request in enumerate(requests):
+            mine = [
+                (line, view, answer) for (r, line), view, answer in zip(of, views, answers, strict=True) if r == row
+            ]
+            if not mine:
+                continue
+            if request.task is Task.READ:
+                results[row] = _join_lines([(line, answer) for line, _, answer in mine])
+            elif request.task is Task.LOCATE:
+                boxed = [(answer.surety, parse_boxes(answer.text), view) for _, view, answer in mine]
+                boxed = [item for item in boxed if item[1]]
+                if boxed:
+                    _, boxes, view = max(boxed, key=lambda item: item[0])
+                    results[row] = [view.to_original(box) for box in boxes]
+            else:
+                results[row] = max(mine, key=lambda item: item[2].surety)[2].text
+        return results
 
     @torch.no_grad()
     def _paint(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Image.Image]:
@@ -297,18 +375,23 @@ class TextHarmony(TextHarmonyModel):
         rows = [[*self._compose(request), self.boi_id] for request in requests]
         edits = {i: r.image for i, r in enumerate(requests) if r.image is not None}
         boxes = {i: check_box(requests[i].box) for i in edits}
-        read = {i: self._fit(picture) for i, picture in edits.items()}
-        drawn_on = read if size == self.config.image_size else {i: fit_image(f.original, size) for i, f in read.items()}
+        read = {i: self._fit_edit(picture, boxes[i], self.config.image_size) for i, picture in edits.items()}
+        drawn_on = read
+        if size != self.config.image_size:
+            drawn_on = {i: self._fit_edit(f.original, boxes[i], size) for i, f in read.items()}
         source, regions = torch.zeros(len(requests), 3, *size), torch.full((len(requests), 4), torch.nan)
         for i, fitted in drawn_on.items():
             source[i], regions[i] = fitted.pixels, torch.tensor(fitted.region(boxes[i]))
-        shown = {i: hide(fitted.pixels, fitted.region(boxes[i])) for i, fitted in read.items()}
+        shown = {
+            i: hide(fitted.pixels, fitted.region(boxes[i])) if self.config.hides_edits else fitted.pixels
+            for i, fitted in read.items()
+        }
         if self.config.released is not None:  # released drawings are conditioned on a black picture
             shown = {i: shown[i] if i in shown else black(self.config.image_size) for i in range(len(requests))}
         prompted = prompt(self, rows, _stack(list(shown.values())), "image")
         edited = (source, regions) if edits else (None, None)
         drawn = draw(self, prompted, [request.seed for request in requests], settings, *edited)
-        return [drawn_on[i].paste(p, boxes[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
+        return [blend(drawn_on[i], p, boxes[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
 
     # Files
 
@@ -399,7 +482,7 @@ class TextHarmony(TextHarmonyModel):
             quantization_config: Of the language model, as in transformers.
 
         Raises:
-            ValueError: The models do not fit each other, or one is of another kind.
+            ValueError: The models do not fit each other, or the sizes of pictures; or one is of another kind.
             OSError: A folder or file is missing.
         """
         config = config or replace(PAPER, drawing_size=drawing_size(image))
@@ -539,8 +622,34 @@ def _device_of(name: str, parts: dict[str, Any]) -> Any:
     return parts[name]
 
 
+def _join_lines(readings: Sequence[tuple[Line | None, _Answer]]) -> str:
+    """The text of a picture, of which lines, and the whole (None), were read: the lines, unless the whole is surer."""
+    lines = [(line, answer) for line, answer in readings if line is not None and answer.text]
+    surest = max((answer.surety for _, answer in lines), default=-math.inf)
+    whole = [answer for line, answer in readings if line is None]
+    if whole and (not lines or (whole[0].text and whole[0].surety > surest)):
+        return whole[0].text
+    kept = [item for item in lines if item[1].surety >= min(_SURE, surest)]
+    return "\n".join(answer.text for _, answer in sorted(kept, key=lambda item: (item[0].y1 + item[0].y2, item[0].x1)))
+
+
 def _stack(pixels: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(pixels)) if pixels else None
+
+
+def _listed(value: Any) -> Any:
+    """Several things as a list, whether they come as a list, a tuple or from a generator; one thing as it is."""
+    several = isinstance(value, tuple) or (isinstance(value, Iterator) and not hasattr(value, "read"))  # no open file
+    return list(value) if several else value
+
+
+def _listed_boxes(boxes: Any) -> Any:
+    """Several boxes as a list, and one box, which may be a list, as a tuple."""
+    if isinstance(boxes, Iterator) or getattr(boxes, "ndim", 1) == 2:
+        return list(boxes)
+    if isinstance(boxes, (list, tuple)) and boxes:
+        return tuple(boxes) if any(isinstance(side, (Real, str)) for side in boxes) else list(boxes)
+    return boxes
 
 
 def _rows(fields: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
@@ -557,9 +666,12 @@ def _seeds(seed: int | Sequence[int], generator: torch.Generator | None, *argume
     """A seed for each item of the arguments that are lists: seed + n, or what the generator draws."""
     lengths = [len(argument) for argument in arguments if isinstance(argument, list)]
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator is {quote(generator)}, expected a torch.Generator")
         device, count = generator.device, lengths[0] if lengths else 1
         drawn = [int(torch.randint(2**62, (), generator=generator, device=device)) for _ in range(count)]
         return drawn if lengths else drawn[0]
-    if not isinstance(seed, int):
-        return list(seed)
+    if isinstance(seed, Iterable) and not isinstance(seed, str) and getattr(seed, "ndim", None) != 0:
+        return [check_seed(one) for one in seed]
+    seed = check_seed(seed)
     return [seed + i for i in range(lengths[0])] if lengths else seed

@@ -7,7 +7,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from textharmony.boxes import Box, check_box
-from textharmony.config import LayoutConfig
+from textharmony.captioning import write_caption
+from textharmony.config import LayoutConfig, check_seed
 from textharmony.files import quote
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Request:
         if self.box is not None and self.task is not Task.EDIT:
             raise ValueError(f"a request to {self.task.value} has box {quote(self.box)}, expected none")
         check_plain(self.prompt)
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if self.task is Task.READ:
             return replace(self, prompt=self.prompt or READ_QUESTION)
         if self.task is Task.LOCATE:
@@ -96,27 +98,14 @@ class Request:
                 raise ValueError(f"cannot locate {quote(self.prompt)}, expected a word")
             return replace(self, prompt=LOCATE_QUESTION.format(text=self.prompt))
         if self.task is Task.ANSWER:
+            if not self.prompt.strip():
+                raise ValueError(f"cannot answer {quote(self.prompt)}, expected a question")
             return self
-        caption = _caption(self.prompt, layout)
+        caption = write_caption(self.prompt, layout)
         if self.task is Task.DRAW:
             return replace(self, prompt=caption)
         word, rest = caption.split('"')[1:] if caption.count('"') == 2 and caption[0] == '"' else (caption, "")
         return replace(self, prompt=FILL_QUESTION.format(text=word) + rest, box=check_box(self.box))
-
-
-def _caption(text: str, layout: LayoutConfig | None) -> str:
-    """The caption, with its word in quotes where layouts are planned."""
-    if not text.strip():
-        raise ValueError(f"cannot draw {quote(text)}, expected a text")
-    if layout is None:
-        return text
-    caption = text if '"' in text else f'"{text}"'
-    if caption.count('"') != 2:
-        raise ValueError(f"{quote(text)} has {caption.count(chr(34))} double quotes, expected one quoted text")
-    word = caption.split('"')[1]
-    if not 1 <= len(word) <= layout.slots or set(word) - set(layout.characters):
-        raise ValueError(f"cannot draw {quote(word)}, expected 1 to {layout.slots} characters of {layout.characters}")
-    return caption
 
 
 def compose(task: Task, prompt: str, visual_tokens: int, bos: str, released: bool = False) -> str:

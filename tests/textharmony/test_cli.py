@@ -1,4 +1,6 @@
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +16,8 @@ import tiny_llava
 from chat_server import ChatServer, answer, status
 from PIL import Image, ImageDraw, ImageFont
 
+import textharmony.captions.endpoint
+import textharmony.cli
 import textharmony.train.loop
 from textharmony.cli import main
 from textharmony.data.loading import Source
@@ -47,11 +51,55 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-def test_read_prints_one_line_for_each_picture(
+def test_read_prints_names_where_there_are_several(
     run: Run, model: TextHarmony, picture: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run("read", picture)
+    assert capsys.readouterr().out == f"{model.read(picture)}\n"
     run("read", picture, picture)
-    assert capsys.readouterr().out == f"{model.read(picture)}\n" * 2
+    assert capsys.readouterr().out == f"{picture}: {model.read(picture)}\n" * 2
+    run("read", picture.parent)
+    assert capsys.readouterr().out == f"{picture}: {model.read(picture)}\n"
+
+
+def test_read_goes_on_past_bad_pictures(
+    run: Run, model: TextHarmony, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:50])
+    bad = [tmp_path / name for name in ("cut.png", "nowhere.png", "pipe.png")]
+    with pytest.raises(SystemExit, match=r"^textharmony: 3 of 5 pictures cannot be read$"):
+        run("read", picture, *bad, picture)
+    said = capsys.readouterr()
+    assert said.out == f"{picture}: {model.read(picture)}\n" * 2
+    lines = said.err.splitlines()
+    assert [next(path for path in bad if str(path) in line) for line in lines] == [bad[1], bad[0], bad[2]]
+    assert all(line.startswith("textharmony: ") for line in lines)
+
+
+def test_a_picture_comes_from_stdin(
+    run: Run, model: TextHarmony, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["read", "-"], ["locate", "-", "A"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(picture.read_bytes())))
+        run(*arguments)
+    assert capsys.readouterr().out.splitlines()[0] == model.read(picture)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit, match="an image of 0 bytes is not a picture"):
+        run("read", "-")
+
+
+def test_edit_keeps_transparency_in_a_folder_that_is_made(run: Run, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 100, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for ending, mode in (("png", "RGBA"), ("jpg", "RGB")):
+        out = tmp_path / "new" / "folder" / f"edited.{ending}"
+        run("edit", tmp_path / "a.png", "A1", "--box", 100, 200, 600, 900, "-o", out)
+        edited = Image.open(out)
+        assert edited.mode == mode
+        if mode == "RGBA":
+            found = np.asarray(edited)
+            assert np.array_equal(found[:, 61:], pixels[:, 61:]) and np.array_equal(found[:8], pixels[:8])
 
 
 def test_answer(run: Run, model: TextHarmony, picture: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +130,28 @@ def test_edit_writes_a_picture(run: Run, model: TextHarmony, picture: Path, tmp_
     run("edit", picture, "A1", "--box", 100, 200, 600, 900, "-o", out, "--seed", 2)
     expected = model.edit(picture, (100, 200, 600, 900), "A1", seed=2)
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--page", "A"], "words and --out belong to the sheet, expected neither of them with --page"),
+        (["--page", "-o", "sheet.png"], "words and --out belong to the sheet"),
+        (["--host", "0.0.0.0"], "--host and --port belong to the page, expected --page with them"),
+        (["--port", "80"], "--host and --port belong to the page"),
+        (["--page", "--port", "70000"], "--port is 70000, expected 1 to 65535"),
+        (["--page", "--port", "0"], "--port is 0, expected 1 to 65535"),
+        (["--page"], "the page needs gradio: pip install 'slidelora[page]'"),
+    ],
+)
+def test_demo_names_what_is_wrong(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str) -> None:
+    """Before a model loads."""
+    monkeypatch.setattr(TextHarmony, "from_pretrained", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "textharmony.page", raising=False)
+    with pytest.raises(SystemExit) as error:
+        run("demo", *arguments)
+    assert str(error.value.code).startswith(f"textharmony: {named}") and "\n" not in str(error.value.code)
 
 
 def test_demo_writes_a_sheet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,11 +441,99 @@ def test_evaluate_keeps_what_is_done_when_a_signal_comes(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_ctrl_c_in_any_command_is_no_traceback(run: Run, picture: Path, model: Any, monkeypatch: Any) -> None:
+def test_ctrl_c_in_any_command_is_no_traceback(
+    run: Run, picture: Path, model: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(model, "read", lambda images: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
         run("read", picture)
     assert stop.value.code == 130
+    assert capsys.readouterr().err == "textharmony: stopped by SIGINT\n"
+
+
+FAULTS = [
+    (["read"], "no picture is given"),
+    (["read", "nowhere.png"], "nowhere.png"),
+    (["read", "nowhere.png", "nobody.png"], "2 of 2 pictures cannot be read"),
+    (["read", "FIFO"], "it is a pipe or a device, expected a file"),
+    (["read", "EMPTY"], "holds no pictures"),
+    (["answer", "NOTE", "how many letters are there"], "note.txt is not a picture"),
+    (["answer", "EMPTY", "what?"], "it is a folder, expected a file"),
+    (["answer", "PICTURE", " "], "cannot answer ' ', expected a question"),
+    (["answer", "PICTURE", "what?", "--num-beams", "0"], "num_beams is 0, expected at least 1"),
+    (["answer", "PICTURE", "what?", "--max-new-tokens", "-1"], "max_new_tokens is -1, expected at least 1"),
+    (["locate", "PICTURE", ""], "cannot locate ''"),
+    (["draw", '"TOOLONGFORALL"'], "cannot draw 'TOOLONGFORALL'"),
+    (["draw", '"A"', "-o", "out.txt"], "out.txt ends in '.txt', expected the ending of a picture"),
+    (["draw", '"A"', "-o", "out"], "out ends in ''"),
+    (["draw", '"A"', "-o", "out.pdf"], "out.pdf ends in '.pdf'"),
+    (["draw", '"A"', "-o", "NOTE/out.png"], "note.txt is a file, expected a folder"),
+    (["draw", '"A"', "--seed", str(2**64)], f"seed is {2**64}, expected at least -2**63 and below 2**64"),
+    (["draw", '"A"', "--guidance-scale", "nan"], "guidance_scale is nan, expected a finite number"),
+    (["draw", '"A"', "--guidance-scale", "inf"], "guidance_scale is inf, expected a finite number"),
+    (["draw", '"A"', "--num-inference-steps", "0"], "num_inference_steps is 0, expected at least 1"),
+    (["edit", "PICTURE", "A", "--box", "0", "0", "0", "999"], "box is (0.0, 0.0, 0.0, 999.0)"),
+    (["edit", "PICTURE", "A", "--box", "0", "0", "nan", "999"], "box is (0.0, 0.0, nan, 999.0)"),
+    (["edit", "NOTE", "A", "--box", "0", "0", "9", "9"], "note.txt is not a picture"),
+    (["edit", "PICTURE", "A", "--box", "0", "0", "9", "9", "-o", "a.b"], "a.b ends in '.b'"),
+    (["edit", "PICTURE", "A", "--box", "0", "0", "9", "9", "--seed", f"-{2**63 + 1}"], "seed is -"),
+    (["chat"], "no part is given"),
+    (["chat", "hi", "--max-pictures", "-1"], "max_pictures is -1, expected at least 0"),
+    (["chat", "hi", "nowhere.webp"], "nowhere.webp is not a file"),
+    (["chat", "hi", "NOTE"], "note.txt is not a picture"),
+    (["chat", "hi", "-o", "NOTE"], "note.txt is a file, expected a folder"),
+    (["demo", "TOOLONGFORALL"], "cannot draw 'TOOLONGFORALL'"),
+    (["demo", "-o", "sheet"], "sheet ends in ''"),
+    (["train", "--steps", "0"], "steps of stage 'autoencoder' is 0, expected at least 1"),
+    (["train", "--batch-size", "0"], "batch_size of stage 'autoencoder' is 0, expected at least 1"),
+    (["train", "--learning-rate", "nan"], "learning rate nan"),
+    (["evaluate", "--benchmark", "docvqa", "--data", "EMPTY", "--limit", "-3"], "limit is -3, expected at least 0"),
+    (["evaluate", "--benchmark", "docvqa", "--data", "nowhere"], "nowhere is not a folder"),
+    (["evaluate", "--benchmark", "docvqa", "--data", "EMPTY", "--clip", "nowhere"], "nowhere is not a folder"),
+    (["data", "check", "EMPTY", "--limit", "-3"], "limit is -3, expected at least 0"),
+    (["data", "check", "EMPTY", "--max-share", "nan"], "max_share is nan, expected 0..1"),
+    (["data", "check", "EMPTY", "-o", "sheet.x"], "sheet.x ends in '.x'"),
+    (["captions", "build", "EMPTY", "--local", "EMPTY"], "holds no pictures"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), FAULTS, ids=lambda value: " ".join(value)[:60])
+def test_faults_show_before_a_model_loads(
+    run: Run, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    """One line, status 1, no weights are opened, and nothing is written."""
+    (tmp_path / "note.txt").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    names = {"PICTURE": picture, "NOTE": "note.txt", "NOTE/out.png": "note.txt/out.png", "EMPTY": "empty"}
+    names["FIFO"] = "pipe.png"
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def opened(*arguments: object) -> None:
+        raise AssertionError(f"a model loads: {arguments}")
+
+    monkeypatch.setattr(textharmony.cli, "_load", opened)
+    monkeypatch.setattr(textharmony.train.loop, "train", opened)
+    monkeypatch.setattr(textharmony.captions.endpoint, "LocalChat", opened)
+    with pytest.raises(SystemExit) as error:
+        run(*(names.get(argument, argument) for argument in arguments))
+    message = error.value.code
+    assert isinstance(message, str) and named in message and "\n" not in message, message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_reader_that_has_enough_is_no_error(picture: Path) -> None:
+    """As in `textharmony read ... | head -1`; help, which is long, goes through the same pipe."""
+    command = [sys.executable, "-m", "textharmony", "train", "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == "textharmony: [Errno 28] No space left on device\n"
 
 
 @pytest.mark.parametrize(
@@ -389,6 +547,7 @@ def test_ctrl_c_in_any_command_is_no_traceback(run: Run, picture: Path, model: A
         (["--benchmark", "folder", "--data", "DATA", "--clip", "nowhere"], "nowhere is not a folder"),
         (["--data", "DATA"], "--data belongs to a benchmark, expected --benchmark NAME"),
         (["--limit", "3"], "--limit belongs to a benchmark, expected --benchmark NAME"),
+        (["--benchmark", "folder", "--data", "DATA", "--only", "reading"], "--only belongs to the tiny model's table"),
         (["--split", "val"], "--split belongs to a benchmark"),
         (["--score-only"], "--score-only belongs to a benchmark"),
         (["--max-share", "0.5"], "--max-share belongs to a benchmark"),
@@ -453,6 +612,10 @@ def test_every_option_has_help(run: Run, capsys: pytest.CaptureFixture[str], com
     """The comment beside its field: a line that is too long, or a comment at another position, would be lost."""
     with pytest.raises(SystemExit):
         run(*command.split(), "--help")
-    text = " ".join(re.sub(r"[│╭╮╰╯─•]", " ", capsys.readouterr().out).split())
+    said = capsys.readouterr().out
+    text = " ".join(re.sub(r"[│╭╮╰╯─•]", " ", said).split())
+    assert "(default: None)" not in re.sub(r"None: [^()]* \(default: None\)", "", text)  # None is explained
+    helps = re.findall(r"--[\w-]+(?:,? \S+)? ((?:(?! --).)*?) \((?:default|required)\b", text)
+    assert len(set(helps)) == len(helps), helps  # none has the comment of its neighbour
     assert re.findall(r"--[\w-]+(?:,? \S+)? \((?:default|required)\b", text) == []
     assert text.count("(default") + text.count("(required") >= 2

@@ -1,6 +1,8 @@
 """Pictures: decoded as people see them, fitted to a model, and pasted back."""
 
 import io
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from textharmony.boxes import Box, to_pixels
+from textharmony import images
+from textharmony.boxes import Box, covered_pixels, to_pixels
 from textharmony.images import (
     HIDDEN,
     check_picture,
@@ -22,6 +25,8 @@ from textharmony.images import (
     open_image,
     outline,
     pad_square,
+    restore_transparency,
+    save_picture,
     shorten,
     to_pil,
 )
@@ -173,10 +178,170 @@ def test_the_same_fault_has_the_same_words() -> None:
     assert len(messages) == 1
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
-def test_arrays_of_another_form_are_named(array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="expected uint8"):
+@pytest.mark.parametrize(
+    ("array", "remedy"),
+    [
+        (np.zeros((4, 4)), "multiply numbers in 0..1 by 255"),
+        (np.zeros((4, 4, 3), np.float32), "multiply numbers in 0..1 by 255"),
+        (np.zeros((3, 4, 5), np.uint8), r"transpose\(1, 2, 0\)"),
+        (np.zeros((0, 4, 3), np.uint8), "channels last$"),
+        (np.zeros((4, 4, 2), np.uint8), "channels last$"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "channels last$"),
+        (np.zeros((4, 4), np.int64), "channels last$"),
+    ],
+)
+def test_arrays_of_another_form_are_named(array: np.ndarray, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"picture is {array.dtype} .* expected uint8 .*{remedy}"):
         fit_image(array, SIZE)
+
+
+def test_arrays_are_grey_coloured_transparent_or_of_truth_values() -> None:
+    grey = noise(4, 6)[..., 0]
+    colored = np.repeat(grey[..., None], 3, 2)
+    opaque = np.concatenate([colored, np.full((4, 6, 1), 255, np.uint8)], 2)
+    for array in (grey, grey[..., None], colored, opaque, opaque[::-1][::-1]):
+        assert np.array_equal(fit_image(array, (4, 6)).original, colored)
+    for array in (grey > 127, (grey > 127)[..., None], colored > 127):
+        assert np.array_equal(fit_image(array, (4, 6)).original, np.where(colored > 127, 255, 0))
+    assert (np.asarray(open_image(np.zeros((4, 6, 4), np.uint8))) == 255).all()
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")  # nobody writes to it
+    for source, reason in ((tmp_path, "a folder"), (tmp_path / "pipe.png", "a pipe"), ("/dev/zero", "a pipe or")):
+        for call in (open_image, image_size):
+            with pytest.raises(ValueError, match=f"it is {reason}"):
+                call(source)
+    with pytest.raises(ValueError, match="a PIL image of 0 x 3 is not a picture that Pillow reads: it has no pixels"):
+        open_image(Image.new("RGB", (0, 3)))
+
+
+@pytest.mark.parametrize("mode", ["LAB", "YCbCr", "HSV", "La", "RGBa", "PA", "RGBX"])
+@pytest.mark.parametrize("wanted", ["RGB", "L", "RGBA"])
+def test_rare_modes_are_opened(mode: str, wanted: str) -> None:
+    picture = Image.new("RGBA", (4, 3), "white").convert("LA" if mode == "La" else "RGBA")
+    if mode == "LAB":
+        picture = ImageCms.profileToProfile(
+            picture.convert("RGB"), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        )
+    elif mode == "PA":
+        picture = picture.convert("RGB").convert("P").convert("PA")
+    else:
+        picture = picture.convert("RGB").convert(mode) if mode in ("YCbCr", "HSV", "RGBX") else picture.convert(mode)
+    found = open_image(picture, wanted)
+    assert found.mode == wanted and (np.asarray(found) >= 254).all()
+
+
+def test_a_grey_that_stands_for_transparency_has_16_bits_too() -> None:
+    numbers = np.array([[0, 30000]], np.uint16)
+    file = encoded(Image.fromarray(numbers), "PNG", transparency=0)
+    assert Image.open(io.BytesIO(file)).info["transparency"] == 0
+    assert np.asarray(open_image(file))[0, :, 0].tolist() == [255, round(30000 / 257)]
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_of_several_pictures_is_opened(format: str) -> None:
+    first, second = Image.new("RGB", (4, 3), "red"), Image.new("RGB", (4, 3), "blue")
+    file = encoded(
+        first, format, save_all=True, append_images=[second], **({"lossless": True} if format == "WEBP" else {})
+    )
+    assert Image.open(io.BytesIO(file)).n_frames == 2
+    assert np.array_equal(open_image(file), first)
+
+
+def test_nothing_of_a_file_is_left_but_its_profile_of_colours() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for mode, kept in (("RGB", {"icc_profile": profile}), ("CMYK", {}), ("L", {})):  # one of CMYK does not fit RGB
+        found = open_image(encoded(Image.new(mode, (4, 3)), "JPEG", exif=exif, icc_profile=profile, dpi=(72, 72)))
+        assert found.info == kept and dict(found.getexif()) == {}
+
+
+def test_only_one_module_opens_pictures() -> None:
+    """So captions, training, reading and evaluation see the same."""
+    package = Path(images.__file__).parent
+    opening = {path.name for path in package.rglob("*.py") if re.search(r"Image\.open\(|imread", path.read_text())}
+    assert opening == {"images.py"}
+
+
+# Transparency of edits
+
+
+def edited(source: Image.Image | np.ndarray, box: Box) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """A red square is drawn into the box on white."""
+    picture = open_image(source)
+    x1, y1, x2, y2 = covered_pixels(box, picture.size)
+    picture.paste("white", (x1, y1, x2, y2))
+    picture.paste("red", (x1 + 2, y1 + 2, x2 - 2, y2 - 2))
+    return np.asarray(restore_transparency(picture, source, box)), (x1, y1, x2, y2)
+
+
+BOX = (200, 200, 700, 800)
+
+
+def test_outside_of_an_edit_every_pixel_stays() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 4), np.uint8)
+    pixels[..., 3] = np.where(pixels[..., 3] > 127, pixels[..., 3], 0)  # colours below what is transparent stay, too
+    found, (x1, y1, x2, y2) = edited(pixels, BOX)
+    outside = np.ones((30, 40), bool)
+    outside[y1:y2, x1:x2] = False
+    assert np.array_equal(found[outside], pixels[outside])
+    assert found[y1 + 3, x1 + 3].tolist() == [255, 0, 0, 255]
+
+
+@pytest.mark.parametrize(("alpha", "ground"), [(0, 0), (255, 255)])
+def test_the_ground_of_an_edit_goes_on_around_it(alpha: int, ground: int) -> None:
+    source = np.zeros((30, 40, 4), np.uint8)
+    source[..., 3] = alpha
+    source[14:16, 18:22, 3] = 255  # the old word
+    found, (x1, y1, x2, y2) = edited(source, BOX)
+    assert (found[y1 : y1 + 2, x1:x2, 3] == ground).all() and (found[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2, 3] == 255).all()
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3))
+def test_white_that_becomes_transparent_looks_the_same_on_white(color: tuple[int, int, int]) -> None:
+    picture = Image.new("RGB", (9, 9), color)
+    found = open_image(restore_transparency(picture, Image.new("RGBA", (9, 9)), (0, 0, 999, 999)))
+    assert np.abs(np.asarray(found, int) - color).max() <= 8
+
+
+def test_a_picture_without_transparency_stays_one() -> None:
+    for mode in ("RGB", "L", "P", "CMYK"):
+        picture = Image.new("RGB", (9, 9))
+        assert restore_transparency(picture, Image.new(mode, (9, 9)), BOX) is picture
+
+
+# Files that are written
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "gif", "bmp", "ppm"])
+def test_what_is_written_is_upright(ending: str, tmp_path: Path) -> None:
+    """It looks like what is read, and has no orientation that would turn it again; a folder for it is made."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture = open_image(encoded(Image.new("RGB", (8, 4), "white"), "JPEG", exif=exif))
+    picture.paste("black", (0, 0, 4, 4))
+    save_picture(picture, path := tmp_path / "new" / "folder" / f"a.{ending}")
+    written = Image.open(path)
+    assert written.size == (4, 8) and written.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    assert np.abs(np.asarray(open_image(path), int) - np.asarray(picture, int)).max() < 40
+
+
+def test_what_a_format_cannot_hold_is_on_white(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = open_image(encoded(Image.new("RGBA", (8, 4)), "PNG", icc_profile=profile), "RGBA")
+    for ending, mode in (("jpg", "RGB"), ("png", "RGBA"), ("webp", "RGBA"), ("bmp", "RGB"), ("tif", "RGBA")):
+        save_picture(picture, path := tmp_path / f"a.{ending}")
+        assert Image.open(path).mode == mode and (np.asarray(open_image(path)) > 250).all()
+        assert ending == "bmp" or Image.open(path).info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.pdf", "a.PNG2", ".png"])
+def test_endings_of_no_picture_are_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} ends in '.*', expected the ending of a picture"):
+        save_picture(Image.new("RGB", (2, 2)), tmp_path / name)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("thing", [3, None, ["picture.png"], object])

@@ -1,9 +1,12 @@
 """The verbs, requests of mixed tasks, conversations, and models in files."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,11 +54,13 @@ def make_say(model: TextHarmony, monkeypatch: pytest.MonkeyPatch, *calls: Sequen
     given: list[Tensor] = []
     left = iter(calls)
 
-    def generate(inputs_embeds: Tensor, **_: object) -> Tensor:
+    def generate(inputs_embeds: Tensor, return_dict_in_generate: bool = False, **_: object) -> Any:
         given.append(inputs_embeds)
         rows = next(left)
         longest, pad = max(map(len, rows)), model.tokenizer.pad_token_id
-        return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+        scores = [torch.zeros(len(rows), len(model.tokenizer))] * longest
+        return SimpleNamespace(sequences=ids, scores=scores) if return_dict_in_generate else ids
 
     monkeypatch.setattr(model.language, "generate", generate)
     return given
@@ -122,6 +127,65 @@ def test_a_generator_draws_the_seeds(model: TextHarmony) -> None:
         assert relative_error(model.draw(caption, generator=generator), expected) < NEAR
 
 
+@pytest.mark.parametrize("seed", [np.int64(3), np.array(3), torch.tensor(3)])
+def test_seeds_of_other_libraries_are_the_same_seeds(model: TextHarmony, seed: Any) -> None:
+    assert np.array_equal(model.draw('"A"', seed, 1), model.draw('"A"', 3, 1))
+    several = model.draw('"A"', np.arange(2, 4), 1)
+    assert len(several) == 2 and relative_error(several[1], model.draw('"A"', 3, 1)) < NEAR
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": 1.5}, "seed is 1.5, expected a whole number"),
+        ({"seed": "1"}, "seed is '1', expected a whole number"),
+        ({"seed": None}, "seed is None, expected a whole number"),
+        ({"seed": 2**64}, r"seed is 18446744073709551616, expected at least -2\*\*63 and below 2\*\*64"),
+        ({"seed": [0, -(2**63) - 1]}, r"seed is -9223372036854775809, expected at least"),
+        ({"generator": np.random.default_rng(0)}, "expected a torch.Generator"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0, expected at least 1"),
+        ({"num_inference_steps": 2.0}, "num_inference_steps is 2.0, expected a whole number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan, expected a finite number"),
+        ({"guidance_scale": -float("inf")}, "guidance_scale is -inf, expected a finite number"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high', expected a number"),
+    ],
+)
+def test_settings_that_are_none_are_named(
+    model: TextHarmony, pictures: list[Image.Image], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.draw('"A"', **arguments)
+    with pytest.raises(ValueError, match=message):
+        model.edit(pictures[0], HALF, "A", **arguments)
+
+
+def test_tuples_and_generators_are_lists(model: TextHarmony, pictures: list[Image.Image]) -> None:
+    expected = model.read(pictures[:2])
+    assert model.read(tuple(pictures[:2])) == model.read(iter(pictures[:2])) == expected
+    drawn = model.draw((word for word in ('"A"', '"B"')), num_inference_steps=1)
+    assert relative_error(drawn[1], model.draw('"B"', 1, 1)) < NEAR
+    boxes = [HALF, (0, 0, 999, 500)]
+    wanted = model.edit(pictures[0], boxes, "A", num_inference_steps=1)
+    for several in (tuple(boxes), iter(boxes), np.array(boxes)):
+        assert (
+            list(map(np.array_equal, model.edit(pictures[0], several, "A", num_inference_steps=1), wanted))
+            == [True] * 2
+        )
+    for box in (list(HALF), np.array(HALF), [np.float32(side) for side in HALF]):
+        assert relative_error(model.edit(pictures[0], box, "A", num_inference_steps=1), wanted[0]) < NEAR
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_what_full_precision_draws(make_model: Make, dtype: torch.dtype) -> None:
+    full = make_model()
+    half = deepcopy(full).to(dtype)
+    blank = Image.new("RGB", (128, 32), "white")
+    for call in (lambda m: m.draw('"AB" in red', 1, 1), lambda m: m.edit(blank, (0, 0, 999, 999), "AB", 1, 1)):
+        found, expected = (torch.from_numpy(np.asarray(call(m), np.float32)) for m in (half, full))
+        assert relative_error(found, expected) < 0.05
+    assert next(half.parameters()).dtype == dtype
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["", '""', "hello", '"HELLO!"', '"SEVENCH"', '"NAÏVE"', '"A B"', '"A', 'A "B" "C"', '"A" and "B"', "日本"],
@@ -157,6 +221,23 @@ def test_edit_leaves_the_rest_alone(model: TextHarmony) -> None:
         assert np.array_equal(np.asarray(after)[outside], before[outside])
         assert (np.asarray(after)[~outside] != before[~outside]).mean() > 0.5
     assert relative_error(model.edit(arrays[0], box, '"OPEN" in red', seed=3), edited[0]) < NEAR
+
+
+def test_edit_gives_upright_pictures_with_their_transparency(model: TextHarmony) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 100, 4), np.uint8)
+    upright = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(file := io.BytesIO(), "PNG", exif=exif)
+    box = (0, 0, 495, 999)
+    for source in (pixels, upright, file.getvalue()):
+        found = model.edit(source, box, "A", num_inference_steps=1)
+        assert found.mode == "RGBA" and found.info == {} and np.array_equal(np.asarray(found)[:, 50:], pixels[:, 50:])
+    on_white = fit_image(upright, (1, 1)).original
+    assert np.array_equal(
+        np.asarray(found.convert("RGB"))[5:35, 5:45],
+        np.asarray(model.edit(on_white, box, "A", num_inference_steps=1))[5:35, 5:45],
+    )
 
 
 def test_edit_does_not_see_what_it_replaces(model: TextHarmony) -> None:
@@ -376,7 +457,7 @@ def test_no_more_pictures_than_wanted(united: TextHarmony, monkeypatch: pytest.M
 def test_chat_checks_its_parts(united: TextHarmony, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parts is \[\]"):
         united.chat([])
-    with pytest.raises(ValueError, match="max_pictures -1"):
+    with pytest.raises(ValueError, match="max_pictures is -1, expected at least 0"):
         united.chat(["a"], max_pictures=-1)
     with pytest.raises(ValueError, match=r"holds <\|beginofimage\|> or"):
         united.chat([f"a {BOI}"])

@@ -128,10 +128,10 @@ def test_a_model_without_layouts_takes_any_text(task: Task) -> None:
     [
         ("", "cannot draw '', expected a text"),
         (" \n", r"cannot draw ' \\n', expected a text"),
-        ('""', "cannot draw '', expected 1 to 6 characters"),
-        ("hello", "cannot draw 'hello', expected 1 to 6 characters of ABC"),
-        ('"SEVENCH"', "cannot draw 'SEVENCH'"),
-        ('"A', "has 1 double quotes, expected one quoted text"),
+        ('""', "cannot draw '': it is empty, expected 1 to 6 characters"),
+        ("hello", "cannot draw 'hello': it has 'e', 'h', 'l', 'o', expected 1 to 6 characters of ABC"),
+        ('"SEVENCH"', "cannot draw 'SEVENCH': it has 7 characters"),
+        ('"A', "has 1 double quotes, expected one text between two of them"),
         ('"A" and "B"', "has 4 double quotes"),
     ],
 )

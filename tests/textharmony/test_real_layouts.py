@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,40 @@ def test_init_draws_at_the_size_that_the_unet_was_trained_at(run: Run, miniature
     (tmp_path / "given.json").write_text(json.dumps(settings))
     init(run, miniature, tmp_path / "model", "--settings", tmp_path / "given.json")
     assert TextHarmony.from_pretrained(tmp_path / "model").config.target_size == (32, 32)
+
+
+def test_init_replaces_no_model_unasked(run: Run, miniature: Miniature, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    init(run, miniature, out)
+    before = (out / "manifest.json").read_bytes()
+    with pytest.raises(SystemExit, match="model holds a model, expected another folder, or --overwrite to replace it"):
+        init(run, miniature, out, "--experts-on", "both")
+    assert (out / "manifest.json").read_bytes() == before
+    init(run, miniature, out, "--experts-on", "both", "--overwrite")
+    assert (out / "manifest.json").read_bytes() != before
+    (out / "mine.txt").write_text("of somebody else")
+    with pytest.raises(SystemExit, match=r"mine\.txt is no file of an earlier model"):
+        init(run, miniature, out, "--overwrite", "--vision", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image-size", 0], "image_size is 0, expected at least 1"),
+        (["--image-size", -14], "image_size is -14, expected at least 1"),
+        (["--image-size", 9999], "image_size' is 9999, expected a number of at most 8192"),
+        (["--drawing-size", 0], "drawing_size is 0, expected at least 1"),
+        (["--vision", "./nowhere"], r"vision is \./nowhere, which is no folder"),
+        (["--language", "a/b/c"], "language is a/b/c, which is no folder"),
+        (["--image", "."], r"image is \., which has no unet/config.json"),
+    ],
+)
+def test_init_names_what_is_wrong(
+    run: Run, miniature: Miniature, tmp_path: Path, options: list[Any], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message) as error:
+        init(run, miniature, tmp_path / "model", *options)
+    assert "\n" not in str(error.value) and not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

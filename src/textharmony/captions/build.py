@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ReadText = Callable[["Image.Image"], Sequence[str]]  # the lines of text that OCR reads in a picture
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
+    ".webp",
+)
 _TICK = 0.2  # seconds between two looks at whether a signal came
 
 

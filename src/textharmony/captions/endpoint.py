@@ -46,6 +46,8 @@ class ChatSettings:
     max_tokens: int = 512  # the longest answer, thoughts included; an answer that is cut there fails
 
     def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, expected 0 or more")
         if self.max_tokens <= 0:
             raise ValueError(f"max_tokens is {self.max_tokens}, expected more than 0")
 
@@ -64,7 +66,7 @@ class EndpointSettings:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             zero = name in ("max_retries", "backoff")
-            if value is not None and (value < 0 or (value == 0 and not zero)):
+            if value is not None and not (0 < value < math.inf or (value == 0 and zero)):  # NaN, too
                 raise ValueError(f"{name} is {value}, expected {'0 or more' if zero else 'more than 0'}")
 
 

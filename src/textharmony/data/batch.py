@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from textharmony.boxes import format_boxes
+from textharmony.boxes import Box, format_boxes
 from textharmony.config import ModelConfig
 from textharmony.data.faults import UNREADABLE
 from textharmony.data.record import Record, TextLayout
@@ -17,6 +18,8 @@ from textharmony.data.word_labels import label_words, move_layout
 from textharmony.images import FittedImage, fit_image, hide, normalise
 from textharmony.model.backbones import count_positions
 from textharmony.prompts import BOI, IMAGE, Task, check_length, check_plain, compose, image_tokens
+from textharmony.windows import fit_edit
+from textharmony.wordings import NO_BOX
 
 _IGNORE = -100
 
@@ -54,15 +57,22 @@ class Collator:
         """Decode the pictures and encode the texts; raise ValueError or FileNotFoundError for a corrupt record."""
         if len(record.images) > 1:
             raise ValueError(f"{len(record.images)} images, expected one at most")
-        image = fit_image(record.images[0], self.config.image_size) if record.images else None
-        target = None if record.target is None else fit_image(record.target, self.config.target_size)
-        region: tuple[float, ...] = (float("nan"),) * 4
-        pictures = [] if image is None else [image.colors]
+        sizes = self.config.image_size, self.config.target_size
+        fit: Callable[..., FittedImage] = fit_image
+        box: Box | None = None
         if record.task is Task.EDIT:
-            if image is None or target is None:
+            if not record.images or record.target is None:
                 raise ValueError("a record to edit lacks its image or its target, expected both")
             box = record.edit_box()
-            pictures, region = [hide(image.colors, image.region(box))], target.region(box)
+            fit = partial(fit_edit, box=box, drawing=sizes[1], words=self.config.layout is not None)
+        image = fit(record.images[0], size=sizes[0]) if record.images else None
+        target = None if record.target is None else fit(record.target, size=sizes[1])
+        region: tuple[float, ...] = (float("nan"),) * 4
+        pictures = [] if image is None else [image.colors]
+        if box is not None and image is not None and target is not None:
+            region = target.region(box)
+            if self.config.hides_edits:
+                pictures = [hide(image.colors, image.region(box))]
         if record.task is Task.DRAW and self.config.released is not None:
             # Released drawings are conditioned on a black picture.
             pictures = [torch.zeros((3, *self.config.image_size), dtype=torch.uint8)]
@@ -84,7 +94,8 @@ class Collator:
         """Count the tokens of a record without decoding its pictures, roughly for boxes; 0 for a corrupt record."""
         try:
             prompt = compose(record.task, record.prompt, self.config.visual_tokens, "")
-            answer = format_boxes(record.boxes) if record.task is Task.LOCATE else self._answer(record, None)
+            boxed = record.task is Task.LOCATE and record.boxes
+            answer = format_boxes(record.boxes) if boxed else self._answer(record, None)
             return len(self._tokens(prompt)) + len(self._tokens(answer))
         except UNREADABLE:
             return 0  # it is listed when it is encoded
@@ -116,12 +127,14 @@ class Collator:
                 return BOI
             return image_tokens(self.config.visual_tokens) + str(self.tokenizer.eos_token)
         if record.task is Task.LOCATE:
+            if record.extra.get("absent"):
+                return NO_BOX + str(self.tokenizer.eos_token)
             if image is None or not record.boxes:
                 raise ValueError("a record to locate lacks its image or a box, expected both")
             answer = format_boxes(image.to_model(box) for box in record.boxes)
         else:
             answer = next(filter(str.strip, record.texts), "")
-            if not answer:
+            if not answer and not record.extra.get("textless"):
                 raise ValueError(f"a record to {record.task.value} has no answer, expected some text")
             check_plain(answer)
         return answer + str(self.tokenizer.eos_token)

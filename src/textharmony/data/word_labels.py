@@ -36,8 +36,7 @@ def label_words(
     if len(layouts) < len(drawn) or len(seen) < len(read):
         return None
     columns = [_label_columns(config, layout, hidden) for layout, hidden in seen]
-    width = config.image_size[1] // (config.vision["patch_size"] // 2)
-    empty = torch.zeros(0, 2, width, dtype=torch.long)
+    empty = torch.zeros(0, 2, config.visual_tokens, dtype=torch.long)
     characters, positions = (torch.stack(columns) if columns else empty).unbind(1)
     colors = [[_color(config, name) for name in (layout.ink_name, layout.ground_name)] for layout, _ in seen]
     boxes = [_label_box(config, layout) for layout, _ in seen]
@@ -56,11 +55,10 @@ def _color(config: ModelConfig, name: str) -> int:
 
 
 def _label_columns(config: ModelConfig, layout: TextLayout, hidden: bool) -> Tensor:
-    """(2, Q) long: the character over each column of half a patch and its index in the word; the last class: none."""
+    """(2, Q) long: the character over each visual token's column and its index in the word; the last class: none."""
     assert config.layout is not None
     alphabet = config.layout.characters
-    step = config.vision["patch_size"] / 2
-    centers = (torch.arange(int(config.image_size[1] / step)) + 0.5) * step
+    centers = (torch.arange(config.visual_tokens) + 0.5) * (config.image_size[1] / config.visual_tokens)
     if hidden:
         return torch.full((2, len(centers)), IGNORE)
     labels = torch.tensor([[len(alphabet)], [config.layout.slots]]).repeat(1, len(centers))
@@ -71,7 +69,9 @@ def _label_columns(config: ModelConfig, layout: TextLayout, hidden: bool) -> Ten
 
 
 def _label_box(config: ModelConfig, layout: TextLayout) -> list[int]:
-    """The word's box in bins of the picture's width and height."""
+    """The word's box in bins of the picture's width and height; IGNORE where there is no word."""
+    if not layout.text:
+        return [IGNORE] * 4
     height, width = config.image_size
     shares = np.array(layout.word_box(), np.float32) / (width, height, width, height)
     return (shares * BOX_BINS).astype(np.int64).clip(0, BOX_BINS - 1).tolist()

@@ -29,14 +29,16 @@ class Ocr(Protocol):
         """Read the lines of text in a picture, in reading order."""
 
 
-@lru_cache(maxsize=1)
-def _engine() -> Any:
+@lru_cache(maxsize=2)
+def _engine(enlarge: bool = True) -> Any:
+    """PP-OCR; its detector enlarges the shorter side of small pictures to 736 pixels, or not."""
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise ImportError("OCR needs rapidocr: pip install 'slidelora[eval]'") from error
     logging.getLogger("RapidOCR").setLevel(logging.ERROR)
-    return RapidOCR(params={"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": 1})
+    params = {"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
+    return RapidOCR(params=params if enlarge else params | {"Det.limit_type": "max", "Det.limit_side_len": 960})
 
 
 def recognise(picture: Image.Image) -> str:
@@ -54,8 +56,13 @@ def read_line(picture: Image.Image) -> str:
     return result.txts[0] if result.txts else ""
 
 
-def read_text(picture: Image.Image) -> list[str]:
-    """Find and read the lines of text in a picture by PP-OCR; raise ImportError without rapidocr."""
+def read_text(picture: Image.Image, enlarge: bool = True) -> list[str]:
+    """Find and read the lines of text in a picture by PP-OCR; raise ImportError without rapidocr.
+
+    Args:
+        picture: Of any size.
+        enlarge: Whether small pictures are enlarged before text is found, which takes seconds for a long strip.
+    """
     pixels = np.asarray(picture.convert("RGB"))
     height, width = pixels.shape[:2]
     # A narrow strip gets margins: the detector scales the shorter side up and does not limit the longer one.
@@ -64,7 +71,7 @@ def read_text(picture: Image.Image) -> list[str]:
     top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
     canvas[top : top + height, left : left + width] = pixels
     with _LOCK:
-        result = _engine()(canvas[:, :, ::-1], use_det=True, use_cls=True, use_rec=True)
+        result = _engine(enlarge)(canvas[:, :, ::-1], use_det=True, use_cls=True, use_rec=True)
     return list(result.txts or ())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,13 +15,26 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import slidelora
 from textharmony.boxes import covered_pixels, iou
+from textharmony.data.fonts import find_fonts
 from textharmony.data.record import Record
 from textharmony.data.synthetic import COLORS, SyntheticWords
+from textharmony.evaluate.gate import prefers_right
+from textharmony.evaluate.kit import find_photos
 from textharmony.evaluate.metrics import outside_unchanged
 from textharmony.evaluate.ocr import ground_color, recognise
+from textharmony.evaluate.people import (
+    Counts,
+    Exam,
+    gate_row,
+    measure_drawing,
+    measure_editing,
+    measure_questions,
+    measure_reading,
+    measure_speed,
+)
 from textharmony.evaluate.run import request_for
+from textharmony.evaluate.table import Limit, Row, markdown_table, same_text
 from textharmony.files import replace_file
 from textharmony.images import contact_sheet, open_image, save_picture
 from textharmony.pipeline import TextHarmony
@@ -30,43 +43,6 @@ from textharmony.prompts import Task
 COUNTS = {Task.READ: 500, Task.DRAW: 200, Task.EDIT: 100, Task.LOCATE: 200, Task.ANSWER: 400}  # held-out samples
 _SEED, _BATCH = 2024, 50  # of the samples; training uses other seeds
 _QUESTIONS = {"position": "what is character", "count": "how many", "color": "what color"}
-_LOOK_ALIKE = str.maketrans("OI", "01")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    right: int
-    count: int
-    bar: float  # the share that should be right, of the judge's share if there is a judge
-    judge_right: int | None = None  # the same measure of the real pictures: what OCR gets right there
-
-    @property
-    def passed(self) -> bool:
-        """Whether the bar is met."""
-        ceiling = 1.0 if self.judge_right is None else self.judge_right / self.count
-        return self.right / self.count >= self.bar * ceiling
-
-    def markdown(self) -> str:
-        """The row as Markdown."""
-        figure = f"{100 * self.right / self.count:.1f}% ({self.right}/{self.count})"
-        bar = f">= {100 * self.bar:.0f}%"
-        if self.judge_right is not None:
-            figure += f"; judge on real renders {100 * self.judge_right / self.count:.1f}%"
-            bar += " of the judge's score"
-        return f"| {self.name} | {figure} | {bar} | {'yes' if self.passed else 'no'} |"
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    return "\n".join(["| what | measured | bar | met |", "|---|---|---|---|", *(row.markdown() for row in rows)])
-
-
-def same_text(a: str, b: str) -> bool:
-    """Whether two texts are equal, except that O equals 0, and I equals 1: many fonts draw them alike."""
-    return a.translate(_LOOK_ALIKE) == b.translate(_LOOK_ALIKE)
 
 
 def ink_mask(picture: Image.Image) -> np.ndarray:
@@ -84,18 +60,58 @@ def named_colors(picture: Image.Image) -> tuple[str, str]:
     return ink, ground
 
 
-def measure_tiny(model: TextHarmony, out: Path, counts: Mapping[Task, int] = COUNTS) -> list[Row]:
-    """Measure all rows of the table, and write evaluation.json, evaluation.md and sheets of examples.
+PARTS: dict[str, Callable[[Exam], Sequence[Row | Limit]]] = {
+    "reading": measure_reading,
+    "drawing": measure_drawing,
+    "editing": measure_editing,
+    "questions": measure_questions,
+    "speed": measure_speed,
+}  # of the table of what people ask
+
+
+def measure_tiny(
+    model: TextHarmony,
+    out: Path,
+    counts: Mapping[Task, int] = COUNTS,
+    people: Counts | None = None,
+    only: Sequence[str] = (),
+) -> list[Row | Limit]:
+    """Measure all rows of the table, and write evaluation.json, evaluation.md and sheets of examples and failures.
 
     Args:
         model: With the experts "text" and "image", for pictures of single words.
         out: A folder.
-        counts: How many samples of each task are measured.
+        counts: How many samples of each task are measured on words of the training renderer.
+        people: How many are measured on pictures and wordings from outside; None: as many as the table has.
+        only: Some of PARTS, without the words of the training renderer; none: everything.
 
     Raises:
         ImportError: rapidocr is not installed.
+        ValueError: There is no such part.
     """
+    if unknown := set(only) - set(PARTS):
+        raise ValueError(f"only is {sorted(unknown)}, expected some of {', '.join(PARTS)}")
     out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row | Limit] = [] if only else _own_words(model, out, counts)
+    exam = Exam(model, find_fonts(), people or Counts())
+    for part in only or PARTS:
+        rows += PARTS[part](exam)
+    if exam.gates:
+        rows.append(gate_row(exam))
+    exam.save_failures(out)
+    replace_file(out / "evaluation.md", (markdown_table(rows) + "\n").encode())
+    machine = {
+        **{"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()},
+        "fonts": sorted({font.family for font in exam.fonts}),
+        "photos": [photo.name for photo in find_photos()],
+    }
+    report = json.dumps({"rows": [asdict(row) | {"passed": row.passed} for row in rows], **machine}, indent=2)
+    replace_file(out / "evaluation.json", (report + "\n").encode())
+    return rows
+
+
+def _own_words(model: TextHarmony, out: Path, counts: Mapping[Task, int]) -> list[Row | Limit]:
+    """The rows about held-out words as the training renderer draws them."""
     exam = _Exam(model, counts)
     rows = [_row("reading, held-out words, exact", [text == r.texts[0] for r, text in exam.take(Task.READ)], 0.97)]
     rows += [*_drawing(exam, out), _seeds(model, out), *_editing(exam, out)]
@@ -107,11 +123,7 @@ def measure_tiny(model: TextHarmony, out: Path, counts: Mapping[Task, int] = COU
         part = [right for prompt, right in answered if prompt.startswith(start)]
         rows.append(_row(f"- of these, {name}", part, 0.90))
     rows.append(_row("gate on held-out prompts: right modality", exam.gates, 0.99))
-    replace_file(out / "evaluation.md", (markdown_table(rows) + "\n").encode())
-    machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-    report = json.dumps({"rows": [asdict(row) | {"passed": row.passed} for row in rows], **machine}, indent=2)
-    replace_file(out / "evaluation.json", (report + "\n").encode())
-    return rows
+    return [*rows]
 
 
 def _row(name: str, right: Sequence[bool], bar: float, judge: Sequence[bool] | None = None) -> Row:
@@ -139,9 +151,7 @@ class _Exam:
         results: list[Any] = []
         for start in tqdm(range(0, len(requests), _BATCH), task.value, leave=False):
             results += self.model.perform(requests[start : start + _BATCH])
-            routing: Any = slidelora.routing(self.model.language)  # with weights (B, E)
-            text, image = (routing.weights[:, routing.names.index(name)] for name in ("text", "image"))
-            self.gates += ((image > text) == (task.modality == "image")).tolist()
+            self.gates += prefers_right(self.model, requests[start : start + _BATCH])
         return list(zip(samples, results, strict=True))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -118,14 +120,25 @@ def load_backbones(
     quantization_config: Any = None,
 ) -> tuple[ModelConfig, PreTrainedTokenizerBase, Backbones]:
     """Load the models of TextHarmony.from_backbones: `config` with their configurations, the tokenizer, the models."""
-    tokenizer = load_tokenizer(language)
-    llm = load_language(language, tokenizer, dtype_of(dtype, "language"), device_map, quantization_config)
-    vision_config = _vision_part(AutoConfig.from_pretrained(vision))
-    vit = cast(
-        PreTrainedModel, AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype_of(dtype, "vision"))
-    )
-    unet, vae, scheduler = _load_image(image, dtype_of(dtype, "image"))
-    mean, std = _pixel_statistics(vision)
+    # What is quick comes first: a fault should show before the language model is loaded, which takes minutes.
+    check_parts(vision, language, image)
+    with _naming("vision", vision):
+        vision_config = _vision_part(AutoConfig.from_pretrained(vision))
+        mean, std = _pixel_statistics(vision)
+        if config.image_size != (vision_config.image_size,) * 2:  # SigLIP's own 384 is no multiple of its patches of 14
+            _check_multiple("image_size", config.image_size, "the ViT's patches", vision_config.patch_size)
+    with _naming("image", image):
+        cell = _cell(diffusers.AutoencoderKL.load_config(image, subfolder="vae"))
+        _check_multiple("drawing_size", config.target_size, "the VAE's cells", cell)
+    with _naming("language", language):
+        tokenizer = load_tokenizer(language)
+        llm = load_language(language, tokenizer, dtype_of(dtype, "language"), device_map, quantization_config)
+    with _naming("vision", vision):
+        vit = cast(
+            PreTrainedModel, AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype_of(dtype, "vision"))
+        )
+    with _naming("image", image):
+        unet, vae, scheduler = _load_image(image, dtype_of(dtype, "image"))
     quantization = getattr(llm.config, "quantization_config", None)
     config = replace(
         config,
@@ -142,6 +155,55 @@ def load_backbones(
     return config, tokenizer, Backbones(vit, llm, unet, vae)
 
 
+_MARKS = {  # what a folder must have
+    "vision": ("config.json",),
+    "language": ("config.json",),
+    "image": ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"),
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_parts(vision: str | Path, language: str | Path, image: str | Path) -> None:
+    """Raise FileNotFoundError that names the part for a folder that lacks a file, or that does not exist.
+
+    Of what is no folder, only what can be an id, such as "openai/clip-vit-large-patch14", is looked for on the hub, and
+    not if its first half is a folder here.
+    """
+    for part, path in zip(PARTS, (vision, language, image), strict=True):
+        folder = Path(path)
+        if folder.is_dir():
+            if missing := [name for name in _MARKS[part] if not (folder / name).is_file()]:
+                raise FileNotFoundError(f"{part} is {folder}, which has no {missing[0]}")
+        elif (
+            not isinstance(path, str)
+            or not _HUB_ID.fullmatch(path)
+            or path.startswith(".")
+            or ("/" in path and folder.parent.is_dir())
+        ):
+            raise FileNotFoundError(f"{part} is {path}, which is no folder")
+
+
+@contextmanager
+def _naming(part: str, path: str | Path) -> Iterator[None]:
+    """Let an error of the body name one of PARTS and where it was loaded from."""
+    try:
+        yield
+    except Exception as error:  # each library raises its own ones at damaged files
+        reason = " ".join(str(error).split())[:500]
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{part} is {path}, which cannot be loaded: {reason}") from error
+
+
+def _check_multiple(name: str, size: tuple[int, int], whose: str, cell: Any) -> None:
+    if not isinstance(cell, int) or not all(side > 0 and side % cell == 0 for side in size):
+        raise ValueError(f"{name} is {size[0]} x {size[1]}, expected multiples of {whose} of {cell} pixels")
+
+
+def _cell(vae: Mapping[str, Any]) -> int:
+    """How many pixels wide a latent pixel of a VAE is."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
 def drawing_size(image: str | Path) -> tuple[int, int]:
     """(height, width) in pixels of the pictures that a Stable Diffusion model was trained on."""
     unet = diffusers.UNet2DConditionModel.load_config(image, subfolder="unet")
@@ -150,7 +212,7 @@ def drawing_size(image: str | Path) -> tuple[int, int]:
     if not size:
         raise ValueError(f"the UNet of {image} has no sample_size, expected a drawing_size in the configuration")
     height, width = (size, size) if isinstance(size, int) else size
-    cell = 2 ** (len(vae["block_out_channels"]) - 1)
+    cell = _cell(vae)
     return height * cell, width * cell
 
 

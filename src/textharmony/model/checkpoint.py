@@ -58,10 +58,7 @@ def save_folder(
     is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     _finish_save(path)
-    if strange := sorted(set(list_files(path)) - _own_files(path)):
-        raise ValueError(
-            f"{path / strange[0]} is no file of an earlier model, expected an empty folder or a model: choose another"
-        )
+    check_replaceable(path)
     saving = path / SAVING
     shutil.rmtree(saving, ignore_errors=True)
     try:
@@ -82,6 +79,14 @@ def save_folder(
                 path.rmdir()
         raise
     _finish_save(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError for a folder with a file that does not belong to a model."""
+    if strange := sorted(set(list_files(path)) - _own_files(path)):
+        raise ValueError(
+            f"{path / strange[0]} is no file of an earlier model, expected an empty folder or a model: choose another"
+        )
 
 
 def _write_weights(

@@ -188,7 +188,7 @@ class TextHarmonyModel(nn.Module):
         """Compute the language model's gates (B, E); None for a language model without experts.
 
         A learned gate reads inputs_embeds (B, T, D) where prompt_mask (B, T) is true. A table of gates has a row for
-        each modality, "text" and "image".
+        each modality, "text" and "image". Gates that the caller put in force by `slidelora.gates` replace both.
         """
         if self.config.slide is None:
             return None
@@ -197,7 +197,11 @@ class TextHarmonyModel(nn.Module):
     def _host_gates(
         self, host: nn.Module, inputs_embeds: Tensor, prompt_mask: Tensor, modalities: Sequence[str] | None
     ) -> Tensor:
-        config = slidelora.routing(host).config
+        routing = slidelora.routing(host)
+        config, current = routing.config, routing.current
+        if current is not None and current.weights is not None:  # the caller's, by slidelora.gates
+            of_rows = current.weights  # (1 or B, E)
+            return of_rows.expand(len(inputs_embeds), -1) if len(of_rows) == 1 else of_rows
         if config.gate != "given":
             return slidelora.compute_gates(host, inputs_embeds, prompt_mask)
         if modalities is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -46,20 +46,39 @@ def prompt(
 
 def write(model: TextHarmonyModel, prompted: Prompted, settings: GenerationSettings, streamer: object = None) -> Tensor:
     """Let the language model write token ids (B, T), up to the end of its text, BOI, or the last of its positions."""
+    return cast(Tensor, _generate(model, prompted, settings, streamer=streamer))
+
+
+def write_surely(
+    model: TextHarmonyModel, prompted: Prompted, settings: GenerationSettings, streamer: object = None
+) -> tuple[Tensor, Tensor]:
+    """As `write`; also return how sure the model is of each row: the mean log-probability (B,) of its tokens."""
+    kept = {"return_dict_in_generate": True, "output_scores": True}
+    found = _generate(model, prompted, settings, streamer=streamer, **kept)
+    if settings.num_beams > 1:
+        return found.sequences, found.sequences_scores
+    of_steps = torch.stack(found.scores, 1).log_softmax(-1)  # (B, T, V)
+    of_tokens = of_steps.gather(-1, found.sequences[..., None])[..., 0]  # (B, T)
+    ended = (found.sequences == model.tokenizer.eos_token_id) | (found.sequences == model.boi_id)
+    counted = ended.cumsum(1) - ended.int() == 0  # up to the first end
+    return found.sequences, (of_tokens * counted).sum(1) / counted.sum(1)
+
+
+def _generate(model: TextHarmonyModel, prompted: Prompted, settings: GenerationSettings, **options: Any) -> Any:
     longest = settings.max_new_tokens or model.config.max_new_tokens
     if model.positions is not None:
         longest = min(longest, model.positions - prompted.inputs_embeds.shape[1])
     with model.read_under(prompted.gates, prompted.features, settings.num_beams):
-        generate = cast(Callable[..., Tensor], model.language.generate)
+        generate = cast(Callable[..., Any], model.language.generate)
         return generate(
             inputs_embeds=prompted.inputs_embeds,
             attention_mask=prompted.attention_mask,
             max_new_tokens=longest,
             num_beams=settings.num_beams,
             do_sample=False,
-            streamer=streamer,
             eos_token_id=[model.tokenizer.eos_token_id, model.boi_id],
             pad_token_id=model.tokenizer.pad_token_id,
+            **options,
         )
 
 

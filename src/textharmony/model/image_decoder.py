@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from textharmony.model.backbones import build_unet, build_vae
 from textharmony.model.diffusion import build_diffusion
 from textharmony.model.layout_planner import GlyphPainter, LayoutPlanner, Layouts, draft, ink_loss, region_features
 from textharmony.model.resampler import PerceiverResampler, sincos_positions
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class ImageDecoder(nn.Module):
@@ -179,10 +182,12 @@ class ImageDecoder(nn.Module):
         kept, mask = self._kept_latents(source_pixel_values, regions, batch)
         extra = unguided = torch.cat([kept[:, :0], *self._inpainting_channels(kept, mask)], 1)
         if self.planner is not None and self.painter is not None:
-            noise = torch.stack([torch.randn(self.planner.noise_size, generator=g) for g in generators])
+            # In fp32: half precision would round the positions of a layout to half pixels and more.
+            planner, painter, known = _in_float(self.planner), _in_float(self.painter), context.float()
+            noise = torch.stack([torch.randn(planner.noise_size, generator=g) for g in generators])
             where = region_features(regions, batch, self.config.target_size, extra.device)
-            layouts = self.planner.sample(context, where, noise.to(extra.device))
-            painted = F.pixel_unshuffle(draft(self.painter(layouts, context), layouts), self.cell)
+            layouts = planner.sample(known, where, noise.to(extra.device))
+            painted = F.pixel_unshuffle(draft(painter(layouts, known), layouts), self.cell).to(extra)
             extra, unguided = torch.cat([extra, painted], 1), torch.cat([extra, torch.zeros_like(painted)], 1)
         noise = torch.stack([torch.randn(self.channels, *self.grid, generator=g) for g in generators]).to(kept)
         diffusion = self.diffusion.copy()
@@ -199,6 +204,12 @@ class ImageDecoder(nn.Module):
             if regions is not None and not self.inpaints:  # put back what is known outside the regions
                 latents = torch.where(free > 0, latents, diffusion.noised(kept, noise, index))
         return self.decode(latents)
+
+
+def _in_float(module: M) -> M:
+    """The module, or a copy in fp32 of one whose weights are in half precision."""
+    half = next(module.parameters()).dtype in (torch.float16, torch.bfloat16)
+    return copy.deepcopy(module).float() if half else module
 
 
 def nearest_first(hidden_states: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,8 @@ class LayoutPlanner(nn.Module):
         top, bottom = sides[:, 1:2].expand_as(right), sides[:, 2:3].expand_as(right)
         fonts = F.one_hot(line[:, _LINE:].argmax(-1), self.config.fonts)
         boxes = torch.stack([right - widths, top, right, bottom], -1)
-        return Layouts(boxes, characters, fonts, line[:, 3:6].clamp(-1, 1), line[:, 6:9].clamp(-1, 1))
+        ink, ground = line[:, 3:6].clamp(-1, 1), line[:, 6:9].clamp(-1, 1)
+        return Layouts(boxes, characters, fonts, ink, _stand_apart(ink, ground, self.config.legible / 127.5))
 
     def denoise(
         self, line: Tensor, slots: Tensor, time: Tensor, context: Tensor, region: Tensor, present: Tensor
@@ -161,7 +162,9 @@ class LayoutPlanner(nn.Module):
         start, end = x1[:, :1], torch.where(layouts.present, x2, 0).amax(1, keepdim=True)
         x1, x2 = _fit(x1, start, end, low_x + 1, high_x - 1), _fit(x2, start, end, low_x + 1, high_x - 1)
         top, bottom = y1[:, :1], y2[:, :1]
-        y1, y2 = _fit(y1, top, bottom, low_y + 1, high_y - 1), _fit(y2, top, bottom, low_y + 1, high_y - 1)
+        below = _reach(layouts.characters, self.config) * (bottom - top)  # room for descenders, where there are some
+        y1 = _fit(y1, top, bottom + below, low_y + 1, high_y - 1)
+        y2 = _fit(y2, top, bottom + below, low_y + 1, high_y - 1)
         boxes = torch.stack([x1, y1, x2, y2], -1)
         return layouts._replace(boxes=boxes)
 
@@ -196,9 +199,9 @@ class GlyphPainter(nn.Module):
         glyphs = self.glyph(torch.cat([context[:, :slots], fonts], -1)).sigmoid()  # (B, S, rows * columns)
         glyphs = glyphs * layouts.present[..., None]
         x1, y1, x2, y2 = layouts.boxes.unbind(-1)  # (B, S)
-        tail = 0.25 * (y2 - y1)  # Q and J reach below the baseline
+        above, tail = (share * (y2 - y1) for share in (self.config.overshoot, self.config.descent))
         x = _between(torch.arange(width, device=x1.device) + 0.5, x1 - _RIM, x2 + _RIM)  # (B, S, W)
-        y = _between(torch.arange(height, device=y1.device) + 0.5, y1 - _RIM, y2 + _RIM + tail)  # (B, S, H)
+        y = _between(torch.arange(height, device=y1.device) + 0.5, y1 - above - _RIM, y2 + tail + _RIM)  # (B, S, H)
         grid = torch.stack(torch.broadcast_tensors(x[:, :, None], y[..., None]), -1)  # (B, S, H, W, 2)
         painted = F.grid_sample(
             glyphs.view(batch * slots, 1, *self.config.glyph_size), grid.flatten(0, 1), align_corners=False
@@ -219,6 +222,29 @@ def ink_loss(ink_share: Tensor, layouts: Layouts, pixel_values: Tensor) -> Tenso
     seen = ((pixel_values - ground) * axis).sum(1, keepdim=True) / axis.square().sum(1, keepdim=True)
     seen = seen.clamp(0, 1)
     return (ink_share - seen).square().sum() / seen.sum().clamp(min=1)
+
+
+_DESCENDERS = set("gjpqy,;()[]{}|@$Q_/\\")
+
+
+def _reach(characters: Tensor, config: LayoutConfig) -> Tensor:
+    """(B, 1): how far words reach below the baseline, in cap heights; nothing for a model of capitals alone."""
+    if config.overshoot == 0:
+        return torch.zeros(len(characters), 1, device=characters.device)
+    low = torch.tensor([c in _DESCENDERS for c in config.characters] + [False], device=characters.device)
+    return low[characters].any(1, keepdim=True) * (config.descent * 0.8)
+
+
+def _stand_apart(ink: Tensor, ground: Tensor, least: float) -> Tensor:
+    """Grounds (B, 3) in -1..1, lightened or darkened where they differ by less than `least` from inks in luma."""
+    weights = ground.new_tensor((0.299, 0.587, 0.114))
+    of_ink, of_ground = (ink * weights).sum(-1, keepdim=True), (ground * weights).sum(-1, keepdim=True)
+    up = of_ground >= of_ink
+    up = torch.where(of_ink + least > 1, False, torch.where(of_ink - least < -1, True, up))  # where there is room
+    wanted = torch.where(up, of_ink + least, of_ink - least)
+    lighter = ground + (1 - ground) * ((wanted - of_ground) / (1 - of_ground).clamp(min=1e-3)).clamp(0, 1)
+    darker = ground + (-1 - ground) * ((of_ground - wanted) / (of_ground + 1).clamp(min=1e-3)).clamp(0, 1)
+    return torch.where((of_ground - of_ink).abs() >= least, ground, torch.where(up, lighter, darker))
 
 
 def _fit(values: Tensor, start: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:

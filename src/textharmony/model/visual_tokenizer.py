@@ -17,14 +17,18 @@ from textharmony.model.word_heads import WordHeads, WordLogits
 class ConvStem(nn.Sequential):
     """Strided convolutions that replace a ViT's single patch convolution (Xiao et al. 2021)."""
 
-    def __init__(self, channels: tuple[int, ...], width: int, patch: int) -> None:
+    def __init__(self, channels: tuple[int, ...], width: int, patch: tuple[int, int]) -> None:
+        """Build a convolution for each of `channels`, which halves the sides that are not a patch (h, w) yet."""
         layers: list[nn.Module] = []
-        previous = 3
+        previous, (rows, columns) = 3, patch
         for channel in channels:
-            layers += [nn.Conv2d(previous, channel, 3, stride=2, padding=1), nn.GroupNorm(8, channel), nn.GELU()]
+            stride = (2 if rows > 1 else 1, 2 if columns > 1 else 1)
+            rows, columns = rows // stride[0], columns // stride[1]
+            layers += [nn.Conv2d(previous, channel, 3, stride=stride, padding=1), nn.GroupNorm(8, channel), nn.GELU()]
             previous = channel
-        rest = patch // 2 ** len(channels)
-        layers.append(nn.Conv2d(previous, width, 3 if rest == 2 else rest, stride=rest, padding=1 if rest == 2 else 0))
+        kernel = (max(rows, 3), max(columns, 3))
+        padding = (int(rows < 3), int(columns < 3))
+        layers.append(nn.Conv2d(previous, width, kernel, stride=(rows, columns), padding=padding))
         super().__init__(*layers)
 
     @property
@@ -50,8 +54,16 @@ class VisualTokenizer(nn.Module):
         vision = self.vit.config
         if config.stem:
             embeddings: Any = self.vit.embeddings
-            embeddings.patch_embedding = ConvStem(config.stem, vision.hidden_size, vision.patch_size)
-        self.grid = (config.image_size[0] // vision.patch_size, config.image_size[1] // vision.patch_size)
+            stem = ConvStem(config.stem, vision.hidden_size, _pair(vision.patch_size))
+            if hasattr(embeddings, "patch_embeddings"):  # of ViT
+                embeddings.patch_embeddings.projection = stem
+            else:  # of CLIP
+                embeddings.patch_embedding = stem
+        if vision.model_type == "vit":
+            self.vit.pooler = None
+        patch = _pair(vision.patch_size)
+        self.grid = (config.image_size[0] // patch[0], config.image_size[1] // patch[1])
+        self._interpolates = config.image_size != _pair(vision.image_size)
         rows, columns = self.grid
         between = config.visual_resampler.width or width
         self.positions = nn.Parameter(torch.randn(rows * columns, between) * 0.02)
@@ -67,11 +79,11 @@ class VisualTokenizer(nn.Module):
         self._words = (words,)  # in a tuple: the embeddings are not a submodule
         self.heads = None
         if config.layout:
-            if config.visual_tokens != 2 * columns:
+            if config.visual_tokens % columns:
                 raise ValueError(
-                    f"visual_tokens is {config.visual_tokens}, expected {2 * columns}, one for each half column"
+                    f"visual_tokens is {config.visual_tokens}, expected a multiple of the {columns} columns of patches"
                 )
-            self.heads = WordHeads(config.layout, vision.hidden_size, between)
+            self.heads = WordHeads(config.layout, vision.hidden_size, between, config.visual_tokens // columns)
         self.to(self.vit.dtype)
         if config.slide_vision is not None:
             slidelora.inject(self, **config.slide_vision)
@@ -87,8 +99,13 @@ class VisualTokenizer(nn.Module):
         """Read pictures (N, 3, H, W) in -1..1: visual tokens (N, Q, D), the ViT's patches (N, P, C), word logits."""
         mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         pixel_values = (pixel_values * (0.5 / std) + (0.5 - mean) / std).to(self.positions.dtype)
-        hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state
+        hidden = self.vit(pixel_values=pixel_values, interpolate_pos_encoding=self._interpolates).last_hidden_state
         patches = hidden[:, -self.grid[0] * self.grid[1] :]  # (N, P, C), without a class token
         resampled = self.resampler(patches, self.positions)
         tokens = self.project(resampled)
         return tokens, patches, None if self.heads is None else self.heads(patches.unflatten(1, self.grid), resampled)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """(height, width) of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else tuple(size)

@@ -20,7 +20,7 @@ IGNORE = -100
 
 
 class WordLogits(NamedTuple):
-    """What the heads say of N pictures with Q columns, each half a patch wide."""
+    """What the heads say of N pictures with Q columns, one for each visual token."""
 
     characters: Tensor  # (N, 2, Q, characters + 1): from the ViT's patches and from the visual tokens; the last: none
     positions: Tensor  # (N, Q, slots + 1): the character's index in the word
@@ -34,7 +34,7 @@ class WordLabels(NamedTuple):
     characters: Tensor  # (N, Q) long, IGNORE where a region of the picture is hidden
     positions: Tensor  # (N, Q) long
     colors: Tensor  # (N, 2) long
-    box: Tensor  # (N, 4) long
+    box: Tensor  # (N, 4) long, IGNORE for a picture without a word
     layouts: Layouts | None = None  # of the M words that are drawn
 
     def to(self, device: torch.device) -> WordLabels:
@@ -47,21 +47,24 @@ class WordLabels(NamedTuple):
 class WordHeads(nn.ModuleDict):
     """Linear heads on the ViT's patches and on the visual tokens."""
 
-    def __init__(self, layout: LayoutConfig, vision_width: int, token_width: int) -> None:
+    def __init__(self, layout: LayoutConfig, vision_width: int, token_width: int, tokens_each: int) -> None:
+        """Build heads for columns of patches to which `tokens_each` visual tokens belong."""
         characters = len(layout.characters) + 1
         super().__init__(
             {
-                "columns": nn.Linear(vision_width, 2 * characters),
+                "columns": nn.Linear(vision_width, tokens_each * characters),
                 "tokens": nn.Linear(token_width, characters),
                 "places": nn.Linear(token_width, layout.slots + 1),
                 "colors": nn.Linear(token_width, 2 * len(layout.colors)),
                 "box": nn.Linear(token_width, 4 * BOX_BINS),
             }
         )
+        self.tokens_each = tokens_each
 
     def forward(self, patches: Tensor, tokens: Tensor) -> WordLogits:
-        """Read patches (N, rows, columns, C) and visual tokens (N, Q, D), where Q is twice the columns."""
-        by_patch = self["columns"](patches.mean(1)).unflatten(-1, (2, -1)).flatten(1, 2)  # (N, Q, characters + 1)
+        """Read patches (N, rows, columns, C) and visual tokens (N, Q, D)."""
+        by_patch = self["columns"](patches.mean(1)).unflatten(-1, (self.tokens_each, -1)).flatten(1, 2)
+        # (N, Q, characters + 1)
         characters = torch.stack([by_patch, self["tokens"](tokens)], 1)
         colors = self["colors"](tokens).unflatten(-1, (2, -1))
         box = self["box"](tokens).unflatten(-1, (4, BOX_BINS))
@@ -83,9 +86,12 @@ def word_loss(logits: WordLogits, labels: WordLabels) -> Tensor:
     by_color = logits.colors.new_zeros(())
     if (colors != IGNORE).any():  # a mean over no color is NaN
         by_color = F.cross_entropy(logits.colors[known].movedim(-1, 1), colors[:, None].expand(-1, columns, -1))
+    by_box = logits.box.new_zeros(())
+    if (box != IGNORE).any():
+        by_box = F.cross_entropy(logits.box[known].movedim(-1, 1), box[:, None].expand(-1, columns, -1))
     return (
         F.cross_entropy(logits.characters[known].movedim(-1, 1), characters[:, None].expand(-1, 2, -1))
         + F.cross_entropy(logits.positions[known].movedim(-1, 1), positions)
         + by_color
-        + F.cross_entropy(logits.box[known].movedim(-1, 1), box[:, None].expand(-1, columns, -1))
+        + by_box
     )

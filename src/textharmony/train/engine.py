@@ -155,6 +155,17 @@ def checkpoint_activations(model: TextHarmony) -> None:
     model.image_decoder.unet.enable_gradient_checkpointing()
 
 
+def forget_unused(model: nn.Module, drawings: bool, pictures: bool) -> None:
+    """Drop the gradients of parts that no process has used in a step, for it had no drawings or no pictures.
+
+    FSDP2 makes them zeros, with which AdamW would go on moving weights; without it there are none.
+    """
+    unused = tuple(part for part, used in (("image_decoder.", drawings), ("visual_tokenizer.", pictures)) if not used)
+    for name, parameter in model.named_parameters():
+        if name.startswith(unused):
+            parameter.grad = None
+
+
 @contextmanager
 def usable_parts(model: nn.Module) -> Iterator[None]:
     """A context in which parts of a sharded model may be called by themselves, in all processes alike."""

@@ -19,7 +19,7 @@ from textharmony.data.batch import Collator, Encoded
 from textharmony.data.loading import BatchLoader
 from textharmony.model.word_heads import known_pictures
 from textharmony.signals import Stop
-from textharmony.train.engine import sum_over_processes
+from textharmony.train.engine import forget_unused, sum_over_processes
 from textharmony.train.guard import Guard
 
 # What each loss is a mean over, besides "words".
@@ -105,6 +105,9 @@ class Steps(NamedTuple):
             for name in losses:
                 found[name] += share[name] * float(losses[name].detach())
             found["total"] += float(total.detach())
+        if accelerator.is_fsdp2:
+            counts = [sum(len(b.get(name, ())) for b in micro_batches) for name in ("image_rows", "pixel_values")]
+            forget_unused(self.model, *map(bool, sum_over_processes(accelerator, list(map(float, counts)))))
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
         return found, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -84,5 +84,5 @@ def test_a_sheet_of_pictures_and_a_report(tmp_path: Path) -> None:
 
 
 def test_a_picture_of_an_unknown_format(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.docx ends in '\.docx', expected the suffix of a picture, such as \.png"):
+    with pytest.raises(ValueError, match=r"a\.docx ends in '\.docx', expected the ending of a picture, such as \.png"):
         save_picture(Image.new("RGB", (2, 2)), tmp_path / "a.docx")

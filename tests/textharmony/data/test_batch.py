@@ -52,6 +52,26 @@ def asked(task: Task, **fields: Any) -> Record:
 # One record
 
 
+def test_a_picture_may_have_no_text(plain: Collator) -> None:
+    """Only where its record says so; an absent word has no box."""
+    row = plain.encode(asked(Task.READ, images=(WIDE,), texts=("",), extra={"textless": True}))
+    assert plain.tokenizer.decode([token for token in row.labels if token != -100]) == "</s>"
+    with pytest.raises(ValueError, match="has no answer"):
+        plain.encode(asked(Task.READ, images=(WIDE,), texts=("",)))
+    row = plain.encode(asked(Task.LOCATE, images=(WIDE,), extra={"absent": True}))
+    assert plain.tokenizer.decode([token for token in row.labels if token != -100]) == "none</s>"
+    assert plain.count_tokens(asked(Task.LOCATE, images=(WIDE,), extra={"absent": True})) > 0
+
+
+def test_an_edited_picture_may_be_read_as_it_is(collator: Collator, records: list[Record]) -> None:
+    record = next(record for record in records if record.task is Task.EDIT)
+    shown = Collator(replace(collator.config, hides_edits=False), collator.tokenizer).encode(record)
+    hidden = collator.encode(record)
+    whole = fit_image(record.images[0], collator.config.image_size).colors
+    assert torch.equal(shown.pictures[0], whole) and not torch.equal(hidden.pictures[0], whole)
+    assert shown.region == hidden.region and torch.equal(shown.target, hidden.target)
+
+
 def test_the_answer_is_the_first_text_that_is_not_blank(plain: Collator) -> None:
     for texts in (("a", "b"), (" ", "a", "b")):
         row = plain.encode(asked(Task.ANSWER, images=(WIDE,), texts=texts))

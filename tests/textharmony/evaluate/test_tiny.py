@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from textharmony.data.fonts import find_fonts
 from textharmony.data.synthetic import COLORS, SyntheticWords, is_held_out
-from textharmony.evaluate import tiny
-from textharmony.evaluate.tiny import Row, ink_mask, markdown_table, measure_tiny, named_colors, same_text
+from textharmony.evaluate import people, tiny
+from textharmony.evaluate.people import Counts
+from textharmony.evaluate.table import Limit, Row, markdown_table, same_text
+from textharmony.evaluate.tiny import ink_mask, measure_tiny, named_colors
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Request, Task
 
 
 def test_same_text_accepts_characters_that_look_alike() -> None:
-    assert same_text("OIL0", "01LO") and same_text("", "")
-    for other in ("oil0", "0ILO ", "OLL0", "OIL"):
+    assert same_text("OIL0", "01LO") and same_text("Ill", "111") and same_text("", "")
+    for other in ("oiL0", "0ILO ", "OLL0", "OIL"):
         assert not same_text("OIL0", other)
 
 
@@ -55,9 +58,21 @@ def test_rows() -> None:
     assert judged.endswith("| no |")
 
 
+def test_rows_beside_a_judge() -> None:
+    beside = Row("reading", 88, 100, 0.9, 95, 97, absolute=True)  # the judge does not lower the bar
+    assert not beside.passed and "88.0% (88/100); PP-OCR 95.0%, 97.0% with look-alikes | >= 90%" in beside.markdown()
+    missing = Row("unseen", 0, 0, 0.9, note="no such font")
+    assert missing.passed is None and missing.markdown() == "| unseen | not measured: no such font | >= 90% | - |"
+
+
+def test_limits() -> None:
+    assert Limit("step", 12.0, 12).passed and not Limit("step", 12.1, 12).passed
+    assert Limit("read", 39.96, 40, " ms").markdown() == "| read | 40.0 ms | <= 40 ms | yes |"
+
+
 def test_the_table_is_markdown() -> None:
-    lines = markdown_table([Row("a", 1, 2, 0.5), Row("b", 1, 2, 0.5, 1)]).splitlines()
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    lines = markdown_table([Row("a", 1, 2, 0.5), Row("b", 1, 2, 0.5, 1), Limit("c", 1, 2)]).splitlines()
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
 
 
 def test_the_whole_measurement_on_a_few_samples(
@@ -65,6 +80,7 @@ def test_the_whole_measurement_on_a_few_samples(
 ) -> None:
     """A model of random weights gets words wrong, and each count is the number of its samples."""
     monkeypatch.setattr(tiny, "recognise", lambda picture: "")
+    monkeypatch.setattr(tiny, "PARTS", {})
     perform, asked = model.perform, []
 
     def listen(requests: Sequence[Request], *rest: Any) -> list[Any]:
@@ -97,3 +113,27 @@ def test_the_whole_measurement_on_a_few_samples(
     assert (tmp_path / "out" / "evaluation.md").read_text().startswith("| what |")
     for name in ("drawing", "seeds", "editing"):
         assert Image.open(tmp_path / "out" / f"{name}.png").width > 400
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
+def test_what_people_ask_on_a_few_samples(model: TextHarmony, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of random weights gets everything wrong, and the fonts of matplotlib hold no family out."""
+    monkeypatch.setattr(tiny, "find_fonts", lambda: find_fonts([]))
+    monkeypatch.setattr(people, "recognise", lambda picture: "")
+    monkeypatch.setattr(people, "KINDS", [people.KINDS[0], people.KINDS[1], people.KINDS[-1]])
+    only = ("editing", "questions")
+    rows = measure_tiny(model, tmp_path, people=Counts(editing=1, questions=1), only=only)
+    by_name = {row.name: row for row in rows if isinstance(row, Row)}
+    assert by_name["editing, unseen fonts, exact by PP-OCR"].passed is None
+    assert by_name["editing: every pixel outside the box unchanged"].right == 2
+    assert by_name["locating a word that is absent: no box"].count == 2
+    assert by_name["questions in held-out wordings, exact"].count == 9
+    assert by_name["gate on held-out wordings: right modality"].count == 9
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [row.name for row in rows] and "DejaVu Sans" in report["fonts"]
+    assert {path.name for path in tmp_path.glob("failures_*.png")} >= {"failures_questions.png", "failures_editing.png"}
+
+
+def test_an_unknown_part_is_refused(model: TextHarmony, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"only is \['writing'\], expected some of reading, drawing"):
+        measure_tiny(model, tmp_path, only=("writing",))

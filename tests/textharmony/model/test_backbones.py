@@ -36,7 +36,7 @@ import slidelora
 from textharmony.config import ModelConfig
 from textharmony.data.record import Record
 from textharmony.images import fit_image
-from textharmony.model.backbones import drawing_size, dtype_of, load_backbones
+from textharmony.model.backbones import check_parts, drawing_size, dtype_of, load_backbones
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import BOI, IMAGE, Task
 
@@ -250,6 +250,58 @@ def test_a_folder_that_is_missing_is_named(folder: Miniature, joined: ModelConfi
     shutil.rmtree(folder.image / "scheduler")
     with pytest.raises(OSError, match="scheduler"):
         join(folder, joined)
+
+
+def test_a_folder_that_is_missing_is_not_looked_for_on_a_hub(
+    folder: Miniature, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"vision": folder.vision, "language": folder.language, "image": folder.image}
+    check_parts(**parts)
+    check_parts("openai/clip-vit-large-patch14", "gpt2", "stabilityai/stable-diffusion-2-base")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "empty").mkdir()
+    for part in parts:
+        for path in ("models/nowhere", "./nowhere", "/nowhere", "a/b/c", "~/nowhere", Path("nowhere")):
+            with pytest.raises(FileNotFoundError, match=f"^{part} is .*which is no folder$"):
+                check_parts(**parts | {part: path})
+        with pytest.raises(FileNotFoundError, match=rf"^{part} is empty, which has no .*config\.json$"):
+            check_parts(**parts | {part: "empty"})
+
+
+@pytest.mark.parametrize("part", ["vision", "language", "image"])
+def test_a_part_that_cannot_be_loaded_is_named(folder: Miniature, joined: ModelConfig, part: str) -> None:
+    path = getattr(folder, part)
+    for file in path.rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    with pytest.raises((OSError, ValueError), match=f"^{part} is {path}, which cannot be loaded: "):
+        join(folder, joined)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"image_size": (56, 60)},
+            "^vision is .*image_size is 56 x 60, expected multiples of the ViT's patches of 14 p",
+        ),
+        ({"image_size": (7, 7)}, "^vision is .*image_size is 7 x 7, expected multiples"),
+        ({"image_size": (0, 0)}, "^vision is .*image_size is 0 x 0, expected multiples"),
+        ({"drawing_size": (33, 33)}, "^image is .*drawing_size is 33 x 33, expected multiples of the VAE's cells of "),
+    ],
+)
+def test_sizes_are_checked_before_weights_are_loaded(
+    folder: Miniature, joined: ModelConfig, sizes: dict[str, Any], message: str
+) -> None:
+    for file in folder.language.rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=message):
+        load_backbones(
+            folder.vision,
+            folder.language,
+            folder.image,
+            replace(joined, **sizes | {"drawing_size": None} if "image_size" in sizes else sizes),
+        )
 
 
 def test_a_tokenizer_without_an_end_is_named(folder: Miniature, joined: ModelConfig) -> None:

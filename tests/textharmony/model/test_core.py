@@ -353,3 +353,28 @@ def test_feedback_changes_neither_gates_nor_drawings(
     assert fed["image"].item() == pytest.approx(plain["image"].item(), rel=1e-5)
     assert fed["gate"].item() == pytest.approx(plain["gate"].item(), rel=1e-5)
     assert fed["text"].item() != pytest.approx(plain["text"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("host", ["language", "visual_tokenizer"])
+def test_gates_that_the_caller_puts_in_force_replace_the_models_own(
+    miniature: Miniature, joined: ModelConfig, host: str
+) -> None:
+    model = join(miniature, put_experts_on(joined, "both"))
+    randomise(model, "lora_B", "begin_")
+    part = getattr(model, host)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), np.uint8))
+
+    def edit() -> np.ndarray:
+        return np.asarray(model.edit(picture, (100, 100, 900, 900), "A", 3))
+
+    own = edit()
+    found = []
+    for name in ("text", "image"):
+        with slidelora.gates(part, {name: 1.0}):
+            found.append(edit())
+        weights = dict(zip(slidelora.routing(part).names, slidelora.routing(part).weights[0].tolist()))
+        assert weights == {expert: float(expert == name) for expert in weights}
+    with slidelora.gates(part, torch.tensor([[float(expert == "text") for expert in weights]])):
+        assert np.array_equal(edit(), found[0])
+    assert len({edited.tobytes() for edited in (own, *found)}) == 3
+    assert np.array_equal(edit(), own)

@@ -266,3 +266,32 @@ def test_crops_stay_in_the_picture() -> None:
     layouts = Layouts(boxes, torch.zeros(2, 1).long(), torch.eye(2), torch.ones(2, 3), -torch.ones(2, 3))
     crops, _ = crop_to_words(torch.arange(128.0).expand(2, 3, *SIZE), layouts)
     assert crops[0, 0, 0, 0] == 0 and crops[1, 0, 0, -1] == 127
+
+
+@pytest.mark.parametrize(
+    ("ink", "ground"), [(-1.0, -0.9), (1.0, 0.9), (0.0, 0.1), (0.0, -0.1), (0.2, 0.2), (-1.0, 1.0)]
+)
+def test_ink_and_ground_stand_apart(ink: float, ground: float) -> None:
+    """By 60 of 255 in luma: the ground moves where they do not, and stays where they do."""
+    planner = LayoutPlanner(LayoutConfig(width=16, depth=1, heads=2, legible=60), 12, SIZE)
+    line = torch.zeros(2, 9 + 12)
+    line[:, 3:6] = ink
+    line[:, 6:9] = ground
+    line[1, 3:6] = torch.tensor([0.9, ink, -0.9])
+    layouts = planner.decode(line, torch.zeros(2, SLOTS, 2), torch.zeros(2, SLOTS, dtype=torch.long))
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    assert ((layouts.ink - layouts.ground) @ luma * 127.5).abs().min() > 59.9
+    assert layouts.ground.abs().max() <= 1 and torch.equal(layouts.ink, line[:, 3:6])
+    apart = ((line[:, 3:6] - line[:, 6:9]) @ luma * 127.5).abs() >= 60
+    assert torch.equal(layouts.ground[apart], line[apart, 6:9])
+
+
+def test_a_word_with_descenders_is_moved_up(planner: LayoutPlanner) -> None:
+    config = LayoutConfig(characters="Ag", overshoot=0.2, descent=0.4)
+    planner = LayoutPlanner(config, 12, SIZE)
+    boxes = torch.tensor([10.0, 20.0, 30.0, 31.0]).expand(2, SLOTS, 4)
+    characters = torch.tensor([[0] + [EMPTY] * 5, [1] + [EMPTY] * 5])
+    layouts = Layouts(boxes, characters, torch.eye(12)[[0, 0]], torch.ones(2, 3), -torch.ones(2, 3))
+    found = planner.fit(layouts, region_features(None, 2, SIZE, torch.device("cpu"))).boxes[:, 0]
+    assert found[0, 3] == 30  # it ends a pixel above the margin
+    assert found[1, 3] == pytest.approx(30 - 0.8 * 0.4 * 11, abs=0.2)

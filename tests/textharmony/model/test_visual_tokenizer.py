@@ -78,15 +78,28 @@ def test_columns_of_characters_come_from_the_patches_there(config: ModelConfig) 
     assert change[others].norm() < 1e-5 * change.norm()
 
 
-@pytest.mark.parametrize(("channels", "patch"), [((8, 16), 8), ((8,), 8), ((8, 8, 16), 16), ((), 4)])
-def test_the_stem_makes_one_cell_a_patch(channels: tuple[int, ...], patch: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "patch"),
+    [((8, 16), (8, 8)), ((8,), (8, 8)), ((8, 8, 16), (16, 16)), ((), (4, 4)), ((8, 8, 8), (32, 4)), ((8,), (16, 2))],
+)
+def test_the_stem_makes_one_cell_a_patch(channels: tuple[int, ...], patch: tuple[int, int]) -> None:
     stem = ConvStem(channels, 20, patch)
-    assert stem(torch.randn(2, 3, 32, 64)).shape == (2, 20, 32 // patch, 64 // patch)
+    assert stem(torch.randn(2, 3, 32, 64)).shape == (2, 20, 32 // patch[0], 64 // patch[1])
     assert stem.weight.shape[0] == 20
 
 
-def test_with_a_layout_there_is_a_token_for_each_half_column(config: ModelConfig) -> None:
-    with pytest.raises(ValueError, match="visual_tokens is 20, expected 32"):
+def test_a_vit_may_have_patches_that_are_not_square(config: ModelConfig, pixels: torch.Tensor) -> None:
+    vision = {
+        "model_type": "vit", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": [32, 128], "patch_size": [32, 4],
+    }  # fmt: skip
+    tokens, patches, logits = VisualTokenizer(replace(config, vision=vision, stem=(8, 8)), 24)(pixels)
+    assert tokens.shape == (3, config.visual_tokens, 24) and patches.shape == (3, 32, 32)
+    assert logits is not None and logits.characters.shape == (3, 2, 32, 37)
+
+
+def test_with_a_layout_there_are_as_many_tokens_for_each_column(config: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="visual_tokens is 20, expected a multiple of the 16 columns"):
         VisualTokenizer(replace(config, visual_tokens=20), 24)
     VisualTokenizer(replace(config, visual_tokens=20, layout=None), 24)
 

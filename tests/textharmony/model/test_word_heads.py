@@ -18,7 +18,7 @@ LAYOUT = LayoutConfig(slots=3, characters="ABCDE", colors=("black", "white", "re
 
 @pytest.fixture
 def logits() -> WordLogits:
-    return WordHeads(LAYOUT, 10, 8)(torch.randn(N, 2, COLUMNS // 2, 10), torch.randn(N, COLUMNS, 8))
+    return WordHeads(LAYOUT, 10, 8, 2)(torch.randn(N, 2, COLUMNS // 2, 10), torch.randn(N, COLUMNS, 8))
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_shapes(logits: WordLogits) -> None:
 
 
 def test_two_columns_to_a_patch_in_their_order() -> None:
-    heads = WordHeads(LAYOUT, 10, 8)
+    heads = WordHeads(LAYOUT, 10, 8, 2)
     patches, tokens = torch.randn(1, 2, 3, 10), torch.randn(1, 6, 8)
     with torch.no_grad():
         before = heads(patches, tokens)
@@ -78,7 +78,7 @@ def test_the_loss_leaves_out_pictures_in_which_something_is_hidden(logits: WordL
 
 
 def test_the_loss_of_hidden_pictures_is_zero_and_trains_nothing(labels: WordLabels) -> None:
-    heads = WordHeads(LAYOUT, 10, 8)
+    heads = WordHeads(LAYOUT, 10, 8, 2)
     logits = heads(torch.randn(N, 2, COLUMNS // 2, 10), torch.randn(N, COLUMNS, 8))
     hidden = labels._replace(characters=torch.full_like(labels.characters, IGNORE))
     assert word_loss(logits, hidden) == 0
@@ -97,8 +97,19 @@ def test_a_color_without_a_name_is_left_out(logits: WordLogits, labels: WordLabe
     assert word_loss(logits, labels._replace(colors=none)).item() == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_picture_without_a_word_has_no_box(logits: WordLogits, labels: WordLabels) -> None:
+    """Also where no picture of the batch has one."""
+    plain = word_loss(logits, labels).item() - surprise(logits.box, labels.box[:, None].expand(-1, COLUMNS, -1))
+    one = labels.box.clone()
+    one[1:] = IGNORE
+    some = surprise(logits.box[:1], labels.box[:1, None].expand(-1, COLUMNS, -1))
+    assert word_loss(logits, labels._replace(box=one)).item() == pytest.approx(plain + some, rel=1e-5)
+    none = torch.full_like(one, IGNORE)
+    assert word_loss(logits, labels._replace(box=none)).item() == pytest.approx(plain, rel=1e-5)
+
+
 def test_every_head_learns(labels: WordLabels) -> None:
-    heads = WordHeads(LAYOUT, 10, 8)
+    heads = WordHeads(LAYOUT, 10, 8, 2)
     word_loss(heads(torch.randn(N, 2, COLUMNS // 2, 10), torch.randn(N, COLUMNS, 8)), labels).backward()
     for name, parameter in heads.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from short_runs import READ, SHORT, changed
+from torch import nn
 
 from textharmony.config import ModelConfig, TrainConfig
 from textharmony.pipeline import TextHarmony
-from textharmony.train.engine import group_parameters, naming_lost_processes
+from textharmony.train.engine import forget_unused, group_parameters, naming_lost_processes
 from textharmony.train.loop import train
 from textharmony.train.steps import loss_shares
 
@@ -111,3 +112,15 @@ def test_wrong_averages_are_refused() -> None:
     for wrong in (0.0, 1.0, -0.5, float("nan")):
         with pytest.raises(ValueError, match=f"ema_decay is {wrong}, expected a number between 0 and 1"):
             TrainConfig((READ,), ema_decay=wrong)
+
+
+@pytest.mark.parametrize("drawings", [True, False])
+@pytest.mark.parametrize("pictures", [True, False])
+def test_unused_parts_have_no_gradients(drawings: bool, pictures: bool) -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("language", "image_decoder", "visual_tokenizer")})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    forget_unused(model, drawings, pictures)
+    kept = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    used = {"language": True, "image_decoder": drawings, "visual_tokenizer": pictures}
+    assert kept == {name for name, is_used in used.items() if is_used}

@@ -33,11 +33,12 @@ def gated_lora(
 ) -> Tensor:  # fmt: skip
     """Compute `slidelora.ops.gated_lora`, or `gated_linear` where weight (d_out, d_in) and bias replace base."""
     seed = torch.randint(2**31 - 1, (1,), device=x.device) if dropout else None
+    shape = (*x.shape[:-1], mixture.lora_B.shape[1])
+    if traced := _is_traced(x):  # a view that the function made could not be changed in place
+        x, base = _rows(x), None if base is None else _rows(base)
     arguments = (x, weight, base, bias, *mixture, seed, dropout)
-    if torch.is_grad_enabled():
-        y: Tensor = _GatedLoRA.apply(*arguments)
-        return y
-    return _run_forward(*arguments, NOTHING)[0]
+    y: Tensor = _GatedLoRA.apply(*arguments) if torch.is_grad_enabled() else _run_forward(*arguments, NOTHING)[0]
+    return y.view(shape) if traced else y
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def _run_forward(
         y, kept = torch.ops.slidelora.gated_lora(
             rows, weight, base_rows, bias, lora_A, lora_B, gates, rank, float(scaling), experts, seed, dropout, keep
         )
-        return y.view(shape), kept, None
+        return y, kept, None
     route = launch.route_tokens(Mixture(lora_A, lora_B, gates, rank, scaling, experts), rows.shape[0])
     # y has its shape from the start: a view of another tensor could not be changed in place after the function.
     y = x.new_empty(shape, dtype=None if base is None else base.dtype)

@@ -1,0 +1,199 @@
+"""Windows of a picture in a model's proportions: around text that is read, around boxes that are filled, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from textharmony.boxes import Box, covered_pixels, to_pixels
+from textharmony.finding import Line, find_lines
+from textharmony.images import (
+    FittedImage,
+    Picture,
+    check_picture,
+    fit_image,
+    median_border,
+    open_image,
+    stretch_contrast,
+    to_pil,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MARGIN = 0.45  # around a line that is read, in its heights
+_FILLED_HEIGHT, _FILLED_WIDTH = 0.7, 0.92  # the largest shares of a window that its box has
+Window = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels; it may reach beyond its picture
+
+
+def fit_window(
+    original: Image.Image, window: Window, size: tuple[int, int], shown: Window | None = None, stretch: bool = False
+) -> FittedImage:
+    """Scale a window of a picture to a size (height, width) of the same proportions.
+
+    Args:
+        original: RGB.
+        window: What the result shows.
+        size: Of the result.
+        shown: The part of the picture that is visible; the rest is filled with the median colour of its border. None:
+            the whole picture.
+        stretch: Whether the contrast is stretched.
+    """
+    import torch
+
+    height, width = size
+    scale = height / (window[3] - window[1])
+    x1, y1, x2, y2 = shown or (0, 0, *original.size)
+    left, top = max(0, int(np.floor(x1))), max(0, int(np.floor(y1)))
+    right, bottom = min(original.width, int(np.ceil(x2))), min(original.height, int(np.ceil(y2)))
+    part = original.crop((left, top, right, bottom))
+    if stretch:
+        part = stretch_contrast(part)
+    fitted = part
+    if scale != 1:
+        fitted = part.resize((max(1, round(part.width * scale)), max(1, round(part.height * scale))))
+    pixels = np.asarray(fitted)
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = median_border(pixels)
+    x, y = round((left - window[0]) * scale), round((top - window[1]) * scale)
+    a1, a2, b1, b2 = max(0, y), min(height, y + pixels.shape[0]), max(0, x), min(width, x + pixels.shape[1])
+    canvas[a1:a2, b1:b2] = pixels[a1 - y : a2 - y, b1 - x : b2 - x]
+    offset = x - left * scale, y - top * scale
+    return FittedImage(original, torch.from_numpy(canvas).permute(2, 0, 1), scale, offset)
+
+
+def views_of_text(original: Image.Image, size: tuple[int, int], most: int = 3) -> list[tuple[Line, Window, Window]]:
+    """The lines of text that seem to be in a picture, each with the window around it and what it shows."""
+    height, width = size
+    found = []
+    for line in find_lines(original, most):
+        margin = _MARGIN * min(line.y2 - line.y1, (line.x2 - line.x1) * 2)
+        shown = line.x1 - margin, line.y1 - margin, line.x2 + margin, line.y2 + margin
+        tall = max(shown[3] - shown[1], (shown[2] - shown[0]) * height / width)
+        found.append((line, _around(shown, tall, tall * width / height), shown))
+    return found
+
+
+def edit_window(picture: tuple[int, int], box: Box, size: tuple[int, int], close: bool) -> Window:
+    """The window in which a box (thousandths) of a picture of a size (width, height) is filled.
+
+    Args:
+        picture: Its size.
+        box: What is filled.
+        size: (height, width) of the model's drawings.
+        close: Whether the box fills most of the window, as a model of single words was trained; else no pixel of the
+            picture is magnified.
+    """
+    height, width = size
+    filled = to_pixels(box, picture)
+    tall = max((filled[3] - filled[1]) / _FILLED_HEIGHT, (filled[2] - filled[0]) / _FILLED_WIDTH * height / width)
+    most = max(picture[1], picture[0] * height / width)
+    tall = min(tall if close else max(tall, height), most)
+    window = _around(filled, tall, tall * width / height)
+    dx, dy = (_shift(window[i], window[i + 2], picture[i]) for i in (0, 1))
+    return window[0] + dx, window[1] + dy, window[2] + dx, window[3] + dy
+
+
+def fit_edit(source: Picture, box: Box, size: tuple[int, int], drawing: tuple[int, int], words: bool) -> FittedImage:
+    """Decode a picture and fit the window in which a box is filled, or all of a picture that is no larger.
+
+    Args:
+        source: The picture.
+        box: In thousandths of it.
+        size: (height, width) of the result.
+        drawing: (height, width) of the model's drawings, which decides about the window.
+        words: Whether the model draws single words, which then fill most of a window in pictures of any other
+            proportion or larger size.
+
+    Raises:
+        ValueError: As `fit_image`, like FileNotFoundError.
+    """
+    check_picture(source)
+    original, (height, width) = open_image(source), drawing
+    fits = original.width <= width and original.height <= height
+    if fits and (not words or original.width * height == original.height * width):
+        return fit_image(original, size)
+    return fit_window(original, edit_window(original.size, box, drawing, words), size)
+
+
+def _around(box: Sequence[float], tall: float, wide: float) -> Window:
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return x - wide / 2, y - tall / 2, x + wide / 2, y + tall / 2
+
+
+def _shift(low: float, high: float, size: float) -> float:
+    """How far a span moves to lie in 0..size; to its middle if it is longer."""
+    if high - low >= size:
+        return (size - high - low) / 2
+    return max(0.0, -low) - max(0.0, high - size)
+
+
+def blend(fitted: FittedImage, painted: Tensor, box: Box) -> Image.Image:
+    """Copy the original and take the pixels that a box (thousandths) touches from `painted` (3, H, W) in -1..1.
+
+    They are shifted in colour so that they meet what is around the box, as in Poisson image editing (Perez et al.
+    2003); the shift is interpolated from the four sides (Coons 1967).
+    """
+    x1, y1, x2, y2 = covered_pixels(box, fitted.original.size)
+    (x, y), scale = fitted.offset, fitted.scale
+    source = x1 * scale + x, y1 * scale + y, x2 * scale + x, y2 * scale + y
+    width, height = fitted.size
+    source = max(0.0, source[0]), max(0.0, source[1]), min(float(width), source[2]), min(float(height), source[3])
+    resample = Image.Resampling.NEAREST if scale == 1 else Image.Resampling.BICUBIC
+    patch = np.asarray(to_pil(painted).resize((x2 - x1, y2 - y1), resample, box=source), np.float32)
+    original = np.asarray(fitted.original, np.float32)
+    sides = (
+        original[y1 - 1, x1:x2] - patch[0] if y1 else None,
+        original[y2, x1:x2] - patch[-1] if y2 < original.shape[0] else None,
+        original[y1:y2, x1 - 1] - patch[:, 0] if x1 else None,
+        original[y1:y2, x2] - patch[:, -1] if x2 < original.shape[1] else None,
+    )
+    shifted = patch + _between_sides([None if side is None else _smooth(side) for side in sides], patch.shape[:2])
+    edited = fitted.original.copy()
+    edited.paste(Image.fromarray(shifted.clip(0, 255).round().astype(np.uint8)), (x1, y1))
+    return edited
+
+
+def _smooth(side: np.ndarray) -> np.ndarray:
+    """The running median of values (n, 3) over a quarter of them, smoothed: letters at a side do not count."""
+    reach = max(1, len(side) // 8)
+    padded = np.pad(side, ((reach, reach), (0, 0)), mode="reflect" if len(side) > reach else "edge")
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=0), axis=-1)
+    padded = np.pad(medians, ((reach, reach), (0, 0)), mode="edge")
+    return np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=0).mean(-1)
+
+
+def _between_sides(sides: Sequence[np.ndarray | None], size: tuple[int, ...]) -> np.ndarray:
+    """Interpolate values (n, 3) at top, bottom, left and right over a size; a missing side continues the others."""
+    (top, bottom, left, right), (height, width) = sides, size
+    if top is None and bottom is None and left is None and right is None:
+        return np.zeros((height, width, 3), np.float32)
+    top, bottom = _complete(top, bottom, left, right, width)
+    left, right = _complete(left, right, top, bottom, height)
+    v, u = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
+    tl, tr = (top[0] + left[0]) / 2, (top[-1] + right[0]) / 2
+    bl, br = (bottom[0] + left[-1]) / 2, (bottom[-1] + right[-1]) / 2
+    ruled = (1 - v) * top[None] + v * bottom[None] + (1 - u) * left[:, None] + u * right[:, None]
+    return ruled - ((1 - v) * ((1 - u) * tl + u * tr) + v * ((1 - u) * bl + u * br))
+
+
+def _complete(
+    first: np.ndarray | None, second: np.ndarray | None, start: np.ndarray | None, end: np.ndarray | None, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two opposite sides of `count` values each, where one or both may be missing."""
+    given = [side for side in (start, end) if side is not None]
+
+    def ends(at: int) -> np.ndarray:
+        a = start[at] if start is not None else given[0][at]
+        b = end[at] if end is not None else given[-1][at]
+        return np.linspace(a, b, count)
+
+    if first is None:
+        first = ends(0) if given else second
+    if second is None:
+        second = ends(-1) if given else first
+    assert first is not None and second is not None
+    return first, second
