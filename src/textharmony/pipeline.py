@@ -339,7 +339,9 @@ class TextHarmony(TextHarmonyModel):
             for line, window, shown in found:
                 views.append(fit_window(original, window, size, shown, stretch=reads))
                 of.append((row, line))
-            if not found or (reads and streamer is None):
+            # In a picture that is much larger than the model's, words are too small to be located or asked about.
+            close = original.width <= 2 * size[1] and original.height <= 2 * size[0]
+            if not found or (streamer is None and (reads or close)):
                 views.append(fit_image(original, size))
                 of.append((row, None))
             asked += [request] * (len(views) - len(asked))
