@@ -369,6 +369,8 @@ class TrainConfig:
     workers: int = 1  # processes that load batches, for each training process; 0: it loads them itself
     max_faults: float = 0.01  # share of the records that may be corrupt
     shuffle_buffer: int = 1000  # records that are held in memory to shuffle a streamed source
+    # Folders with fonts for rendered words; None: the fonts of the system. Held-out families are left out.
+    fonts: tuple[str, ...] | None = None
     window: int = 1  # batches whose records each worker sorts by length, so that less of a batch is padding
 
     def __post_init__(self) -> None:

@@ -211,3 +211,13 @@ def _differ(pen: ImageFont.FreeTypeFont, letter: str) -> bool:
         picture = Image.frombytes("L", mask.size, bytes(mask)).crop(mask.getbbox())
         forms.append(np.asarray(picture.resize((16, 16)), np.float32))
     return float(np.abs(forms[0] - forms[1]).mean()) > 16
+
+
+@cache
+def training_fonts(folders: tuple[str, ...] | None) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """The files that words are rendered in, by style and family, without those held out; folders as in `find_fonts`."""
+    by_style: dict[str, dict[str, list[str]]] = {style: {} for style in STYLES}
+    for font in find_fonts(None if folders is None else [Path(folder) for folder in folders]):
+        if font.cased and not held_out(font.family):
+            by_style[font.style].setdefault(font.family, []).append(str(font.path))
+    return tuple(tuple(tuple(files) for files in families.values()) for families in by_style.values() if families)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import string
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from textharmony.colors import BASIC, CSS
 from textharmony.config import LayoutConfig, ModelConfig, Stage, TrainConfig
-from textharmony.prompts import BOI, IMAGE
+from textharmony.prompts import (
+    BOI,
+    DRAW_PROMPT,
+    EDIT_PROMPT,
+    FILL_QUESTION,
+    IMAGE,
+    LOCATE_QUESTION,
+    READ_QUESTION,
+    TEXT_PROMPT,
+)
+from textharmony.wordings import CANNOT_TELL, CAPTIONS, ORDINALS, QUESTIONS, vocabulary, word_it
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,10 +30,13 @@ _LATENTS = 16
 TINY = ModelConfig(
     image_size=(32, 128),
     vision={
-        "model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "image_size": 64, "patch_size": 8, "hidden_act": "gelu",
+        "model_type": "vit", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "image_size": [32, 128], "patch_size": [32, 4],
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     },
-    stem=(32, 64),
+    stem=(32, 64, 128, 128),
+    context_tokens=20,
+    hides_edits=False,
     language={
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256,
@@ -45,75 +60,84 @@ TINY = ModelConfig(
         "experts": ["text", "image", "shared"], "shared": ["shared"], "r": 8, "lora_alpha": 8, "gate": "sequence",
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     },
-    layout=LayoutConfig(),
+    layout=LayoutConfig(
+        slots=12, fonts=12, characters="".join(map(chr, range(32, 127))), colors=tuple(BASIC), palette=(*CSS, "#rrggbb"),
+        overshoot=0.2, descent=0.35, legible=60.0,
+    ),
     max_new_tokens=24,
 )
 
-_ALL_TASKS = {"read": 0.216, "locate": 0.144, "draw": 0.28, "answer": 0.2, "edit": 0.16}
+_ALL_TASKS = {"read": 0.2, "locate": 0.14, "draw": 0.28, "answer": 0.22, "edit": 0.16}
 
 TINY_TRAINING = TrainConfig((
     # The first four stages make what pretrained parts would bring: a VAE, a ViT that tells characters apart, and a
     # language model and layout planner that spell and read.
     Stage(
-        name="autoencoder", trainable=r"image_decoder\.vae", tasks={"draw": 1}, losses=("autoencoder",),
-        steps=2800, batch_size=16, learning_rate=2e-3, decay_share=0.5,
+        name="autoencoder", trainable=r"image_decoder\.vae", tasks={"draw": 0.5, "edit": 0.5}, losses=("autoencoder",),
+        steps=3200, batch_size=16, learning_rate=2e-3, decay_share=0.5,
     ),
     Stage(
-        name="characters", trainable=r"visual_tokenizer", tasks={"read": 0.6, "locate": 0.4}, losses=("words",),
-        steps=2000, batch_size=64, learning_rate=1.5e-3,
+        name="characters", trainable=r"visual_tokenizer", tasks={"read": 0.7, "locate": 0.3}, losses=("words",),
+        steps=4500, batch_size=64, learning_rate=1.5e-3,
     ),
     # No text loss: drawings ask for nothing but BOI, which would drive all other embeddings into one.
     Stage(
         name="spelling",
         trainable=r"language\.(?!.*lora_|slidelora_gate)|image_decoder\.(resampler|planner|painter)|begin_image",
-        tasks={"draw": 1}, losses=("layout",), steps=600, batch_size=64, learning_rate=1.5e-3,
+        tasks={"draw": 1}, losses=("layout",), steps=2600, batch_size=64, learning_rate=1.5e-3,
     ),
     Stage(
         name="reading", trainable=r"visual_tokenizer|language\.(?!.*lora_|slidelora_gate)|begin_image",
-        tasks={"read": 0.33, "locate": 0.22, "answer": 0.45}, losses=("text", "words"),
-        steps=1600, batch_size=48, learning_rate=1.5e-3,
+        tasks={"read": 0.36, "locate": 0.2, "answer": 0.44}, losses=("text", "words"),
+        steps=4500, batch_size=48, learning_rate=1.5e-3,
     ),
     # Stage 1 of the paper aligns resamplers and image decoder. From scratch, ViT and language model train too, on all
     # tasks.
     Stage(
         name="align", trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)", tasks=_ALL_TASKS,
-        steps=1100, batch_size=48, learning_rate=1.5e-3,
+        steps=2400, batch_size=48, learning_rate=1.5e-3,
     ),
     # Stage 2 of the paper: the language model is frozen; Slide-LoRA and its gate train with the rest.
     Stage(
         name="tune", trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
         tasks=_ALL_TASKS, losses=("text", "image", "layout", "words", "gate"), adapters=True,
-        steps=700, batch_size=48, learning_rate=1e-3, decay_share=0.7,
+        steps=900, batch_size=48, learning_rate=1e-3, decay_share=0.7,
     ),
     # A pretrained ViT has seen far more pictures: this stage shows many more words to it, and trains the gate.
     Stage(
         name="sharpen", trainable=r"visual_tokenizer|language\.slidelora_gate", adapters=True,
-        tasks={"read": 0.51, "locate": 0.34, "answer": 0.1, "edit": 0.05}, losses=("text", "words", "gate"),
-        steps=1100, batch_size=48, learning_rate=1e-3, decay_share=0.8,
+        tasks={"read": 0.5, "locate": 0.2, "answer": 0.25, "edit": 0.05}, losses=("text", "words", "gate"),
+        steps=2000, batch_size=48, learning_rate=1e-3, decay_share=0.8,
     ),
 ))
 # fmt: on
 
-_WORDS = re.findall(
-    r"[A-Za-z]+",
-    """Based on the image please answer question The is Generate an according to caption Fill masked part in this
-    with read all text where what color ground character how many characters are there sign word a
-    black white red green blue yellow orange purple""",
-)
+_TEMPLATES = [TEXT_PROMPT, DRAW_PROMPT, EDIT_PROMPT, READ_QUESTION, LOCATE_QUESTION, FILL_QUESTION, CANNOT_TELL]
+_PATTERNS = [pattern for patterns in (*CAPTIONS.values(), *QUESTIONS.values()) for pattern in patterns]
 _SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", BOI, IMAGE)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a character tokenizer in which instruction words, also with a space before them, are single tokens."""
+    """Build a character tokenizer in which instruction words, outside of double quotes, are single tokens.
+
+    A word is one token after a space, or where it begins a text and others follow.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [prefix + word for word in dict.fromkeys(_WORDS) if len(word) > 1 for prefix in ("", " ")]
+    words = dict.fromkeys([*vocabulary([*_TEMPLATES, *_PATTERNS]), *ORDINALS, "last", *CSS])
+    rng = np.random.default_rng(0)
+    begins = {word_it(rng, pattern).split()[0] for of in QUESTIONS.values() for pattern in of for _ in range(50)}
+    begins |= {text.split()[0] for text in _TEMPLATES}
+    first = sorted({form for word in begins if word.isalpha() for form in (word, word.capitalize()) if len(word) > 1})
     characters = [c for c in string.printable if c not in string.whitespace or c in " \n"]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys([*_SPECIALS, *characters, " a", *words]))}
+    tokens = [*_SPECIALS, *characters, " a", *(f" {word}" for word in words), *first]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    longest_first = "|".join(sorted(dict.fromkeys(_WORDS), key=len, reverse=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf" ?\b(?:{longest_first})\b|[\s\S]"), "isolated")
+    after_space, at_start = ("|".join(sorted(of, key=len, reverse=True)) for of in ([*words, "a"], first))
+    unquoted = r'(?=[^"]*(?:"[^"]*"[^"]*)*\z)'
+    pattern = rf" (?:{after_space})\b{unquoted}|\A(?:{at_start})(?= ){unquoted}|[\s\S]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -19,6 +19,7 @@ from transformers import get_scheduler
 
 from textharmony.config import ModelConfig, TrainConfig
 from textharmony.data.batch import stack_pixels
+from textharmony.data.fonts import training_fonts
 from textharmony.data.loading import BatchLoader, RecordStream, Source, SourceStream
 from textharmony.data.synthetic import SyntheticWords
 from textharmony.images import fit_image, save_picture
@@ -263,7 +264,7 @@ def _seed(run: _Run, number: int) -> int:
 
 def _render(run: _Run, number: int) -> SyntheticWords:
     tasks = {Task(name): weight for name, weight in run.config.stages[number].tasks.items()}
-    return SyntheticWords(_seed(run, number), "train", tasks)
+    return SyntheticWords(_seed(run, number), "train", tasks, training_fonts(run.config.fonts))
 
 
 def _standardise_latents(run: _Run, number: int) -> None:
