@@ -252,38 +252,50 @@ class FittedImage:
 
     def paste(self, painted: Tensor, box: Box) -> Image.Image:
         """Copy the original and take the pixels that a box (thousandths) touches from `painted` (3, H, W) in -1..1."""
-        x1, y1, x2, y2 = covered_pixels(box, self.original.size)
-        x, y = self.offset
-        source = (x1 * self.scale + x, y1 * self.scale + y, x2 * self.scale + x, y2 * self.scale + y)
         edited = self.original.copy()
-        resample = Image.Resampling.NEAREST if self.scale == 1 else Image.Resampling.BICUBIC
-        edited.paste(to_pil(painted).resize((x2 - x1, y2 - y1), resample, box=source), (x1, y1))
+        edited.paste(self.patch(painted, box), covered_pixels(box, self.original.size)[:2])
         return edited
+
+    def patch(self, painted: Tensor, box: Box) -> Image.Image:
+        """Scale what `painted` (3, H, W) in -1..1 shows in a box (thousandths) to the pixels that the box touches."""
+        x1, y1, x2, y2 = covered_pixels(box, self.original.size)
+        (x, y), (width, height) = self.offset, self.size
+        left, top = max(0.0, x1 * self.scale + x), max(0.0, y1 * self.scale + y)
+        right, bottom = min(float(width), x2 * self.scale + x), min(float(height), y2 * self.scale + y)
+        resample = Image.Resampling.NEAREST if self.scale == 1 else Image.Resampling.BICUBIC
+        return to_pil(painted).resize((x2 - x1, y2 - y1), resample, box=(left, top, right, bottom))
 
 
 def fit_image(source: Picture, size: tuple[int, int]) -> FittedImage:
     """Decode a picture and scale it to fit a size (height, width); raise as `open_image` and `check_picture` do."""
-    import torch  # here, since whoever only opens pictures should not wait for it
-
     check_picture(source)
     original = open_image(source)
     height, width = size
     scale = min(width / original.width, height / original.height)
-    fitted = original
-    if scale != 1:
-        fitted = original.resize((max(1, round(original.width * scale)), max(1, round(original.height * scale))))
-    pixels = np.asarray(fitted)
-    canvas = np.empty((height, width, 3), np.uint8)
-    canvas[:] = median_border(pixels)
+    fitted = rescale(original, scale)
     x, y = (width - fitted.width) // 2, (height - fitted.height) // 2
-    canvas[y : y + fitted.height, x : x + fitted.width] = pixels
-    return FittedImage(original, torch.from_numpy(canvas).permute(2, 0, 1), scale, (x, y))
+    return FittedImage(original, place(fitted, size, x, y), scale, (x, y))
 
 
-def median_border(pixels: np.ndarray) -> np.ndarray:
-    """The median colour (3,) of the border of pixels (H, W, 3) uint8."""
+def rescale(picture: Image.Image, scale: float) -> Image.Image:
+    """Scale a picture, to a pixel at least; return it as it is for a scale of 1."""
+    if scale == 1:
+        return picture
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+
+
+def place(picture: Image.Image, size: tuple[int, int], x: int, y: int) -> Tensor:
+    """Place a picture at x, y on a canvas (3, H, W) uint8 of a size, in the median colour of the picture's border."""
+    import torch  # here, since whoever only opens pictures should not wait for it
+
+    (height, width), pixels = size, np.asarray(picture)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    return np.median(border, axis=0).astype(np.uint8)
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = np.median(border, axis=0).astype(np.uint8)
+    top, bottom = max(0, y), min(height, y + picture.height)
+    left, right = max(0, x), min(width, x + picture.width)
+    canvas[top:bottom, left:right] = pixels[top - y : bottom - y, left - x : right - x]
+    return torch.from_numpy(canvas).permute(2, 0, 1)
 
 
 def normalise(colors: Tensor) -> Tensor:

@@ -333,9 +333,9 @@ class TextHarmony(TextHarmonyModel):
             check_picture(request.image)
             original = open_image(request.image)
             reads = request.task is Task.READ
-            found = views_of_text(original, size, 1 if streamer is not None else 3)
             if reads and is_flat(original):
                 continue
+            found = views_of_text(original, size, 1 if streamer is not None else 3)
             for line, window, shown in found:
                 views.append(fit_window(original, window, size, shown, stretch=reads))
                 of.append((row, line))

@@ -15,10 +15,10 @@ from textharmony.images import (
     Picture,
     check_picture,
     fit_image,
-    median_border,
     open_image,
+    place,
+    rescale,
     stretch_contrast,
-    to_pil,
 )
 
 if TYPE_CHECKING:
@@ -42,27 +42,16 @@ def fit_window(
             the whole picture.
         stretch: Whether the contrast is stretched.
     """
-    import torch
-
-    height, width = size
-    scale = height / (window[3] - window[1])
+    scale = size[0] / (window[3] - window[1])
     x1, y1, x2, y2 = shown or (0, 0, *original.size)
     left, top = max(0, int(np.floor(x1))), max(0, int(np.floor(y1)))
     right, bottom = min(original.width, int(np.ceil(x2))), min(original.height, int(np.ceil(y2)))
     part = original.crop((left, top, right, bottom))
     if stretch:
         part = stretch_contrast(part)
-    fitted = part
-    if scale != 1:
-        fitted = part.resize((max(1, round(part.width * scale)), max(1, round(part.height * scale))))
-    pixels = np.asarray(fitted)
-    canvas = np.empty((height, width, 3), np.uint8)
-    canvas[:] = median_border(pixels)
     x, y = round((left - window[0]) * scale), round((top - window[1]) * scale)
-    a1, a2, b1, b2 = max(0, y), min(height, y + pixels.shape[0]), max(0, x), min(width, x + pixels.shape[1])
-    canvas[a1:a2, b1:b2] = pixels[a1 - y : a2 - y, b1 - x : b2 - x]
     offset = x - left * scale, y - top * scale
-    return FittedImage(original, torch.from_numpy(canvas).permute(2, 0, 1), scale, offset)
+    return FittedImage(original, place(rescale(part, scale), size, x, y), scale, offset)
 
 
 def views_of_text(original: Image.Image, size: tuple[int, int], most: int = 3) -> list[tuple[Line, Window, Window]]:
@@ -138,12 +127,7 @@ def blend(fitted: FittedImage, painted: Tensor, box: Box) -> Image.Image:
     2003); the shift is interpolated from the four sides (Coons 1967).
     """
     x1, y1, x2, y2 = covered_pixels(box, fitted.original.size)
-    (x, y), scale = fitted.offset, fitted.scale
-    source = x1 * scale + x, y1 * scale + y, x2 * scale + x, y2 * scale + y
-    width, height = fitted.size
-    source = max(0.0, source[0]), max(0.0, source[1]), min(float(width), source[2]), min(float(height), source[3])
-    resample = Image.Resampling.NEAREST if scale == 1 else Image.Resampling.BICUBIC
-    patch = np.asarray(to_pil(painted).resize((x2 - x1, y2 - y1), resample, box=source), np.float32)
+    patch = np.asarray(fitted.patch(painted, box), np.float32)
     original = np.asarray(fitted.original, np.float32)
     sides = (
         original[y1 - 1, x1:x2] - patch[0] if y1 else None,
