@@ -227,7 +227,7 @@ class SyntheticWords:
         if rng.random() < 0.35:
             placed = warp(rng, placed)
         box = ink_box(placed.cover) or (0, 0, WIDTH, HEIGHT)
-        ink, ground, ink_name, ground_name = _colors(rng, LEGIBLE)
+        ink, ground, _, _ = _colors(rng, LEGIBLE)
         if not plain and rng.random() < 0.15:  # faint
             ink = ground + (ink - ground) * (rng.uniform(14, 45) / max(1.0, contrast(ink, ground)))
         paper = make_ground(rng, ground, wild=True)

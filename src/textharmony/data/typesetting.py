@@ -1,4 +1,4 @@
-"""Words that are set in a font: their coverage of a strip of HEIGHT x WIDTH pixels, and where their characters stand."""
+"""Words that are set in a font: their coverage of a strip of 32 x 128 pixels, and where their characters stand."""
 
 from __future__ import annotations
 

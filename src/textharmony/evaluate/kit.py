@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 
 from textharmony.data.fonts import FontFile, held_out
-from textharmony.data.synthetic import is_held_out
+from textharmony.data.words import is_held_out
 from textharmony.images import open_image
 
 LONGEST = 12  # characters of a word

@@ -5,8 +5,6 @@ from __future__ import annotations
 import string
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from textharmony.colors import BASIC, CSS
 from textharmony.config import LayoutConfig, ModelConfig, Stage, TrainConfig
 from textharmony.prompts import (
@@ -61,8 +59,8 @@ TINY = ModelConfig(
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     },
     layout=LayoutConfig(
-        slots=12, fonts=12, characters="".join(map(chr, range(32, 127))), colors=tuple(BASIC), palette=(*CSS, "#rrggbb"),
-        overshoot=0.2, descent=0.35, legible=60.0,
+        slots=12, fonts=12, characters="".join(map(chr, range(32, 127))), colors=tuple(BASIC),
+        palette=(*CSS, "#rrggbb"), overshoot=0.2, descent=0.35, legible=60.0,
     ),
     max_new_tokens=24,
 )
@@ -122,6 +120,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     A word is one token after a space, or where it begins a text and others follow.
     """
+    import numpy as np
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

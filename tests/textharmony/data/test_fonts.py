@@ -4,7 +4,7 @@ import pytest
 from fontTools.ttLib import TTFont
 
 from textharmony.data.fonts import HELD_OUT_FAMILIES, STYLES, find_fonts, held_out
-from textharmony.data.synthetic import font_path
+from textharmony.data.typesetting import font_path
 
 
 def test_the_fonts_of_matplotlib() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from textharmony.data.fonts import FontFile, find_fonts
-from textharmony.data.synthetic import is_held_out
+from textharmony.data.words import is_held_out
 from textharmony.evaluate.kit import CONDITIONS, Condition, contrast, draw_colors, draw_word, fonts_of, make
 from textharmony.evaluate.ocr import recognise
 from textharmony.evaluate.table import same_text

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from textharmony.colors import CSS
 from textharmony.data.fonts import find_fonts
-from textharmony.data.synthetic import font_path
+from textharmony.data.typesetting import font_path
 from textharmony.evaluate import people
 from textharmony.evaluate.kit import CONDITIONS, Sample
 from textharmony.evaluate.people import (
