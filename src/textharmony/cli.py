@@ -389,6 +389,8 @@ class Train:
     # A JSON file with the sources of each stage, such as {"align": [{"name": "mario-laion", "folder": "laion",
     # "weight": 2}], "tune": [...]}.
     data: Annotated[Path | None, _shown("rendered words")] = None
+    # Folders with fonts in which words are rendered to be read, beside matplotlib's.
+    fonts: Annotated[tuple[str, ...] | None, _shown("those of the system")] = None
     # Of every stage, to try things out, with the warm-up in proportion.
     steps: Annotated[int | None, _shown("each stage's own")] = None
     batch_size: Annotated[int | None, _shown("each stage's own")] = None  # samples in an optimizer step of every stage
@@ -433,8 +435,10 @@ class Train:
         ]
         shared = self._given(
             *("mixed_precision", "gradient_accumulation_steps", "language_dtype", "workers"),
-            *("save_every", "save_minutes", "keep", "resume", "max_skipped", "ema_decay", "trackers"),
+            *("save_every", "save_minutes", "keep", "resume", "max_skipped", "ema_decay", "trackers", "fonts"),
         )
+        if self.data is not None and self.fonts is not None:
+            raise ValueError("fonts are for rendered words, expected no --fonts beside --data")
         out = self.out or Path("runs") / name
         started = time.monotonic()
         data = None if self.data is None else load_sources(self.data)

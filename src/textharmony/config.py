@@ -117,6 +117,11 @@ class ModelConfig:
             raise ValueError(
                 "feed_back is True and there is a layout, expected one of them: layouts describe input pictures"
             )
+        if self.layout is not None and self.context_tokens <= self.layout.slots:
+            raise ValueError(
+                f"context_tokens is {self.context_tokens}, expected at least {self.layout.slots + 1}: one for each of "
+                "the layout's slots, and one for the line"
+            )
         if self.released is not None and (self.layout is not None or self.stem or self.slide_vision is not None):
             raise ValueError("released is set, expected no layout, no stem and no experts on the ViT with it")
         (height, width), (drawn_height, drawn_width) = self.image_size, self.target_size
@@ -222,7 +227,7 @@ _NESTED = {
 }
 
 EXPERTS_ON = ("language", "vision", "both", "none")
-_VISION_TARGETS = r"vit\..*\.self_attn\.(q|k|v|out)_proj"
+_VISION_TARGETS = r"vit\..*\.(self_attn|attention)\.(q|k|v|o|out)_proj"
 
 
 def put_experts_on(config: ModelConfig, where: str) -> ModelConfig:

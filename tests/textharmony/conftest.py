@@ -17,7 +17,7 @@ from textharmony.presets import PAPER, TINY
 from textharmony.presets.tiny import build_tokenizer
 
 _WIDTH, _LATENTS = 32, 4
-_LAYOUT = LayoutConfig(width=16, depth=1, heads=2, glyph_size=(8, 6), steps=3)
+_LAYOUT = replace(TINY.layout or LayoutConfig(), width=16, depth=1, heads=2, glyph_size=(8, 6), steps=3)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def config() -> ModelConfig:
         },
         vae=TINY.vae | {"block_out_channels": [8, 8, 8], "latent_channels": _LATENTS},
         slide=TINY.slide | {"r": 4, "lora_alpha": 4},
-        context_tokens=8,
+        context_tokens=16,
         layout=_LAYOUT,
         inference_steps=2,
     )

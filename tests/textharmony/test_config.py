@@ -80,6 +80,14 @@ def test_drawings_have_the_proportion_of_pictures() -> None:
         replace(PAPER, drawing_size=(32, 48))
 
 
+def test_a_planner_reads_a_token_for_each_slot() -> None:
+    with pytest.raises(
+        ValueError, match="context_tokens is 12, expected at least 13: one for each of the layout's slots"
+    ):
+        replace(TINY, context_tokens=12)
+    assert replace(TINY, context_tokens=13).context_tokens == 13
+
+
 def test_a_picture_is_fed_back_or_planned() -> None:
     with pytest.raises(ValueError, match="feed_back is True and there is a layout, expected one of them"):
         replace(TINY, feed_back=True)

@@ -97,14 +97,9 @@ class SyntheticWords:
             raise ValueError(f"tasks is {tasks!r}, expected weights of at least 0, and one above")
         self.seed, self.split = seed, split
         self.fonts = tuple(fonts)
-        # A class of tasks is drawn before the picture, and whether to read or to locate after it.
-        weights: dict[str, float] = {}
-        for task, weight in tasks.items():
-            weights[task.paper_class] = weights.get(task.paper_class, 0.0) + weight
-        self._classes = list(weights)
-        shares = np.asarray(list(weights.values()), np.float64)
+        self._tasks = [task for task, weight in tasks.items() if weight]
+        shares = np.asarray([tasks[task] for task in self._tasks], np.float64)
         self._edges = np.cumsum(shares / shares.sum())
-        self._read_share = tasks.get(Task.READ, 0.0) / (weights.get(Task.READ.paper_class) or 1.0)
 
     def records(self, shard: Shard = Shard(), start: int = 0) -> Iterator[Record]:
         """The records of a shard, from its `start`-th on."""
@@ -117,21 +112,21 @@ class SyntheticWords:
 
     def __getitem__(self, index: int) -> Record:
         rng = np.random.default_rng((self.seed, index, 0 if self.split == "train" else 1))
-        chosen = self._classes[min(int(np.searchsorted(self._edges, rng.random())), len(self._classes) - 1)]
+        task = self._tasks[min(int(np.searchsorted(self._edges, rng.random())), len(self._tasks) - 1)]
         word = draw_word(rng, self.split)
         id = f"{self.split}-{self.seed}-{index}"
-        if chosen == Task.EDIT.paper_class:
-            return self._edit(rng, id, word)
-        if chosen == Task.DRAW.paper_class:
-            return self._draw(rng, id, word)
-        if chosen == Task.ANSWER.paper_class:
-            return self._answer(rng, id, word)
-        if rng.random() < self._read_share:
-            return self._read(rng, id, word)
-        return self._locate(rng, id, word)
+        make = {
+            Task.READ: self._read,
+            Task.LOCATE: self._locate,
+            Task.ANSWER: self._answer,
+            Task.DRAW: self._draw,
+            Task.EDIT: self._edit,
+        }[task]
+        while task.modality == "image" and '"' in word:  # double quotes end the text of a caption
+            word = draw_word(rng, self.split)
+        return make(rng, id, word)
 
     def _draw(self, rng: np.random.Generator, id: str, word: str) -> Record:
-        word = word.replace('"', "'")  # double quotes end the text of a caption
         ink, ground, ink_name, ground_name = _colors(rng, LEGIBLE)
         named = ("", "ink", "ground", "both")[int(rng.choice(4, p=(0.15, 0.25, 0.15, 0.45)))]
         patterns = (HELD_OUT_CAPTIONS if self.split == "held_out" else CAPTIONS)[named]
@@ -176,7 +171,6 @@ class SyntheticWords:
 
     def _edit(self, rng: np.random.Generator, id: str, word: str) -> Record:
         """An old word becomes a new one, in its colour unless another one is told."""
-        word = word.replace('"', "'")
         ink, ground, name, _ = _colors(rng, LEGIBLE)
         old = (
             draw_word(rng, "train")

@@ -230,11 +230,11 @@ def measure_drawing(exam: Exam) -> list[Row]:
         ):
             judged = recognise(picture)
             right.append(same_text(judged, caption.word))
-            near += _colors_near(picture, caption)
+            near += colors_near(picture, caption)
             own.append(text == caption.word)
             if not right[-1]:
                 exam.miss("drawing", _distance(judged, caption.word), picture, f"[{judged}] {caption.prompt}")
-            elif not all(_colors_near(picture, caption)):
+            elif not all(colors_near(picture, caption)):
                 exam.miss("colours", 0, picture, caption.prompt)
             elif not own[-1]:
                 exam.miss("own_drawings", _distance(text, caption.word), picture, f"[{text}] {caption.prompt}")
@@ -245,7 +245,7 @@ def measure_drawing(exam: Exam) -> list[Row]:
     return [*rows, _prompts(exam)]
 
 
-def _colors_near(picture: Image.Image, caption: Caption) -> list[bool]:
+def colors_near(picture: Image.Image, caption: Caption) -> list[bool]:
     """For each colour that a caption names: whether the drawing has it, in the median of ink or ground."""
     pixels = np.asarray(picture.convert("RGB"), np.float64)
     ground = ground_color(pixels)
@@ -284,7 +284,7 @@ def _prompts(exam: Exam) -> Row:
         else:
             result = recognise(picture)
             expected = caption.word.replace(" ", "")
-            right.append(bool(expected) and same_text(result, expected) and all(_colors_near(picture, caption)))
+            right.append(bool(expected) and same_text(result, expected) and all(colors_near(picture, caption)))
         if not right[-1]:
             exam.miss("prompts", 1, picture, f"[{shorten(result, 20)}] {caption.prompt}")
     return Row("100 prompts as people write them: drawn right or the right remedy", sum(right), len(right), 0.95)

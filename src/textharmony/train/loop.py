@@ -108,6 +108,7 @@ def train(
         "model": model.config.to_dict(),
         "training": asdict(config),
         "data": {stage: [asdict(source) for source in sources] for stage, sources in (data or {}).items()},
+        "fonts": _name_fonts(config) if data is None else None,
     }
     out.mkdir(parents=True, exist_ok=True)
     names = set(model.state_dict()) if fresh else trained_names(model, config.stages)
@@ -284,6 +285,11 @@ def _draw(run: _Run, number: int, step: int) -> None:
         sheet = draw_samples(run.model.eval(), stage)
     if main:
         save_picture(sheet, run.out / f"samples-{number}-{stage.name}-{step:05d}.png")
+
+
+def _name_fonts(config: TrainConfig) -> list[str]:
+    """The files that words are rendered in: a run goes on with the same ones."""
+    return [Path(file).name for families in training_fonts(config.fonts) for files in families for file in files]
 
 
 def _require_finite(run: _Run, stage: str, step: int) -> None:

@@ -65,8 +65,8 @@ def test_a_picture_may_have_no_text(plain: Collator) -> None:
 
 def test_an_edited_picture_may_be_read_as_it_is(collator: Collator, records: list[Record]) -> None:
     record = next(record for record in records if record.task is Task.EDIT)
-    shown = Collator(replace(collator.config, hides_edits=False), collator.tokenizer).encode(record)
-    hidden = collator.encode(record)
+    shown = collator.encode(record)
+    hidden = Collator(replace(collator.config, hides_edits=True), collator.tokenizer).encode(record)
     whole = fit_image(record.images[0], collator.config.image_size).colors
     assert torch.equal(shown.pictures[0], whole) and not torch.equal(hidden.pictures[0], whole)
     assert shown.region == hidden.region and torch.equal(shown.target, hidden.target)
@@ -90,7 +90,7 @@ def test_boxes_are_answered_in_thousandths_of_the_fitted_picture(plain: Collator
 def test_an_edit_has_a_hidden_region_and_a_target_of_its_own_size(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    collator = Collator(replace(config, layout=None, drawing_size=(64, 256)), tokenizer)
+    collator = Collator(replace(config, layout=None, drawing_size=(64, 256), hides_edits=True), tokenizer)
     row = collator.encode(asked(Task.EDIT, images=(WIDE,), target=WIDE, boxes=(BOX,), texts=("A",)))
     assert row.region == (64, 16, 128, 32) and row.target is not None and row.target.shape == (3, 64, 256)
     assert torch.equal(row.pictures[0], hide(fit_image(WIDE, (32, 128)).colors, (32, 8, 64, 16)))
@@ -201,7 +201,9 @@ def test_modalities_and_rows_of_drawings(records: list[Record], batch: dict[str,
         assert np.array_equal(back, np.asarray(records[i].load_target()))
 
 
-def test_the_region_of_an_edit_is_hidden_from_its_picture(records: list[Record], batch: dict[str, Any]) -> None:
+def test_the_region_of_an_edit_is_hidden_from_its_picture(records: list[Record], collator: Collator) -> None:
+    hides = Collator(replace(collator.config, hides_edits=True), collator.tokenizer)
+    batch = hides.stack([hides.encode(record) for record in records])
     read = [record for record in records if record.images]
     regions = dict(zip(batch["image_rows"].tolist(), batch["regions"].tolist()))
     for pixels, record in zip(batch["pixel_values"], read, strict=True):

@@ -348,10 +348,10 @@ def test_generation_is_diffusers_own_loop(united: TextHarmony) -> None:
 
 
 def some_layouts(count: int) -> Layouts:
-    boxes = torch.tensor([10.0, 8, 22, 24]) + torch.arange(6)[:, None] * torch.tensor([15.0, 0, 15, 0])
-    characters = torch.zeros(count, 6, dtype=torch.long)
+    boxes = torch.tensor([4.0, 8, 12, 24]) + torch.arange(12)[:, None] * torch.tensor([10.0, 0, 10, 0])
+    characters = torch.zeros(count, 12, dtype=torch.long)
     return Layouts(
-        boxes.expand(count, 6, 4), characters, torch.eye(12)[:count], torch.ones(count, 3), -torch.ones(count, 3)
+        boxes.expand(count, 12, 4), characters, torch.eye(12)[:count], torch.ones(count, 3), -torch.ones(count, 3)
     )
 
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,13 +23,13 @@ from textharmony.model.layout_planner import (
 from textharmony.presets import TINY
 from textharmony.prompts import Task
 
-SLOTS, SIZE = 6, (32, 128)
-BLANK = 36  # the planner's class of an empty slot
+SLOTS, SIZE = 12, (32, 128)
+BLANK = 95  # the planner's class of an empty slot
 
 
 @pytest.fixture(scope="module")
 def layout_config() -> LayoutConfig:
-    return LayoutConfig(width=16, depth=1, heads=2, steps=4)
+    return replace(TINY.layout or LayoutConfig(), width=16, depth=1, heads=2, steps=4)
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_perfect_planner_has_no_loss_but_spelling_and_colors(
 ) -> None:
     predict_perfectly(monkeypatch, planner, layouts)
     characters = layouts.characters.masked_fill(~layouts.present, BLANK)
-    context = torch.randn(16, 9, 12)
+    context = torch.randn(16, 14, 12)
     region = torch.zeros(16, 5)
     probabilities = planner.character_head(context[:, :SLOTS]).double().softmax(-1)
     spelling = -probabilities.gather(-1, characters[..., None]).log().mean()
@@ -100,7 +101,7 @@ def test_a_perfect_planner_has_no_loss_but_spelling_and_colors(
 
 
 def test_the_loss_counts_present_slots_only(planner: LayoutPlanner, layouts: Layouts) -> None:
-    context = torch.randn(16, 9, 12)
+    context = torch.randn(16, 14, 12)
     elsewhere = layouts._replace(boxes=torch.where(layouts.present[..., None], layouts.boxes, 1e4))
     found = []
     for given in (layouts, elsewhere):
@@ -115,13 +116,13 @@ def test_a_perfect_planner_samples_its_layouts_from_any_noise(
     predict_perfectly(monkeypatch, planner, layouts)
     monkeypatch.setattr(planner, "spell", lambda context: layouts.characters)
     noise = torch.randn(16, planner.noise_size)
-    found = planner.sample(torch.randn(16, 9, 12), torch.zeros(16, 5), noise)
+    found = planner.sample(torch.randn(16, 14, 12), torch.zeros(16, 5), noise)
     assert torch.equal(found.characters, layouts.characters) and torch.equal(found.fonts, layouts.fonts)
     assert relative_error(found.boxes[found.present], layouts.boxes[layouts.present]) < 1e-5
 
 
 def test_a_sample_depends_on_its_own_noise_alone(planner: LayoutPlanner) -> None:
-    context, noise = torch.randn(3, 9, 12), torch.randn(3, planner.noise_size)
+    context, noise = torch.randn(3, 14, 12), torch.randn(3, planner.noise_size)
     region = torch.zeros(3, 5)
     together = planner.sample(context, region, noise)
     for i in range(3):
@@ -133,7 +134,8 @@ def test_a_sample_depends_on_its_own_noise_alone(planner: LayoutPlanner) -> None
     assert (sizes >= 0.99).all()
 
 
-def test_spelling_ends_at_the_first_empty_slot(planner: LayoutPlanner) -> None:
+def test_spelling_ends_at_the_first_empty_slot(layout_config: LayoutConfig) -> None:
+    planner = LayoutPlanner(replace(layout_config, slots=6), 12, SIZE)
     classes = torch.tensor([[1, 2, BLANK, 3, BLANK, 4], [BLANK, 1, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5]])
     planner.character_head = nn.Linear(BLANK + 1, BLANK + 1)
     with torch.no_grad():
@@ -144,7 +146,7 @@ def test_spelling_ends_at_the_first_empty_slot(planner: LayoutPlanner) -> None:
 
 
 def test_the_region_matters_to_the_layout(planner: LayoutPlanner) -> None:
-    context, noise = torch.randn(1, 9, 12), torch.randn(1, planner.noise_size)
+    context, noise = torch.randn(1, 14, 12), torch.randn(1, planner.noise_size)
     found = [
         planner.sample(context, region_features(torch.tensor([region]), 1, SIZE, torch.device("cpu")), noise)
         for region in ([0.0, 0, 60, 20], [60.0, 10, 120, 30])
@@ -154,9 +156,10 @@ def test_the_region_matters_to_the_layout(planner: LayoutPlanner) -> None:
 
 @pytest.mark.parametrize("region", [(40.0, 4.0, 70.0, 20.0), (math.nan,) * 4])
 def test_layouts_are_fitted_into_their_region(
-    planner: LayoutPlanner, layouts: Layouts, region: tuple[float, ...]
+    layout_config: LayoutConfig, layouts: Layouts, region: tuple[float, ...]
 ) -> None:
     """Those that fit are moved alone; those that are too large are squeezed; the order of the characters stays."""
+    planner = LayoutPlanner(replace(layout_config, overshoot=0, descent=0), 12, SIZE)
     where = region_features(torch.tensor([region] * 16), 16, SIZE, torch.device("cpu"))
     low_x, low_y, high_x, high_y = (1, 1, 127, 31) if math.isnan(region[0]) else region
     for factor in (1.0, 9.0):
@@ -185,7 +188,7 @@ def test_region_features() -> None:
 
 
 def test_the_painting_moves_with_the_layout(painter: GlyphPainter, layouts: Layouts) -> None:
-    context = torch.randn(16, 9, 12)
+    context = torch.randn(16, 14, 12)
     moved = layouts._replace(boxes=layouts.boxes + torch.tensor([3.0, 0, 3, 0]))
     before, after = painter(layouts, context), painter(moved, context)
     assert before.shape == (16, 1, *SIZE) and before.min() >= 0 and before.max() <= 1
@@ -194,17 +197,18 @@ def test_the_painting_moves_with_the_layout(painter: GlyphPainter, layouts: Layo
 
 
 def test_the_ink_is_at_the_boxes(painter: GlyphPainter, layouts: Layouts) -> None:
-    painted = painter(layouts, torch.randn(16, 9, 12))[:, 0]
+    painted = painter(layouts, torch.randn(16, 14, 12))[:, 0]
     for ink, boxes, present in zip(painted, layouts.boxes, layouts.present):
         near = torch.zeros(SIZE, dtype=torch.bool)
         for x1, y1, x2, y2 in boxes[present].round().int().tolist():
-            near[max(0, y1 - 3) : y2 + 3 + (y2 - y1) // 3, max(0, x1 - 3) : x2 + 3] = True
+            tall = y2 - y1
+            near[max(0, y1 - 4 - tall // 3) : y2 + 4 + tall // 2, max(0, x1 - 3) : x2 + 3] = True
             assert ink[y1 + 1 : y2 - 1, x1:x2].min() > 0.1
         assert (ink[~near] == 0).all()
 
 
 def test_empty_slots_are_not_painted(painter: GlyphPainter, layouts: Layouts) -> None:
-    context = torch.randn(16, 9, 12)
+    context = torch.randn(16, 14, 12)
     boxes = torch.where(layouts.present[..., None], layouts.boxes, torch.tensor([5.0, 5, 60, 25]))
     assert torch.equal(painter(layouts._replace(boxes=boxes), context), painter(layouts, context))
     nothing = layouts._replace(characters=torch.full_like(layouts.characters, EMPTY))
@@ -212,7 +216,7 @@ def test_empty_slots_are_not_painted(painter: GlyphPainter, layouts: Layouts) ->
 
 
 def test_the_painting_depends_on_character_and_font(painter: GlyphPainter, layouts: Layouts) -> None:
-    context = torch.randn(16, 9, 12)
+    context = torch.randn(16, 14, 12)
     base = painter(layouts, context)
     other = context.clone()
     other[:, 0] += 1
@@ -287,10 +291,10 @@ def test_ink_and_ground_stand_apart(ink: float, ground: float) -> None:
 
 
 def test_a_word_with_descenders_is_moved_up(planner: LayoutPlanner) -> None:
-    config = LayoutConfig(characters="Ag", overshoot=0.2, descent=0.4)
+    config = LayoutConfig(slots=SLOTS, characters="Ag", overshoot=0.2, descent=0.4)
     planner = LayoutPlanner(config, 12, SIZE)
     boxes = torch.tensor([10.0, 20.0, 30.0, 31.0]).expand(2, SLOTS, 4)
-    characters = torch.tensor([[0] + [EMPTY] * 5, [1] + [EMPTY] * 5])
+    characters = torch.tensor([[0] + [EMPTY] * (SLOTS - 1), [1] + [EMPTY] * (SLOTS - 1)])
     layouts = Layouts(boxes, characters, torch.eye(12)[[0, 0]], torch.ones(2, 3), -torch.ones(2, 3))
     found = planner.fit(layouts, region_features(None, 2, SIZE, torch.device("cpu"))).boxes[:, 0]
     assert found[0, 3] == 30  # it ends a pixel above the margin

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from textharmony.data.synthetic import CHARACTERS, COLORS
+from textharmony.colors import BASIC, CSS
+from textharmony.data.typesetting import FONTS
+from textharmony.data.words import CHARACTERS, MAX_LENGTH
 from textharmony.presets import TINY
 from textharmony.presets.tiny import build_tokenizer
 from textharmony.prompts import BOI, IMAGE
@@ -31,22 +33,36 @@ def test_round_trip_of_every_printable_text(text: str) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.sampled_from([*COLORS, "a", "ground", "the", "in", "A", "THE", '"', " ", "1", "redd", "ina"])))
+@given(st.lists(st.sampled_from([*CSS, "a", "ground", "the", "in", "A", "THE", '"', " ", "1", "redd", "ina"])))
 def test_round_trip_of_words_run_together(parts: list[str]) -> None:
     text = "".join(parts)
     assert TOKENIZER.decode(ids_of(text)) == text
 
 
 def test_a_word_to_draw_is_its_characters() -> None:
-    for word in [*CHARACTERS, *map("".join, itertools.product("A0ZI", repeat=4)), "THE", "IN", "AND", "RED"]:
+    words = [c for c in CHARACTERS if c != '"']
+    for word in [
+        *words,
+        *map("".join, itertools.product("A0zi", repeat=4)),
+        "the",
+        "in",
+        "red text",
+        "on a sign",
+        "#ff",
+    ]:
         ids = ids_of(f'"{word}"')
         assert [TOKENIZER.decode(i) for i in ids] == ['"', *word, '"']
 
 
-@pytest.mark.parametrize("name", COLORS)
+@pytest.mark.parametrize("name", CSS)
 def test_a_color_is_one_token(name: str) -> None:
-    assert len(ids_of(name)) == len(ids_of(f" {name}")) == 1
+    assert len(ids_of(f" {name}")) == 1
     assert len(ids_of(f'"A" in {name} on {name}')) == 3 + 4
+
+
+def test_a_question_is_words_however_it_begins() -> None:
+    assert len(ids_of("What color is the text")) == len(ids_of("what color is the text")) == 5
+    assert len(ids_of('Is there "the" here?')) == 3 + 5 + 2
 
 
 def test_specials_are_single_and_skipped() -> None:
@@ -62,6 +78,8 @@ def test_two_builds_agree(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_the_layout_knows_what_is_rendered() -> None:
-    """The renderer's characters and colours, in the numbers that the weights were trained with."""
+    """The renderer's characters, colours and fonts, in the numbers that the weights were trained with."""
     assert TINY.layout is not None
-    assert TINY.layout.characters == CHARACTERS and TINY.layout.colors == tuple(COLORS)
+    assert TINY.layout.characters == CHARACTERS and TINY.layout.slots == MAX_LENGTH
+    assert TINY.layout.colors == tuple(BASIC) and TINY.layout.palette == (*CSS, "#rrggbb")
+    assert TINY.layout.fonts == len(FONTS)
