@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from textharmony.data.fonts import find_fonts
 from textharmony.colors import CSS
+from textharmony.data.fonts import find_fonts
 from textharmony.data.synthetic import SyntheticWords
 from textharmony.data.words import is_held_out
 from textharmony.evaluate import people, tiny
