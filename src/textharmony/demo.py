@@ -1,53 +1,66 @@
-"""The demonstration: pictures read, words drawn, a word located and edited, on one contact sheet."""
+"""The demonstration: pictures read and asked about, words drawn, located and edited, on one contact sheet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from textharmony.boxes import SCALE
+from textharmony.boxes import Box, from_pixels, to_pixels
 from textharmony.images import contact_sheet, open_image, outline, save_picture
 from textharmony.pipeline import TextHarmony
 
 PICTURES = Path(__file__).parent / "pictures_to_read"
-WORDS = ("HELLO", "2026", "LORA8")
-NEW_WORD = "OPEN"
-_COLORS = (("red", "white"), ("white", "blue"), ("black", "yellow"), ("yellow", "purple"), ("green", "white"))
+WORDS = ("HELLO", "Open 24h", "lora-8")
+_CAPTIONS = (
+    '"{word}" in red on white',
+    'a navy sign that says "{word}" in gold letters',
+    'please write "{word}" in #00402a on lightgreen',
+    'the word "{word}" on a yellow background',
+)
+_QUESTIONS = ("how many letters does it have?", "is there any text?", "what is the third character?")
+NEW_WORDS = ("OPEN", "2026")
+_CELL = (256, 112)  # pixels
+
+
+def list_pictures() -> list[Path]:
+    """The pictures that come with the package, none of which the renderer of the training made."""
+    return sorted(path for path in PICTURES.iterdir() if path.suffix in (".jpg", ".png"))
 
 
 def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callable[[str], None]) -> None:
-    """Read the pictures in the package, draw words, locate and edit a word, say so, and write a sheet of all."""
+    """Read and ask about the pictures in the package, draw words, locate and edit some, say so, and write a sheet."""
     cells: list[tuple[Image.Image, str]] = []
-    files = sorted(PICTURES.glob("*.png"))
+    files = list_pictures()
     pictures = [open_image(file) for file in files]
-    for file, picture, text in zip(files, pictures, model.read(pictures), strict=True):
-        say(f"read    {file.name:<24} -> {text}")
-        cells.append((_fit(picture), f"read: {text}"))
-    prompts = []
-    for i, word in enumerate(words):
-        ink, ground = _COLORS[i % len(_COLORS)]
-        prompts += [f'"{word}" in {ink} on {ground}'] * 2
-    drawn = model.draw(prompts)
+    prompts = [_CAPTIONS[i % len(_CAPTIONS)].format(word=word) for i, word in enumerate(words) for _ in range(2)]
+    drawn = model.draw(prompts)  # first: a word that cannot be drawn is said before anything else is
+    texts = model.read(pictures)
+    for file, picture, text in zip(files, pictures, texts, strict=True):
+        say(f"read    {file.name:<28} -> {text}")
+        cells.append((picture, f"read: {text}"))
+    for file, picture, question in zip(files, pictures, _QUESTIONS, strict=False):
+        answer = model.answer(picture, question)
+        say(f"answer  {file.name}, {question} -> {answer}")
+        cells.append((picture, f"{question} {answer}"))
     for prompt, picture, read in zip(prompts, drawn, model.read(drawn), strict=True):
-        say(f"draw    {prompt:<32} -> reads itself back as {read}")
-        cells.append((picture, f"draw: {prompt}"))
-    picture = pictures[0]
-    old = model.read(picture)
-    boxes = model.locate(picture, old)
-    say(f"locate  {old:<32} -> {boxes} (thousandths)")
-    cells.append((_fit(outline(picture, boxes, "magenta", max(1, picture.width // 128))), f"locate: {old}"))
-    if boxes:
-        x1, y1, x2, y2 = boxes[0]
-        around = (max(0, x1 - 20), max(0, y1 - 90), min(SCALE, x2 + 20), min(SCALE, y2 + 120))
-        edited = model.edit(picture, around, NEW_WORD)
-        say(f"edit    {f'{old} to {NEW_WORD}':<32} -> reads itself back as {model.read(edited)}")
-        cells.append((_fit(edited), f"edit: {old} to {NEW_WORD}"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(contact_sheet(cells, 4, "textharmony, the embedded tiny model"), out)
+        say(f"draw    {prompt} -> reads itself back as {read}")
+        cells.append((picture, prompt))
+    for file, picture, old, new in zip(reversed(files), reversed(pictures), reversed(texts), NEW_WORDS, strict=False):
+        boxes = model.locate(picture, old) if old else []
+        say(f"locate  {old} in {file.name} -> {boxes} (thousandths)")
+        cells.append((outline(picture, boxes, "magenta", max(1, picture.width // 128)), f"locate: {old}"))
+        if boxes:
+            edited = model.edit(picture, _around(boxes[0], picture.size), new)
+            say(f"edit    {old} to {new} in {file.name} -> reads itself back as {model.read(edited)}")
+            cells.append((edited, f"edit: {old} to {new}"))
+    shown = [(ImageOps.contain(picture, _CELL), caption) for picture, caption in cells]
+    save_picture(contact_sheet(shown, 5, "textharmony, the embedded tiny model", 1), out)
 
 
-def _fit(picture: Image.Image) -> Image.Image:
-    """Scale a picture to the tiny model's width."""
-    return picture.resize((128, max(1, round(picture.height * 128 / picture.width))))
+def _around(box: Box, size: tuple[int, int]) -> Box:
+    """A box that is larger by a fifth of its height on each side, in thousandths of a picture."""
+    x1, y1, x2, y2 = to_pixels(box, size)
+    grow = max(2.0, 0.2 * (y2 - y1))
+    return from_pixels((max(0, x1 - grow), max(0, y1 - grow), min(size[0], x2 + grow), min(size[1], y2 + grow)), size)

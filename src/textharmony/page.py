@@ -23,6 +23,7 @@ from PIL import Image
 
 import slidelora
 from textharmony.boxes import SCALE, Box, bounding_box, from_pixels
+from textharmony.demo import list_pictures
 from textharmony.images import Picture, image_size, open_image, outline, save_picture
 from textharmony.pipeline import TextHarmony
 from textharmony.signals import stop_on_signals
@@ -36,7 +37,7 @@ MOST_BYTES = 2**25  # of an uploaded file; textharmony.images bounds its pixels
 _AT_ONCE, _WAITING = 2, 32  # requests that the model computes, and that wait
 _SIDE = 1024  # pixels of a picture that is shown with boxes, at most
 GATE, BASE = "the gate decides", "no expert"
-_PICTURES = sorted((Path(__file__).parent / "pictures_to_read").glob("*.png"))
+_PICTURES = list_pictures()
 _INTRODUCTION = """# textharmony
 One model reads the text in a picture, and draws the text that you type. With each answer you see how its gate weighed
 its experts, and you can choose an expert yourself."""
@@ -294,7 +295,7 @@ def build(desk: Desk) -> gr.Blocks:
         _tab(desk, "Answer", desk.answer, [picture, question], [answer], asked)
         picture, word = _picture(), gr.Textbox(label="Word", render=False)
         boxes = gr.Textbox(label="x1 y1 x2 y2 in thousandths of the picture", render=False)
-        words = [[p, p.stem.split("-")[1].upper()] for p in _PICTURES[:4]]
+        words = [[p, p.stem.split("-", 1)[1]] for p in _PICTURES[:4]]
         _tab(desk, "Locate", desk.locate, [picture, word], [_result("Where it is"), boxes], words)
         prompt, seed = gr.Textbox(label="What to draw, the text in double quotes", render=False), _seed()
         prompts = [['"HELLO" in red on white'], ['"2026" in white on blue'], ['"CAFE" in black on yellow']]

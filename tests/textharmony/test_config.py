@@ -81,9 +81,7 @@ def test_drawings_have_the_proportion_of_pictures() -> None:
 
 
 def test_a_planner_reads_a_token_for_each_slot() -> None:
-    with pytest.raises(
-        ValueError, match="context_tokens is 12, expected at least 13: one for each of"
-    ):
+    with pytest.raises(ValueError, match="context_tokens is 12, expected at least 13: one for each of"):
         replace(TINY, context_tokens=12)
     assert replace(TINY, context_tokens=13).context_tokens == 13
 
