@@ -89,23 +89,33 @@ TINY_TRAINING = TrainConfig((
         tasks={"read": 0.36, "locate": 0.2, "answer": 0.44}, losses=("text", "words"),
         steps=1500, batch_size=48, learning_rate=1.5e-3,
     ),
+    # Of the ViT, which tells characters apart in a thousand fonts, the answers depend most.
+    Stage(
+        name="more-characters", trainable=r"visual_tokenizer", tasks={"read": 0.7, "locate": 0.3}, losses=("words",),
+        steps=9000, batch_size=64, learning_rate=1.5e-3,
+    ),
+    Stage(
+        name="more-reading", trainable=r"visual_tokenizer|language\.(?!.*lora_|slidelora_gate)|begin_image",
+        tasks={"read": 0.5, "locate": 0.15, "answer": 0.35}, losses=("text", "words"),
+        steps=3500, batch_size=48, learning_rate=1.5e-3,
+    ),
     # Stage 1 of the paper aligns resamplers and image decoder. From scratch, ViT and language model train too, on all
     # tasks.
     Stage(
         name="align", trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)", tasks=_ALL_TASKS,
-        steps=1000, batch_size=48, learning_rate=1.5e-3,
+        steps=2000, batch_size=48, learning_rate=1.5e-3,
     ),
     # Stage 2 of the paper: the language model is frozen; Slide-LoRA and its gate train with the rest.
     Stage(
         name="tune", trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
         tasks=_ALL_TASKS, losses=("text", "image", "layout", "words", "gate"), adapters=True,
-        steps=350, batch_size=48, learning_rate=1e-3, decay_share=0.7,
+        steps=600, batch_size=48, learning_rate=1e-3, decay_share=0.7,
     ),
     # A pretrained ViT has seen far more pictures: this stage shows many more words to it, and trains the gate.
     Stage(
         name="sharpen", trainable=r"visual_tokenizer|language\.slidelora_gate", adapters=True,
         tasks={"read": 0.5, "locate": 0.2, "answer": 0.25, "edit": 0.05}, losses=("text", "words", "gate"),
-        steps=600, batch_size=48, learning_rate=1e-3, decay_share=0.8,
+        steps=1200, batch_size=48, learning_rate=1e-3, decay_share=0.8,
     ),
 ))
 # fmt: on
