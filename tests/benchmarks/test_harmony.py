@@ -1,0 +1,220 @@
+"""The study's arms on miniatures: what every arm trains, that a run goes on after a kill, and what the tables say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from closeness import relative_error
+
+from textharmony.config import ModelConfig
+from textharmony.pipeline import TextHarmony
+from textharmony.presets.tiny import TINY, build_tokenizer
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TASKS = ("text", "image")
+ARMS = ("text", "image", "both", "table", "sequence", "token", "lily", "xlora", "full")
+
+
+def miniature() -> ModelConfig:
+    layers = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    unet = dict(TINY.unet) | {"block_out_channels": [8, 8], "cross_attention_dim": 32}
+    assert TINY.layout is not None
+    return replace(
+        TINY,
+        vision=dict(TINY.vision) | layers | {"num_hidden_layers": 1},
+        stem=(8, 8),
+        language=dict(TINY.language) | layers | {"num_hidden_layers": 2, "num_key_value_heads": 2},
+        unet=unet,
+        vae=dict(TINY.vae) | {"block_out_channels": [8, 8, 8]},
+        layout=replace(TINY.layout, width=16, depth=1, heads=2, steps=2),
+        inference_steps=1,
+        max_new_tokens=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def harmony() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module("harmony")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory, harmony: Any) -> Namespace:
+    """A miniature with random weights, and its language model."""
+    folder = tmp_path_factory.mktemp("harmony")
+    torch.manual_seed(0)
+    TextHarmony(miniature(), build_tokenizer()).save_pretrained(folder / "weights")
+    sizes = {"steps": 3, "batch": 2, "pretrain_steps": 1, "longest": 6, "samples": 0.005}
+    found = Namespace(model="embedded", weights=str(folder / "weights"), out=str(folder), device="cpu", jobs=1, **sizes)
+    harmony.carry_out(found, None)
+    return found
+
+
+def run_of(harmony: Any, arm: str, **values: Any) -> Any:
+    return harmony.Run(
+        **{"folder": "core", "arm": arm, "seed": 0, "rank": 6, "connectors": True, "rate": 1e-3} | values
+    )
+
+
+@pytest.fixture(scope="module")
+def problem(harmony: Any, options: Namespace) -> Any:
+    return harmony.PROBLEMS["embedded"](options)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_trains_its_adapter_and_the_resamplers(harmony: Any, problem: Any, arm: str, tmp_path: Path) -> None:
+    model = problem.build(run_of(harmony, arm))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    log = harmony.train(problem, model, run_of(harmony, arm), 2, tmp_path / "part")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    adapters = {name for name in moved if not harmony.CONNECTORS.match(name)}
+    assert adapters and all(name.startswith("language.") for name in adapters)
+    assert any("visual_tokenizer" in name for name in moved - adapters)
+    expected = {arm} if arm in TASKS else set(TASKS)
+    assert {name for name in log[0] if name.endswith("loss")} == {f"{task} loss" for task in expected}
+    assert ("cosine" in log[0]) == (len(expected) == 2) and "cosine of text" not in log[0]
+
+
+def test_plain_lora_and_the_experts_have_the_same_number_of_weights(harmony: Any, problem: Any) -> None:
+    def adapter(arm: str, **values: Any) -> int:
+        model = problem.build(run_of(harmony, arm, **values))
+        names = ("lora_A", "lora_B", "lily_A", "lily_B")
+        return sum(
+            p.numel() for name, p in model.named_parameters() if p.requires_grad and any(n in name for n in names)
+        )
+
+    sizes = {arm: adapter(arm) for arm in ("both", "table", "xlora", "lily")}
+    sizes |= {str(count): adapter("sequence", experts=count) for count in (2, 5)}
+    assert set(sizes.values()) == {sizes["both"]}
+
+
+def test_arms_see_the_same_samples_and_start_with_the_same_loss(harmony: Any, problem: Any, tmp_path: Path) -> None:
+    logs = {}
+    for arm in ("image", "both", "table", "lily"):
+        run = run_of(harmony, arm)
+        logs[arm] = harmony.train(problem, problem.build(run), run, 1, tmp_path / arm)[0]["image loss"]
+    assert len({round(value, 4) for value in logs.values()}) == 1
+    other = run_of(harmony, "image", seed=1)
+    assert harmony.train(problem, problem.build(other), other, 1, tmp_path / "1")[0]["image loss"] != logs["image"]
+
+
+def test_experts_may_be_on_the_vit(harmony: Any, problem: Any, tmp_path: Path) -> None:
+    for arm in ("both", "sequence"):
+        run = run_of(harmony, arm, placement="vision")
+        model = problem.build(run)
+        harmony.train(problem, model, run, 2, tmp_path / arm)
+        adapters = [n for n, p in model.named_parameters() if p.requires_grad and not harmony.CONNECTORS.match(n)]
+        assert adapters and all(name.startswith("visual_tokenizer.") for name in adapters)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    harmony: Any, problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(harmony, "sequence")
+    whole, cut = problem.build(run), problem.build(run)
+    expected = harmony.train(problem, whole, run, 3, tmp_path / "whole")
+    parents = iter([1, 1, 2])  # the process that started the run ends in its second step
+    with monkeypatch.context() as context:
+        context.setattr("os.getppid", lambda: next(parents))
+        with pytest.raises(SystemExit, match="saved after step 2"):
+            harmony.train(problem, cut, run, 3, tmp_path / "cut")
+    log = harmony.train(problem, cut := problem.build(run), run, 3, tmp_path / "cut")
+    assert [row["text loss"] for row in log] == [row["text loss"] for row in expected]
+    for (name, p), q in zip(whole.named_parameters(), cut.parameters(), strict=True):
+        assert relative_error(q.detach(), p.detach()) < 1e-6, name
+
+
+def test_the_command_writes_tables_and_plot_and_makes_nothing_twice(
+    harmony: Any, options: Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+
+    def work(told: Namespace, run: dict[str, Any] | None, threads: int) -> None:  # in this process
+        assert run is not None
+        made.append(harmony.Run(**run).file)
+        harmony.carry_out(told, run)
+
+    monkeypatch.setattr(harmony, "work", work)
+    command = ["harmony.py", "--arms", "text", "both", "--seeds", "0", "1", "--regime", "rank 6", "--rate", "0.001"]
+    for name in ("weights", "out", "steps", "batch", "pretrain-steps", "longest", "samples", "jobs"):
+        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
+    monkeypatch.setattr(sys, "argv", command)
+    harmony.main()
+    assert made == [f"core/{arm}-{seed}.json" for seed in (0, 1) for arm in ("text", "both")]
+    made.clear()
+    harmony.main()
+    assert made == []
+    out = Path(options.out)
+    rows = {(row["arm"], row["metric"]): row for row in json.loads((out / "results.json").read_text())["rows"]}
+    losses = [
+        [json.loads((out / "core" / f"{arm}-{seed}.json").read_text())["metrics"]["text loss"] for seed in (0, 1)]
+        for arm in ("text", "both")
+    ]
+    differences = [a - b for a, b in zip(*losses)]
+    row = rows["text", "text loss"]
+    assert row["difference"] == pytest.approx(sum(differences) / 2)
+    assert row["half width"] == pytest.approx(12.706 * abs(differences[0] - differences[1]) / 2, rel=1e-3)
+    assert "| core text | 2 |" in capsys.readouterr().out
+    assert (out / "harmony.png").stat().st_size > 10_000 and (out / "results.csv").exists()
+    monkeypatch.setattr(sys, "argv", [*command, "--steps", "4"])
+    with pytest.raises(SystemExit, match="choose another --out"):
+        harmony.main()
+
+
+def pilot_of(harmony: Any, monkeypatch: pytest.MonkeyPatch, out: Path, harm: dict[str, float]) -> dict[str, Any]:
+    """Choose by invented losses: "both" has those of the arms for one task, times 1 + the harm of the regime."""
+
+    def run_all(runs: list[Any], options: Namespace) -> list[dict[str, Any]]:
+        results = []
+        for run in runs:
+            regime = next(n for n in harm if n.replace(", ", "-").replace(" ", "-") in run.folder)
+            loss = (1 + harm[regime] if run.arm == "both" else 1) * (1 + abs(run.rate - 1e-3))
+            metrics = {"text loss": loss, "image loss": loss, "read": 0.5, "draw": 0.5}
+            results.append({"run": vars(run) | {"rate": run.rate}, "metrics": metrics})
+        return results
+
+    monkeypatch.setattr(harmony, "run_all", run_all)
+    monkeypatch.setattr(harmony, "settings", lambda options: {})
+    harmony.pilot(Namespace(model="embedded", out=str(out)))
+    return json.loads((out / "pilot.json").read_text())
+
+
+def test_the_pilot_takes_the_first_regime_with_harm(
+    harmony: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list(harmony.REGIMES["embedded"])[::-1]  # the longest name first
+    found = pilot_of(harmony, monkeypatch, tmp_path, dict(zip(names, (0.2, 0.05, 0.01))))
+    assert (found["regime"], found["rate"], found["interference"]) == ("rank 6", 1e-3, True)
+    found = pilot_of(harmony, monkeypatch, tmp_path, dict(zip(names, (-0.2, 0.015, 0.01))))
+    assert (found["regime"], found["interference"]) == ("rank 6", False)
+
+
+def test_smollm2s_arms_take_steps(harmony: Any, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }} = "
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    options = Namespace(model="smollm2", weights=str(tmp_path), out=str(tmp_path), device="cpu", batch=2, samples=0.01)
+    problem = harmony.PROBLEMS["smollm2"](options)
+    for arm in ("capitals", "both", "table", "sequence", "xlora"):
+        run = run_of(harmony, arm, connectors=False)
+        model = problem.build(run)
+        (row,) = harmony.train(problem, model, run, 1, tmp_path / arm)
+        assert ("reverse loss" in row) == (arm != "capitals")
+        assert problem.evaluate(model, run).keys() == {
+            f"{task} {kind}" for task in problem.tasks for kind in ("loss", "accuracy")
+        }
