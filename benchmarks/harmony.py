@@ -11,8 +11,8 @@ docs/harmony.md has the question, the set-up and the results.
 What is the same in all arms. Task by task, the samples of step n are a function of (task, seed, n). An arm that trains
 one task makes as many steps on the same samples of that task as the arms that train both; an arm that trains both has
 the samples of both tasks in each step, and its loss is the sum of what the arms for one task minimise. The adapters
-have the same rank in total: three experts of a third of it each. The learning rate is the best one of the arm "both", which
-Slide-LoRA has to beat; no other arm has a rate of its own.
+have the same rank in total: three experts of a third of it each. The learning rate is the best one of the arm "both",
+which Slide-LoRA has to beat; no other arm has a rate of its own.
 
 The embedded model. Text: read, answer, locate; image: draw, edit. ViT, VAE, UNet, layout planner and painter are those
 of the embedded weights, frozen. The language model is new: it has the same architecture, and was trained to predict
@@ -65,7 +65,7 @@ ARMS = {"embedded": BOTH, "smollm2": ("both", "table", "sequence")}  # besides t
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "placement": ("vision", "both"),  # instead of "language"
     "rank": (0.5, 2),  # of the regime's
-    "experts": (2, 5),  # instead of 3
+    "experts": (2, 6),  # instead of 3
     "scaling": (0.5, 2.0),  # instead of 1
 }
 # 97.5% quantiles of Student's t by degrees of freedom, from 1 on; the last one counts for more, too.

@@ -45,7 +45,7 @@ class Run:
     connectors: bool  # whether the resamplers train
     rate: float  # of learning
     placement: str = "language"  # or "vision" or "both": where the adapter is
-    experts: int = 3  # one for each task and a shared one; 2: no shared one; 5: two for each task
+    experts: int = 3  # one for each task and a shared one; 2: no shared one; 6: two of each
     scaling: float = 1.0  # lora_alpha / r
 
     @property
@@ -57,18 +57,16 @@ class Run:
 
 
 def slide_fields(run: Run, tasks: Sequence[str], targets: Any) -> dict[str, Any]:
-    """slidelora's fields for experts whose ranks add up to that of the run."""
-    counts, parts = {2: ((1, 1), 2), 3: ((1, 1, 1), 3), 5: ((2, 2, 1), 6)}[run.experts]
-    names = (*tasks, "shared")[: len(counts)]
-    ranks = {name: run.rank // parts for name in names}
-    if run.experts == 5:
-        ranks["shared"] *= 2
-    if run.rank % parts:
-        raise SystemExit(f"rank is {run.rank}, expected a multiple of {parts} for {run.experts} experts")
-    alphas = {name: rank * run.scaling for name, rank in ranks.items()}
+    """slidelora's fields for experts of equal rank, which add up to that of the run."""
+    names = tasks if run.experts == 2 else (*tasks, "shared")
+    if run.rank % run.experts or run.experts % len(names):
+        raise SystemExit(f"rank is {run.rank}, expected a multiple of the number of experts, {run.experts}")
+    rank = run.rank // run.experts
     losses = {"supervised_coef": 1.0, "balance_coef": 0.01 if run.arm == "token" else 0.0}
-    fields = {"experts": dict(zip(names, counts)), "r": ranks, "lora_alpha": alphas, "gate": GATES[run.arm]}
-    return fields | losses | {"target_modules": targets}
+    return losses | {
+        **{"experts": dict.fromkeys(names, run.experts // len(names)), "r": rank, "lora_alpha": rank * run.scaling},
+        **{"gate": GATES[run.arm], "target_modules": targets},
+    }
 
 
 def adapt(host: nn.Module, run: Run, targets: Any) -> nn.Module:
@@ -264,7 +262,7 @@ class Embedded:
             ids = ids.to(self.options.device)
             loss = language.train()(input_ids=ids, labels=ids).loss
             loss.backward()
-            return {"loss": float(loss)}
+            return {"loss": float(loss.detach())}
 
         steps, checkpoint = self.options.pretrain_steps, file.with_suffix(".part")
         log = descend(dict(language.named_parameters()), step, steps, 2e-3, checkpoint)
@@ -354,7 +352,7 @@ class Embedded:
         total = torch.stack([WEIGHTS[name] * loss for name, loss in found.items()]).sum()
         if run.arm == "token":
             total = total + slidelora.aux_loss(model.language)
-        return total, sum(WEIGHTS[name] * float(found[name]) for name in wanted)
+        return total, sum(WEIGHTS[name] * float(found[name].detach()) for name in wanted)
 
     @torch.no_grad()
     def evaluate(self, model: Any, run: Run) -> dict[str, float]:
@@ -377,12 +375,12 @@ class Embedded:
                     metrics.setdefault("diffusion loss", []).append(found["image"])
                     metrics.setdefault("layout loss", []).append(found["layout"])
         for task, count in EVALUATED.items():
-            records = list(
-                islice(self._records(HELD_OUT_SEED + 1, "held_out", task), math.ceil(count * self.options.samples))
-            )
-            requests = [
-                replace(request_for(r), seed=i if task in ("draw", "edit") else 0) for i, r in enumerate(records)
-            ]
+            stream = (
+                r for r in self._records(HELD_OUT_SEED + 1, "held_out", task) if r.words
+            )  # not textless, nor absent
+            records = list(islice(stream, math.ceil(count * self.options.samples)))
+            seeds = range(len(records)) if task in ("draw", "edit") else [0] * len(records)
+            requests = [replace(request_for(record), seed=seed) for record, seed in zip(records, seeds)]
             for record, result in zip(records, model.perform(requests), strict=True):
                 said, wanted_text = self._said(task, record, result)
                 metrics.setdefault(task, []).append(float(said == wanted_text))
@@ -401,8 +399,7 @@ class Embedded:
         from textharmony.evaluate.table import same_text
 
         if task == "locate":
-            found = any(iou(box, record.boxes[0]) >= 0.5 for box in result) if record.boxes else not result
-            return str(found), "True"
+            return str(any(iou(box, record.boxes[0]) >= 0.5 for box in result)), "True"
         if task in ("read", "answer"):
             return result, record.texts[0]
         if task == "edit":
@@ -487,7 +484,7 @@ class SmolLM2:
         if run.arm in ("sequence", "token"):
             targets = [task] * len(batch["labels"]) if run.arm == "sequence" else None
             total = loss + slidelora.aux_loss(model, targets=targets)
-        return total, float(loss)
+        return total, float(loss.detach())
 
     def evaluate(self, model: Any, run: Run) -> dict[str, float]:
         model.eval()

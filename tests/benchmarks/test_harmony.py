@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -20,7 +21,14 @@ from textharmony.presets.tiny import TINY, build_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TASKS = ("text", "image")
-ARMS = ("text", "image", "both", "table", "sequence", "token", "lily", "xlora", "full")
+LONG = pytest.mark.skipif(not os.environ.get("TEXTHARMONY_LONG"), reason="takes some seconds: TEXTHARMONY_LONG=1")
+ARMS = [
+    *TASKS,
+    "both",
+    *(pytest.param(arm, marks=LONG) for arm in ("table", "sequence", "lily", "full")),
+    "token",
+    "xlora",
+]
 
 
 def miniature() -> ModelConfig:
@@ -31,7 +39,7 @@ def miniature() -> ModelConfig:
         TINY,
         vision=dict(TINY.vision) | layers | {"num_hidden_layers": 1},
         stem=(8, 8),
-        language=dict(TINY.language) | layers | {"num_hidden_layers": 2, "num_key_value_heads": 2},
+        language=dict(TINY.language) | layers | {"num_hidden_layers": 4, "num_key_value_heads": 2},
         unet=unet,
         vae=dict(TINY.vae) | {"block_out_channels": [8, 8, 8]},
         layout=replace(TINY.layout, width=16, depth=1, heads=2, steps=2),
@@ -55,7 +63,7 @@ def options(tmp_path_factory: pytest.TempPathFactory, harmony: Any) -> Namespace
     folder = tmp_path_factory.mktemp("harmony")
     torch.manual_seed(0)
     TextHarmony(miniature(), build_tokenizer()).save_pretrained(folder / "weights")
-    sizes = {"steps": 3, "batch": 2, "pretrain_steps": 1, "longest": 6, "samples": 0.005}
+    sizes = {"steps": 1, "batch": 2, "pretrain_steps": 1, "longest": 6, "samples": 0.005}
     found = Namespace(model="embedded", weights=str(folder / "weights"), out=str(folder), device="cpu", jobs=1, **sizes)
     harmony.carry_out(found, None)
     return found
@@ -95,10 +103,11 @@ def test_plain_lora_and_the_experts_have_the_same_number_of_weights(harmony: Any
         )
 
     sizes = {arm: adapter(arm) for arm in ("both", "table", "xlora", "lily")}
-    sizes |= {str(count): adapter("sequence", experts=count) for count in (2, 5)}
+    sizes |= {str(count): adapter("sequence", experts=count) for count in (2, 6)}
     assert set(sizes.values()) == {sizes["both"]}
 
 
+@LONG
 def test_arms_see_the_same_samples_and_start_with_the_same_loss(harmony: Any, problem: Any, tmp_path: Path) -> None:
     logs = {}
     for arm in ("image", "both", "table", "lily"):
@@ -109,6 +118,7 @@ def test_arms_see_the_same_samples_and_start_with_the_same_loss(harmony: Any, pr
     assert harmony.train(problem, problem.build(other), other, 1, tmp_path / "1")[0]["image loss"] != logs["image"]
 
 
+@LONG
 def test_experts_may_be_on_the_vit(harmony: Any, problem: Any, tmp_path: Path) -> None:
     for arm in ("both", "sequence"):
         run = run_of(harmony, arm, placement="vision")
@@ -167,7 +177,7 @@ def test_the_command_writes_tables_and_plot_and_makes_nothing_twice(
     assert row["half width"] == pytest.approx(12.706 * abs(differences[0] - differences[1]) / 2, rel=1e-3)
     assert "| core text | 2 |" in capsys.readouterr().out
     assert (out / "harmony.png").stat().st_size > 10_000 and (out / "results.csv").exists()
-    monkeypatch.setattr(sys, "argv", [*command, "--steps", "4"])
+    monkeypatch.setattr(sys, "argv", [*command, "--steps", "2"])
     with pytest.raises(SystemExit, match="choose another --out"):
         harmony.main()
 
@@ -200,6 +210,7 @@ def test_the_pilot_takes_the_first_regime_with_harm(
     assert (found["regime"], found["interference"]) == ("rank 6", False)
 
 
+@LONG
 def test_smollm2s_arms_take_steps(harmony: Any, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
