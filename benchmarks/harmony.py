@@ -24,8 +24,8 @@ SmolLM2-135M (--model smollm2). Text against text: to write three words in capit
 The rule of the pilot. Its seeds are not used again. First the rate: the one of RATES with which "both" has the lowest
 losses (held out, each relative to the lowest found). Then the regimes in their order, with the arms for one task and
 "both": the first counts in which the arms for one task have learnt something (5% to 98% exact) and in which the harm is
-at least 2% for each seed. Harm is the mean over the tasks of loss("both") / loss(one task) - 1, held out. If none does,
-the regime with the largest mean harm is taken, and the pilot says that it found no interference.
+at least 2% for each seed (SmolLM2: 10%). Harm is the mean over the tasks of loss("both") / loss(one task) - 1, held
+out. If none does, the regime with the largest mean harm is taken, and the pilot says that it found no interference.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ REGIMES = {  # total rank, and whether the resamplers train: from the paper's re
     "smollm2": {"rank 6": (6, False), "rank 3": (3, False)},
 }
 RATES = (5e-4, 1e-3, 2e-3)
-PILOT_SEEDS, HARM, LEARNT = (100, 101), 0.02, (0.05, 0.98)
+PILOT_SEEDS, LEARNT = (100, 101), (0.05, 0.98)
+HARM = {"embedded": 0.02, "smollm2": 0.1}  # the least; held-out losses of SmolLM2 are near 0, and vary by more
 DEFAULTS = {"embedded": (600, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
 ARMS = {"embedded": BOTH, "smollm2": ("both", "table", "sequence")}  # besides those for one task
 ABLATIONS: dict[str, tuple[Any, ...]] = {
@@ -197,7 +198,7 @@ def pilot(options: argparse.Namespace) -> None:
         learnt = all(LEARNT[0] <= value <= LEARNT[1] for value in exact.values())
         tried.append(
             {"regime": regime, "harms": harms, "harm": of_seeds, "exact": exact, "learnt": learnt}
-            | {"passed": learnt and min(of_seeds) >= HARM}
+            | {"passed": learnt and min(of_seeds) >= HARM[options.model]}
         )
         print(json.dumps(tried[-1]), flush=True)
         if tried[-1]["passed"]:
@@ -205,7 +206,12 @@ def pilot(options: argparse.Namespace) -> None:
     passed = [row for row in tried if row["passed"]]
     best = max(tried, key=lambda row: (row["passed"], row["learnt"], statistics.mean(row["harm"])))
     choice = {"regime": best["regime"], "rate": rate, "interference": bool(passed), "rates": losses, "tried": tried}
-    choice |= {"settings": settings(options), "seeds": PILOT_SEEDS, "least harm": HARM, "bounds of exact": LEARNT}
+    choice |= {
+        "settings": settings(options),
+        "seeds": PILOT_SEEDS,
+        "least harm": HARM[options.model],
+        "bounds of exact": LEARNT,
+    }
     replace_file(Path(options.out) / "pilot.json", (json.dumps(choice, indent=2) + "\n").encode())
     if not any(row["learnt"] for row in tried):
         print("no regime is between the bounds of what counts as learnt: use more --steps, or a smaller --longest")
@@ -292,12 +298,12 @@ def markdown(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], tasks
         values = " | ".join(cell(folder, arm, metric) for metric in main)
         lines.append(f"| {folder} {arm} | {len(found)} | {found[0]['adapter']:,} | {values} |")
     lines += ["", "In brackets: the difference to `both`, paired by seed, with its 95% interval (Student's t).", ""]
-    names = ["cosine", *(f"cosine of {task}" for task in tasks)]
+    names = ["cosine", *(f"{what} of {task}" for what in ("cosine", "norm") for task in tasks)]
     lines += ["| run | " + " | ".join(names) + " | minutes of steps |", "|---" * (2 + len(names)) + "|"]
     for folder, arm in pairs:
         means = [mean_of(of(folder, arm), name) for name in names]
         minutes = sum(row["seconds"] for r in of(folder, arm) for row in r["log"]) / len(of(folder, arm)) / 60
-        values = " | ".join("" if value is None else f"{value:+.3f}" for value in means)
+        values = " | ".join("" if value is None else f"{value:.3f}" for value in means)
         lines.append(f"| {folder} {arm} | {values} | {minutes:.1f} |")
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     lines += ["", "| run | " + " | ".join(metrics) + " |", "|---" * (1 + len(metrics)) + "|"]

@@ -204,6 +204,7 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path) -> l
             if probed:
                 now = flat_gradient(shared)
                 gradients[task], before = now if before is None else now - before, now
+                row[f"norm of {task}"] = float(gradients[task].norm())
         if probed:
             row["cosine"] = cosine(*gradients.values())
             if number % every:
@@ -295,6 +296,7 @@ class Embedded:
         """The model of an arm, in which only the adapter and perhaps the resamplers train."""
         from safetensors.torch import load_file
 
+        from textharmony.config import put_experts_on
         from textharmony.model.backbones import Backbones
         from textharmony.pipeline import TextHarmony
 
@@ -307,8 +309,8 @@ class Embedded:
         assert not found.unexpected_keys and all(name.startswith("language.") for name in found.missing_keys)
         model.requires_grad_(False)
         torch.manual_seed(seed_of("adapter", run.seed))
-        # Queries, keys, values and outputs of the ViT, whatever its architecture calls them.
-        targets = {"language": LINEAR, "vision": r"vit\..*\.(q|k|v|o|out)_proj"}
+        on_vision = put_experts_on(replace(self.config, slide={}), "vision").slide_vision or {}
+        targets = {"language": LINEAR, "vision": on_vision["target_modules"]}
         for part, name, field in (("language", "language", "slide"), ("vision", "visual_tokenizer", "slide_vision")):
             if run.placement not in (part, "both"):
                 continue
@@ -341,7 +343,7 @@ class Embedded:
         return {n: v.to(self.options.device) if hasattr(v, "to") else v for n, v in batch.items()}
 
     def batch(self, task: str, seed: int, number: int) -> dict[str, Any]:
-        size = self.options.batch
+        size = self.options.batch if task == "text" else self.options.batch // 2  # a drawing takes twice as long
         return self._collate(list(islice(self._records(7000 + seed, "train", task, size * number), size)))
 
     def loss(self, model: Any, run: Run, task: str, batch: Mapping[str, Any]) -> tuple[Tensor, float]:

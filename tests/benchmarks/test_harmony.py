@@ -21,6 +21,7 @@ from textharmony.presets.tiny import TINY, build_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TASKS = ("text", "image")
+EVALUATED = ("read", "answer", "locate", "draw", "edit")
 LONG = pytest.mark.skipif(not os.environ.get("TEXTHARMONY_LONG"), reason="takes some seconds: TEXTHARMONY_LONG=1")
 ARMS = [
     *TASKS,
@@ -91,7 +92,8 @@ def test_an_arm_trains_its_adapter_and_the_resamplers(harmony: Any, problem: Any
     assert any("visual_tokenizer" in name for name in moved - adapters)
     expected = {arm} if arm in TASKS else set(TASKS)
     assert {name for name in log[0] if name.endswith("loss")} == {f"{task} loss" for task in expected}
-    assert ("cosine" in log[0]) == (len(expected) == 2) and "cosine of text" not in log[0]
+    assert ("cosine" in log[0]) == (len(expected) == 2)
+    assert ("cosine of text" in log[1]) == (len(expected) == 2) and "cosine of text" not in log[0]
 
 
 def test_plain_lora_and_the_experts_have_the_same_number_of_weights(harmony: Any, problem: Any) -> None:
@@ -156,30 +158,37 @@ def test_the_command_writes_tables_and_plot_and_makes_nothing_twice(
         harmony.carry_out(told, run)
 
     monkeypatch.setattr(harmony, "work", work)
-    command = ["harmony.py", "--arms", "text", "both", "--seeds", "0", "1", "--regime", "rank 6", "--rate", "0.001"]
+    command = ["harmony.py", "--arms", "both", "--seeds", "0", "--regime", "rank 6", "--rate", "0.001"]
     for name in ("weights", "out", "steps", "batch", "pretrain-steps", "longest", "samples", "jobs"):
         command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
     monkeypatch.setattr(sys, "argv", command)
     harmony.main()
-    assert made == [f"core/{arm}-{seed}.json" for seed in (0, 1) for arm in ("text", "both")]
-    made.clear()
     harmony.main()
-    assert made == []
+    assert made == ["core/both-0.json"]
+    assert "| core both | 1 |" in capsys.readouterr().out
     out = Path(options.out)
-    rows = {(row["arm"], row["metric"]): row for row in json.loads((out / "results.json").read_text())["rows"]}
-    losses = [
-        [json.loads((out / "core" / f"{arm}-{seed}.json").read_text())["metrics"]["text loss"] for seed in (0, 1)]
-        for arm in ("text", "both")
-    ]
-    differences = [a - b for a, b in zip(*losses)]
-    row = rows["text", "text loss"]
-    assert row["difference"] == pytest.approx(sum(differences) / 2)
-    assert row["half width"] == pytest.approx(12.706 * abs(differences[0] - differences[1]) / 2, rel=1e-3)
-    assert "| core text | 2 |" in capsys.readouterr().out
+    metrics = json.loads((out / "core/both-0.json").read_text())["metrics"]
+    assert {"text loss", "image loss", "text accuracy", "image accuracy", *EVALUATED} <= metrics.keys()
     assert (out / "harmony.png").stat().st_size > 10_000 and (out / "results.csv").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--steps", "2"])
-    with pytest.raises(SystemExit, match="choose another --out"):
+    with pytest.raises(SystemExit, match="was made with {'steps': 1}, expected {'steps': 2}: choose another --out"):
         harmony.main()
+
+
+def test_differences_are_paired_by_seed_and_have_students_interval(harmony: Any) -> None:
+    def result(arm: str, seed: int, loss: float, folder: str = "core") -> dict[str, Any]:
+        return {"run": {"folder": folder, "arm": arm, "seed": seed}, "metrics": {"text loss": loss}}
+
+    both = [result("both", seed, loss) for seed, loss in enumerate((1.0, 2.0, 4.0))]
+    text = [result("text", seed, loss) for seed, loss in enumerate((0.9, 1.7, 3.5))]
+    others = [result("sequence", 0, 5.0, "ablation/experts-2"), result("both", 7, 5.0, "ablation/rank-2")]
+    rows = {(row["folder"], row["arm"]): row for row in harmony.compare([*both, *text, *others])}
+    row = rows["core", "text"]
+    assert row["difference"] == pytest.approx(-0.3)  # of -0.1, -0.3 and -0.5
+    assert row["half width"] == pytest.approx(4.303 * 0.2 / 3**0.5)
+    assert rows["core", "both"]["difference"] == 0 == rows["ablation/rank-2", "both"]["difference"]
+    alone = rows["ablation/experts-2", "sequence"]  # compared with the core's, of which there is one pair
+    assert alone["difference"] == 4.0 and alone["half width"] is None
 
 
 def pilot_of(harmony: Any, monkeypatch: pytest.MonkeyPatch, out: Path, harm: dict[str, float]) -> dict[str, Any]:
