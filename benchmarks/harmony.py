@@ -114,13 +114,14 @@ def carry_out(options: argparse.Namespace, values: dict[str, Any] | None) -> Non
     """Make one run and write its result; without values, pretrain the language model."""
     problem, out = PROBLEMS[options.model](options), Path(options.out)
     if values is None:
-        return problem.pretrain(out / "language.safetensors")
+        return problem.pretrain(out / "language.safetensors", about_language(options))
     run = Run(**values)
     file = out / run.file
     file.parent.mkdir(parents=True, exist_ok=True)
     model = problem.build(run)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    log = train(problem, model, run, options.steps, file.with_suffix(".part"))
+    about = json.dumps({**asdict(run), **settings(options)})
+    log = train(problem, model, run, options.steps, file.with_suffix(".part"), about)
     adapter = sum(count for name, count in trained.items() if not CONNECTORS.match(name))
     result = {
         **{"run": asdict(run), "settings": settings(options), "metrics": problem.evaluate(model, run)},
@@ -128,6 +129,11 @@ def carry_out(options: argparse.Namespace, values: dict[str, Any] | None) -> Non
     }
     replace_file(file, json.dumps(result).encode())
     file.with_suffix(".part").unlink(missing_ok=True)
+
+
+def about_language(options: argparse.Namespace) -> str:
+    """What the pretrained language model depends on."""
+    return f"{options.pretrain_steps} steps from {digest(options)}"
 
 
 def run_all(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
@@ -138,6 +144,10 @@ def run_all(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
     if missing and options.model == "embedded" and not language.exists():
         print("the language model is trained on Python's reference manual", flush=True)
         work(options, None, options.jobs)
+    if language.exists() and (found := json.loads(language.with_suffix(".json").read_text())["about"]) != (
+        wanted := about_language(options)
+    ):
+        raise SystemExit(f"{language} was trained for {found}, expected {wanted}: choose another --out")
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = {pool.submit(work, options, asdict(run), 1): run for run in missing}
         try:
@@ -230,6 +240,11 @@ def chosen(options: argparse.Namespace) -> tuple[int, bool, float]:
                 f"there is no pilot.json in {options.out}: run with --pilot first, or say --regime and --rate"
             )
         choice = json.loads(files[0].read_text())
+        if other := {n: v for n, v in settings(options).items() if choice["settings"][n] != v}:
+            before = {name: choice["settings"][name] for name in other}
+            raise SystemExit(
+                f"{files[0]} is of {before}, expected {other}: run with --pilot, or say --regime and --rate"
+            )
         regime, rate = regime or choice["regime"], rate or choice["rate"]
     if regime not in regimes:
         raise SystemExit(f"regime is {regime!r}, expected one of {list(regimes)}")

@@ -130,16 +130,24 @@ class XLora(nn.Module):
 
 
 def descend(
-    trained: Mapping[str, nn.Parameter], step: Callable[[int], dict[str, float]], steps: int, rate: float, file: Path
+    trained: Mapping[str, nn.Parameter],
+    step: Callable[[int], dict[str, float]],
+    steps: int,
+    rate: float,
+    file: Path,
+    about: str,
 ) -> list[dict[str, float]]:
-    """Make AdamW steps on gradients that `step` computes, with a checkpoint in `file` each minute; return what it says.
+    """Make AdamW steps on gradients that `step` computes, and return what it says.
 
-    The learning rate rises over the first twentieth and falls linearly to a tenth.
+    The learning rate rises over the first twentieth and falls linearly to a tenth. Each minute a checkpoint goes to
+    `file`, from which a later call continues; `about` must then be the same.
     """
     optimizer = torch.optim.AdamW(trained.values(), rate, betas=(0.9, 0.98), weight_decay=0.02)
     log: list[dict[str, float]] = []
     if file.exists():
         saved = torch.load(file, weights_only=True, map_location="cpu")
+        if saved["about"] != about:
+            raise SystemExit(f"{file} is of {saved['about']}, expected {about}: choose another --out")
         optimizer.load_state_dict(saved["optimizer"])
         log = saved["log"]
         with torch.no_grad():
@@ -160,7 +168,8 @@ def descend(
         orphan = os.getppid() != parent  # the command was killed: another one may go on with this run
         if begun - since > 60 or orphan:
             state = {name: parameter.detach() for name, parameter in trained.items()}
-            torch.save({"trained": state, "optimizer": optimizer.state_dict(), "log": log}, buffer := io.BytesIO())
+            saved = {"trained": state, "optimizer": optimizer.state_dict(), "log": log, "about": about}
+            torch.save(saved, buffer := io.BytesIO())
             replace_file(file, buffer.getvalue())
             since = begun
         if orphan:
@@ -181,7 +190,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
 
-def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path) -> list[dict[str, float]]:
+def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, about: str = "") -> list[dict[str, float]]:
     """Train an arm; the log has each task's loss, and at some steps how the tasks' gradients agree.
 
     "cosine" compares the gradients of the two tasks on the adapter's weights. "cosine of text" and so on compare those
@@ -213,7 +222,7 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path) -> l
             earlier.update({} if number % every else gradients)
         return row
 
-    return descend(trained, step, steps, run.rate, file)
+    return descend(trained, step, steps, run.rate, file, about)
 
 
 # The embedded model
@@ -246,8 +255,8 @@ class Embedded:
         self.config, self.tokenizer = config, self.parts.tokenizer
         self.collator = Collator(config, self.tokenizer)
 
-    def pretrain(self, file: Path) -> None:
-        """Train the language model to predict the next token of Python's reference manual."""
+    def pretrain(self, file: Path, about: str) -> None:
+        """Train the language model to predict the next token of Python's reference manual, and write it to `file`."""
         from safetensors.torch import save
 
         language = self._language().to(self.options.device)
@@ -266,15 +275,9 @@ class Embedded:
             return {"loss": float(loss.detach())}
 
         steps, checkpoint = self.options.pretrain_steps, file.with_suffix(".part")
-        log = descend(dict(language.named_parameters()), step, steps, 2e-3, checkpoint)
-        losses = [row["loss"] for row in log]
-        about = {
-            "tokens": len(tokens),
-            "losses": losses,
-            "python": sys.version,
-            "seconds": sum(row["seconds"] for row in log),
-        }
-        replace_file(file.with_suffix(".json"), json.dumps(about).encode())
+        log = descend(dict(language.named_parameters()), step, steps, 2e-3, checkpoint, about)
+        told = {"about": about, "python": sys.version, "tokens": len(tokens), "log": log}
+        replace_file(file.with_suffix(".json"), json.dumps(told).encode())
         replace_file(file, save({name: p.detach().cpu().contiguous() for name, p in language.named_parameters()}))
         checkpoint.unlink(missing_ok=True)
 
@@ -377,15 +380,16 @@ class Embedded:
                     metrics.setdefault("diffusion loss", []).append(found["image"])
                     metrics.setdefault("layout loss", []).append(found["layout"])
         for task, count in EVALUATED.items():
-            stream = (
-                r for r in self._records(HELD_OUT_SEED + 1, "held_out", task) if r.words
-            )  # not textless, nor absent
+            stream = (record for record in self._records(HELD_OUT_SEED + 1, "held_out", task) if record.words)
             records = list(islice(stream, math.ceil(count * self.options.samples)))
             seeds = range(len(records)) if task in ("draw", "edit") else [0] * len(records)
             requests = [replace(request_for(record), seed=seed) for record, seed in zip(records, seeds)]
             for record, result in zip(records, model.perform(requests), strict=True):
                 said, wanted_text = self._said(task, record, result)
                 metrics.setdefault(task, []).append(float(said == wanted_text))
+                if task == "draw":  # what PP-OCR makes of real pictures
+                    real = self._said(task, record, record.load_target())
+                    metrics.setdefault("draw, the judge", []).append(float(real[0] == real[1]))
                 if task in ("read", "draw"):
                     distance = edit_distance(said, wanted_text) / max(len(said), len(wanted_text), 1)
                     metrics.setdefault(f"{task} similarity", []).append(1 - distance)

@@ -141,6 +141,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         context.setattr("os.getppid", lambda: next(parents))
         with pytest.raises(SystemExit, match="saved after step 2"):
             harmony.train(problem, cut, run, 3, tmp_path / "cut")
+    with pytest.raises(SystemExit, match="is of , expected another: choose another --out"):
+        harmony.train(problem, cut, run, 3, tmp_path / "cut", "another")
     log = harmony.train(problem, cut := problem.build(run), run, 3, tmp_path / "cut")
     assert [row["text loss"] for row in log] == [row["text loss"] for row in expected]
     for (name, p), q in zip(whole.named_parameters(), cut.parameters(), strict=True):
@@ -219,6 +221,22 @@ def test_the_pilot_takes_the_first_regime_with_harm(
     assert (found["regime"], found["rate"], found["interference"]) == ("rank 6", 1e-3, True)
     found = pilot_of(harmony, monkeypatch, tmp_path, dict(zip(names, (-0.2, 0.015, 0.01))))
     assert (found["regime"], found["interference"]) == ("rank 6", False)
+
+
+@LONG
+def test_xlora_writes_from_embeddings_what_its_logits_say(harmony: Any, problem: Any) -> None:
+    host = problem.build(run_of(harmony, "xlora")).language
+    for parameter in host.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    embeds, written = 0.5 * torch.randn(2, 5, 32), []
+    mask = torch.ones(2, 5, dtype=torch.long)
+    found = host.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=[])
+    with torch.no_grad():
+        for _ in range(6):
+            hidden = host.base_model(inputs_embeds=embeds).last_hidden_state[:, -1:]
+            written.append(host.get_output_embeddings()(hidden).argmax(-1))
+            embeds = torch.cat([embeds, host.get_input_embeddings()(written[-1])], 1)
+    assert torch.equal(found, torch.cat(written, 1)) and len(found.unique()) > 2
 
 
 @LONG
