@@ -61,7 +61,7 @@ REGIMES = {  # total rank, and whether the resamplers train: from the paper's re
 RATES = (5e-4, 1e-3, 2e-3)
 PILOT_SEEDS, LEARNT = (100, 101), (0.05, 0.98)
 HARM = {"embedded": 0.02, "smollm2": 0.1}  # the least; held-out losses of SmolLM2 are near 0, and vary by more
-DEFAULTS = {"embedded": (600, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
+DEFAULTS = {"embedded": (500, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
 ARMS = {"embedded": BOTH, "smollm2": ("both", "table", "sequence")}  # besides those for one task
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "placement": ("vision", "both"),  # instead of "language"
@@ -400,7 +400,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--regime", help="its name; default: as the pilot chose")
     parser.add_argument("--rate", type=float, help="of learning; default: as the pilot chose")
-    parser.add_argument("--steps", type=int, help="of each run; default: 600, smollm2 40")
+    parser.add_argument("--steps", type=int, help="of each run; default: 500, smollm2 40")
     parser.add_argument("--batch", type=int, help="samples of each task in a step; default: 16, smollm2 8")
     parser.add_argument("--pretrain-steps", type=int, default=1000, help="of the language model on the manual")
     parser.add_argument("--longest", type=int, default=6, help="characters of a word")

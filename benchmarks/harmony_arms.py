@@ -116,8 +116,20 @@ class XLora(nn.Module):
         found = self.model(**inputs, output_hidden_states=True)
         return SimpleNamespace(last_hidden_state=found.hidden_states[-1])
 
-    def generate(self, **inputs: Any) -> Any:
-        return self.model.generate(**inputs)
+    def generate(self, inputs_embeds: Tensor | None = None, **options: Any) -> Any:
+        """As transformers' greedy search with scores; PEFT's own one computes other logits from embeddings (0.21.2)."""
+        if inputs_embeds is None:
+            return self.model.generate(**options)
+        embeds, mask, scores, tokens = inputs_embeds, options["attention_mask"], list[Tensor](), list[Tensor]()
+        ends = torch.tensor(options["eos_token_id"], device=mask.device)
+        writing = torch.ones_like(mask[:, 0], dtype=torch.bool)
+        while len(tokens) < options["max_new_tokens"] and writing.any():
+            scores.append(self.model(inputs_embeds=embeds, attention_mask=mask).logits[:, -1].float())
+            tokens.append(scores[-1].argmax(-1).where(writing, options["pad_token_id"]))
+            writing = writing & ~torch.isin(tokens[-1], ends)
+            embeds = torch.cat([embeds, self.get_input_embeddings()(tokens[-1][:, None])], 1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        return SimpleNamespace(sequences=torch.stack(tokens, 1), scores=scores)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
