@@ -221,7 +221,8 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, abou
             torch.manual_seed(seed_of("noise", task, run.seed, number))
             batch = problem.batch(task, run.seed, number)
             total, row[f"{task} loss"] = problem.loss(model, run, task, batch)
-            total.backward()
+            if total.requires_grad:  # not where drawings alone meet an adapter on the ViT, and frozen resamplers
+                total.backward()
             if probed:
                 now = flat_gradient(shared)
                 gradients[task], before = now if before is None else now - before, now
@@ -341,7 +342,7 @@ class Embedded:
                 parameter.requires_grad_(run.connectors)
         return model.to(self.options.device)
 
-    def _records(self, seed: int, split: str, task: str, start: int = 0) -> Iterator[Any]:
+    def records(self, seed: int, split: str, task: str, start: int = 0) -> Iterator[Any]:
         """Samples of a task, or of the mixture of one of `tasks`; those with long words are left out."""
         from textharmony.data.synthetic import SyntheticWords
         from textharmony.prompts import Task
@@ -359,7 +360,7 @@ class Embedded:
 
     def batch(self, task: str, seed: int, number: int) -> dict[str, Any]:
         size = self.options.batch if task == "text" else max(1, self.options.batch // 2)  # drawings take longer
-        return self._collate(list(islice(self._records(7000 + seed, "train", task, size * number), size)))
+        return self._collate(list(islice(self.records(7000 + seed, "train", task, size * number), size)))
 
     def loss(self, model: Any, run: Run, task: str, batch: Mapping[str, Any]) -> tuple[Tensor, float]:
         """What is minimised, and the same without the gate's own loss."""
@@ -381,7 +382,7 @@ class Embedded:
         metrics: dict[str, list[float]] = {}
         rounds, size = max(1, round(8 * self.options.samples)), 16
         for task in self.tasks:
-            stream = self._records(HELD_OUT_SEED, "held_out", task)
+            stream = self.records(HELD_OUT_SEED, "held_out", task)
             for number in range(rounds):
                 torch.manual_seed(seed_of("evaluation", task, number))
                 batch = self._collate(list(islice(stream, size)))
@@ -392,7 +393,7 @@ class Embedded:
                     metrics.setdefault("diffusion loss", []).append(found["image"])
                     metrics.setdefault("layout loss", []).append(found["layout"])
         for task, count in EVALUATED.items():
-            stream = (record for record in self._records(HELD_OUT_SEED + 1, "held_out", task) if record.words)
+            stream = (record for record in self.records(HELD_OUT_SEED + 1, "held_out", task) if record.words)
             records = list(islice(stream, math.ceil(count * self.options.samples)))
             seeds = range(len(records)) if task in ("draw", "edit") else [0] * len(records)
             requests = [replace(request_for(record), seed=seed) for record, seed in zip(records, seeds)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from textharmony.presets.tiny import TINY, build_tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TASKS = ("text", "image")
-EVALUATED = ("read", "answer", "locate", "draw", "edit")
 LONG = pytest.mark.skipif(not os.environ.get("TEXTHARMONY_LONG"), reason="takes some seconds: TEXTHARMONY_LONG=1")
 ARMS = [
     "token",
@@ -162,6 +163,8 @@ def test_the_command_writes_tables_and_plot_and_makes_nothing_twice(
         harmony.carry_out(told, run)
 
     monkeypatch.setattr(harmony, "work", work)
+    invented = {"text loss": 1.5, "image loss": 2.0, "text accuracy": 0.25, "image accuracy": 0.5}
+    monkeypatch.setattr(harmony.PROBLEMS["embedded"], "evaluate", lambda *_: invented)
     command = ["harmony.py", "--arms", "both", "--seeds", "0", "--regime", "rank 6", "--rate", "0.001"]
     for name in ("weights", "out", "steps", "batch", "pretrain-steps", "longest", "samples", "jobs"):
         command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
@@ -169,16 +172,39 @@ def test_the_command_writes_tables_and_plot_and_makes_nothing_twice(
     harmony.main()
     harmony.main()
     assert made == ["core/both-0.json"]
-    assert "| core both | 1 |" in capsys.readouterr().out
+    assert re.search(r"\| core both \| 1 \| [\d,]+ \| 1.500 \| 2.000 \| 25.0 \| 50.0 \|", capsys.readouterr().out)
     out = Path(options.out)
-    metrics = json.loads((out / "core/both-0.json").read_text())["metrics"]
-    assert {"text loss", "image loss", "text accuracy", "image accuracy", *EVALUATED} <= metrics.keys()
     assert (out / "harmony.png").stat().st_size > 10_000 and (out / "results.csv").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--steps", "2"])
     with pytest.raises(
         SystemExit, match=r"was made with \{'steps': 1\}, expected \{'steps': 2\}: choose another --out"
     ):
         harmony.main()
+
+
+@LONG
+def test_who_does_what_is_asked_has_all_points(harmony: Any, problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, records = problem.build(run_of(harmony, "both")), list[Any](), problem.records
+
+    def watched(*arguments: Any) -> Iterator[Any]:
+        for record in records(*arguments):
+            seen.append(record)
+            yield record
+
+    def perform(requests: list[Any]) -> list[Any]:
+        asked = [record for record in seen if record.words][-len(requests) :]
+        results = {"read": lambda r: r.texts[0], "answer": lambda r: r.texts[0], "locate": lambda r: list(r.boxes)}
+        return [results.get(r.task.value, lambda r: r.load_target())(r) for r in asked]
+
+    monkeypatch.setattr(problem, "records", watched)
+    monkeypatch.setattr(model, "perform", perform)
+    right = problem.evaluate(model, run_of(harmony, "both"))
+    assert right["text accuracy"] == right["read similarity"] == 1
+    assert right["draw"] == right["draw, the judge"] and right["image accuracy"] == (right["draw"] + right["edit"]) / 2
+    monkeypatch.setattr(model, "perform", lambda requests: list(reversed(perform(requests))))
+    monkeypatch.setattr(problem, "options", Namespace(**vars(problem.options) | {"samples": 0.02}))
+    wrong = problem.evaluate(model, run_of(harmony, "both"))
+    assert wrong["read"] < 1 and wrong["read similarity"] < 1 and wrong["text loss"] == right["text loss"]
 
 
 def test_differences_are_paired_by_seed_and_have_students_interval(harmony: Any) -> None:
