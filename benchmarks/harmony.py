@@ -2,7 +2,7 @@
 
     python benchmarks/harmony.py --pilot                    # chooses the regime, by a rule that is fixed below
     python benchmarks/harmony.py                            # the arms, three seeds each; then table and plot
-    python benchmarks/harmony.py --ablate placement rank experts scaling
+    python benchmarks/harmony.py --ablate placement rank experts scaling weight
     python benchmarks/harmony.py --model smollm2 --pilot && python benchmarks/harmony.py --model smollm2
 
 Start a command again after a kill: finished runs are kept, and a run that was cut goes on from its last minute.
@@ -68,6 +68,7 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "rank": (0.5, 2),  # of the regime's
     "experts": (2, 6),  # instead of 3
     "scaling": (0.5, 2.0),  # instead of 1
+    "weight": (0.3, 0.1),  # instead of 1: of the second task's loss
 }
 # 97.5% quantiles of Student's t by degrees of freedom, from 1 on; the last one counts for more, too.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -283,6 +284,11 @@ def compare(results: Sequence[Result]) -> list[dict[str, Any]]:
     return rows
 
 
+def trains(arm: str, metric: str, tasks: Sequence[str]) -> bool:
+    """Whether an arm was trained for what a metric "TASK loss" or "TASK accuracy" measures."""
+    return arm not in tasks or metric.startswith(f"{arm} ")
+
+
 def mean_of(results: Sequence[Result], key: str) -> float | None:
     """The mean of what the logs say under a name."""
     values = [row[key] for result in results for row in result["log"] if key in row]
@@ -296,6 +302,8 @@ def markdown(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], tasks
     main = [f"{task} {kind}" for kind in ("loss", "accuracy") for task in tasks]
 
     def cell(folder: str, arm: str, metric: str) -> str:
+        if not trains(arm, metric, tasks):
+            return ""
         row = cells[folder, arm, metric]
         scale, digits = (100, 1) if metric.endswith("accuracy") else (1, 3)
         text = f"{scale * row['mean']:.{digits}f}"
@@ -356,7 +364,7 @@ def plot(results: Sequence[Result], rows: Sequence[Mapping[str, Any]], tasks: Se
     for axis, metrics in zip(axes[3:], ([f"{tasks[0]} loss"], [f"{tasks[1]} loss"], [f"{t} accuracy" for t in tasks])):
         for offset, metric in enumerate(metrics):
             of = [r for r in rows if r["folder"] == "core" and r["metric"] == metric and r["arm"] != "both"]
-            of = [row for row in of if row["difference"] is not None]
+            of = [row for row in of if row["difference"] is not None and trains(row["arm"], metric, tasks)]
             places = [arms.index(row["arm"]) + 0.15 * offset for row in of]
             widths = [row["half width"] or 0 for row in of]
             axis.errorbar([row["difference"] for row in of], places, xerr=widths, fmt="o", label=metric)

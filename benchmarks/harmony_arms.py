@@ -47,6 +47,7 @@ class Run:
     placement: str = "language"  # or "vision" or "both": where the adapter is
     experts: int = 3  # one for each task and a shared one; 2: no shared one; 6: two of each
     scaling: float = 1.0  # lora_alpha / r
+    weight: float = 1.0  # of the second task's loss
 
     @property
     def file(self) -> str:
@@ -205,12 +206,12 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, about: str = "") -> list[dict[str, float]]:
     """Train an arm; the log has each task's loss, and at some steps how the tasks' gradients agree.
 
-    "cosine" compares the gradients of the two tasks on the adapter's weights. "cosine of text" and so on compare those
+    "cosine" compares the gradients of the two tasks on the adapter's weights, without gates. "cosine of text" and so on compare those
     of one task in two steps in a row: the noise that two batches have by themselves.
     """
     tasks = [run.arm] if run.arm in problem.tasks else problem.tasks
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shared = [p for name, p in trained.items() if not CONNECTORS.match(name)]
+    shared = [p for name, p in trained.items() if not CONNECTORS.match(name) and not ROUTERS.search(name)]
     every, earlier = max(2, steps // 30), dict[str, Tensor]()
 
     def step(number: int) -> dict[str, float]:
@@ -222,7 +223,7 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, abou
             batch = problem.batch(task, run.seed, number)
             total, row[f"{task} loss"] = problem.loss(model, run, task, batch)
             if total.requires_grad:  # not where drawings alone meet an adapter on the ViT, and frozen resamplers
-                total.backward()
+                (total * (run.weight if task == problem.tasks[1] else 1)).backward()
             if probed:
                 now = flat_gradient(shared)
                 gradients[task], before = now if before is None else now - before, now
@@ -241,6 +242,7 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, abou
 # The embedded model
 
 CONNECTORS = re.compile(r"visual_tokenizer\.(resampler|project|positions)|image_decoder\.resampler|begin_image")
+ROUTERS = re.compile(r"slidelora_gate|\.gate\.|router|classifier")
 MIXTURES = {"text": {"read": 0.4, "answer": 0.35, "locate": 0.25}, "image": {"draw": 0.65, "edit": 0.35}}
 WEIGHTS = {"text": 1.0, "image": 10.0, "layout": 1.0, "gate": 1.0}  # of losses; text and image as released
 EVALUATED = {"read": 150, "answer": 100, "locate": 50, "draw": 150, "edit": 50}  # held-out samples
