@@ -206,8 +206,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, about: str = "") -> list[dict[str, float]]:
     """Train an arm; the log has each task's loss, and at some steps how the tasks' gradients agree.
 
-    "cosine" compares the gradients of the two tasks on the adapter's weights, without gates. "cosine of text" and so on compare those
-    of one task in two steps in a row: the noise that two batches have by themselves.
+    "cosine" compares the gradients of the two tasks on the adapter's weights, without gates. "cosine of text" and so on
+    compare those of one task in two steps in a row: the noise that two batches have by themselves.
     """
     tasks = [run.arm] if run.arm in problem.tasks else problem.tasks
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
