@@ -227,7 +227,7 @@ _NESTED = {
 }
 
 EXPERTS_ON = ("language", "vision", "both", "none")
-_VISION_TARGETS = r"vit\..*\.(self_attn|attention)\.(q|k|v|o|out)_proj"
+_VISION_TARGETS = r"vit\..*\.(self_attn|attention)\.(q|k|v|o|out)_proj"  # as CLIP and SigLIP name them, and ViT
 
 
 def put_experts_on(config: ModelConfig, where: str) -> ModelConfig:

@@ -1,5 +1,6 @@
 """The model: what the language model reads, the losses of a batch, and which experts act."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +21,10 @@ from textharmony.boxes import from_pixels
 from textharmony.config import LOSSES, ModelConfig, put_experts_on
 from textharmony.data.record import Record
 from textharmony.data.synthetic import SyntheticWords
+from textharmony.model.backbones import build_vision
 from textharmony.model.core import TextHarmonyModel
 from textharmony.pipeline import TextHarmony
-from textharmony.presets import PAPER, TINY
+from textharmony.presets import MODELS, PAPER, TINY
 from textharmony.prompts import Task
 
 Make = Callable[..., TextHarmony]
@@ -320,6 +322,17 @@ def test_experts_on_the_vit(miniature: Miniature, joined: ModelConfig, picture: 
     # A batch is its rows alone.
     together = model.answer([picture, picture], ["read", "where is it"])
     assert together == [model.answer(picture, "read"), model.answer(picture, "where is it")]
+
+
+@pytest.mark.parametrize("name", [name for name, config in MODELS.items() if config.released is None])
+def test_the_vit_of_each_preset_takes_experts(name: str) -> None:
+    config = put_experts_on(MODELS[name], "vision")
+    assert config.slide_vision is not None
+    with torch.device("meta"):
+        vit = build_vision(config)
+    names = [f"vit.{name}" for name, _ in vit.named_modules()]
+    adapted = [name for name in names if re.fullmatch(config.slide_vision["target_modules"], name)]
+    assert len(adapted) == 4 * vit.config.num_hidden_layers  # queries, keys, values, outputs
 
 
 def test_experts_on_the_vit_act_when_asked(miniature: Miniature, joined: ModelConfig, three: list[Record]) -> None:
