@@ -1,4 +1,4 @@
-"""Run the tests of slidelora and a smoke test of textharmony on the lowest or the newest versions that pyproject.toml allows.
+"""Run slidelora's tests and a smoke test of textharmony on the lowest or newest versions that pyproject.toml allows.
 
     python tests/peers/versions.py lowest --python 3.10 [--dry-run] [--folder DIR] [-- -n 2 -q]
     python tests/peers/versions.py newest --python 3.13
@@ -14,8 +14,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ("peft", "pytest", "pytest-xdist", "hypothesis")  # of the extra dev, what the tests of slidelora import
