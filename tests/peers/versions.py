@@ -47,8 +47,8 @@ def main() -> int:
     parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}")
     parser.add_argument("--folder", type=Path, help="for the environment, which then stays")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("pytest", nargs="*", metavar="-- PYTEST ARGUMENTS")
-    options = parser.parse_args()
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, of_pytest = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def main() -> int:
             return 1
         smoke = Path(__file__).with_name("smoke.py")
         failed = [what for what in ("slidelora", "textharmony") if run(python, smoke, what, folder=folder)]
-        if run(python, "-m", "pytest", "-p", "no:cacheprovider", ROOT / "tests" / "slidelora", *options.pytest):
+        if run(python, "-m", "pytest", "-p", "no:cacheprovider", ROOT / "tests" / "slidelora", *of_pytest):
             failed.append("the tests of slidelora")
     print(f"{options.which} versions on Python {options.python}: {' and '.join(failed) or 'nothing'} failed")
     return bool(failed)
