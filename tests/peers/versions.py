@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import tomllib
+from release import find
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ("peft", "pytest", "pytest-xdist", "hypothesis")  # of the extra dev, what the tests of slidelora import
@@ -63,7 +64,7 @@ def main() -> int:
             return 0
         python = folder / "venv" / "bin" / "python"
         steps = [
-            [*uv, "venv", "--clear", "--python", options.python, folder / "venv"],
+            [*uv, "venv", "--clear", "--python", find(options.python) or options.python, folder / "venv"],
             [*uv, "pip", "install", "--python", python, "-r", chosen],
             [*uv, "pip", "install", "--python", python, "--no-deps", ROOT],
         ]
