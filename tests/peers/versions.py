@@ -57,7 +57,9 @@ def main() -> int:
         listed.write_text("\n".join(requirements()) + "\n", encoding="utf-8")
         uv = [sys.executable, "-m", "uv", "-q", "--no-progress"]
         where = ["--python-version", options.python, "--no-header", "--no-annotate"]
-        if run(*uv, "pip", "compile", "--resolution", RESOLUTIONS[options.which], *where, listed, "-o", chosen):
+        if run(
+            *uv, "pip", "compile", "--upgrade", "--resolution", RESOLUTIONS[options.which], *where, listed, "-o", chosen
+        ):
             return 1
         print(chosen.read_text(encoding="utf-8"))
         if options.dry_run:
