@@ -40,7 +40,8 @@ def test_local_links_and_pictures_exist(page: Path) -> None:
 
 
 def test_every_feature_is_shown_by_a_test_that_exists() -> None:
-    rows = [row for row in (ROOT / "docs" / "features.md").read_text().splitlines() if row.startswith("| ")][1:]
+    page, _, _ = (ROOT / "docs" / "features.md").read_text().partition("\n## ")
+    rows = [row for row in page.splitlines() if row.startswith("| ")][1:]
     assert len(rows) == 12
     for row in rows:
         *_, ours, shown, _ = (cell.strip() for cell in row.split("|"))

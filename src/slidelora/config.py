@@ -289,8 +289,10 @@ def _pattern(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def _compiled(field: str, value: str, compile: Callable[[str], object]) -> None:
+def _compiled(field: str, value: str, compile: Callable[[str], re.Pattern[str]]) -> None:
     try:
-        compile(value)
+        pattern = compile(value)
+        if pattern.flags & ~re.UNICODE and not re.match(r"\(\?[a-z]+\)", pattern.pattern):
+            raise re.error("global flags not at the start of the expression")  # of which Python 3.10 only warns
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{field} is {value!r}, expected a regular expression: {error}") from None

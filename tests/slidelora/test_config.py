@@ -126,6 +126,7 @@ def test_sizes_of_each_expert() -> None:
         ({"target_modules": "a{99999999999}"}, ValueError, "expected a regular expression: the repetition number"),
         ({"exclude_modules": "(" * 5000 + ")" * 5000}, ValueError, "expected a regular expression: maximum recursion"),
         ({"rank_pattern": {"(?i)q": 2}}, ValueError, r"rank_pattern key is '\(\?i\)q', expected a regular expression"),
+        ({"target_modules": "q(?i)_proj"}, ValueError, "expected a regular expression: global flags not at the start"),
         ({"target_modules": []}, ValueError, "target_modules is empty"),
         ({"target_modules": None}, TypeError, "target_modules is None"),
         ({"gate": "token?"}, ValueError, "gate is 'token\\?', expected one of"),

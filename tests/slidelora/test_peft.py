@@ -588,7 +588,7 @@ def test_activation_checkpointing_is_exact(make_peft: Any, input_ids: Tensor) ->
     for checkpointing in (False, True):
         model = make_peft(task_type="CAUSAL_LM").train()
         if checkpointing:
-            model.activation_checkpointing_enable(slidelora.checkpoint_kwargs(model))
+            model.gradient_checkpointing_enable(slidelora.checkpoint_kwargs(model))
         model(input_ids=input_ids, labels=input_ids).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items()) and grads[0]

@@ -17,7 +17,7 @@ from slidelora.files.bounds import require_bounded, shorten
 from slidelora.files.native import CONFIG, PREFIX, WEIGHTS
 from slidelora.gating import GateValue, kind_of
 from slidelora.injection import find_targets, first_names, inject, plain_modules, require_plain, slide_layers
-from slidelora.layers import Expert, gathered, linear_features
+from slidelora.layers import Expert, SlideLoRALinear, gathered, linear_features
 from slidelora.merging import constant_gates, fold
 from slidelora.routing_state import injected, routing
 
@@ -41,28 +41,42 @@ def export_peft(model: nn.Module, save_directory: str | Path, gates: GateValue |
         ValueError: If gates differ between samples or give no expert any weight, or if a layer has two names, since
             PEFT adapts it under one name only.
     """
+    directory = Path(save_directory)
+    if gates is not None:
+        _write_lora(directory, *mixture_loras(model, gates))
+        return
     host = injected(model)
+    layers, config = _single_layers(host), routing(host).config
+    if kind_of(config).learned:
+        warnings.warn(
+            f"the {config.gate} gate is not exported, each expert is a LoRA of its own; pass gates= to export the "
+            "mixture",
+            stacklevel=2,
+        )
+    for expert in config.experts:
+        _write_lora(directory / expert, host, {name: layer.expert(expert) for name, layer in layers.items()})
+
+
+def mixture_loras(model: nn.Module, gates: GateValue | None) -> tuple[nn.Module, dict[str, Expert]]:
+    """Return the injected model and, by layer, the LoRA of scaling 1 that its experts are under constant gates.
+
+    Raises ValueError as `export_peft` does.
+    """
+    host = injected(model)
+    layers, weights = _single_layers(host), constant_gates(routing(host), gates)
+    if not any(weights.values()):
+        raise ValueError(f"gates are {weights}, expected at least one expert with a weight other than 0")
+    return host, {name: Expert(*fold(layer, weights), 1.0) for name, layer in layers.items()}
+
+
+def _single_layers(host: nn.Module) -> dict[str, SlideLoRALinear]:
+    """Return the layers with experts by name; ValueError if a layer has two."""
     layers = slide_layers(host)
     first = first_names(layers)
     if second := [name for name in layers if name not in first]:
         other = next(name for name, layer in first.items() if layer is layers[second[0]])
         raise ValueError(f"{second[0]} and {other} are one layer, expected one name for each: PEFT adapts only one")
-    directory = Path(save_directory)
-    if gates is None:
-        config = routing(host).config
-        if kind_of(config).learned:
-            warnings.warn(
-                f"the {config.gate} gate is not exported, each expert is a LoRA of its own; pass gates= to export the "
-                "mixture",
-                stacklevel=2,
-            )
-        for expert in config.experts:
-            _write_lora(directory / expert, host, {name: layer.expert(expert) for name, layer in layers.items()})
-        return
-    weights = constant_gates(routing(host), gates)
-    if not any(weights.values()):
-        raise ValueError(f"gates are {weights}, expected at least one expert with a weight other than 0")
-    _write_lora(directory, host, {name: Expert(*fold(layer, weights), 1.0) for name, layer in layers.items()})
+    return layers
 
 
 def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> None:
@@ -86,7 +100,7 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora.B.T  # (d_out, r)
     configuration = json.dumps(config, indent=2) + "\n"
     files: dict[str, bytes | Callable[[str], None]]
-    files = {WEIGHTS: _writer(tensors, config=configuration), CONFIG: configuration.encode()}
+    files = {WEIGHTS: tensors_writer(tensors, config=configuration), CONFIG: configuration.encode()}
     if hasattr(host, "load_lora_adapter"):  # a model of diffusers: other names, and no configuration file
         prefix = "unet" if type(host).__name__.startswith("UNet") else "transformer"
         scaled = {}
@@ -95,7 +109,7 @@ def _write_lora(directory: Path, host: nn.Module, loras: dict[str, Expert]) -> N
             scaled[f"{prefix}.{name}.lora_B.weight"] = lora.B.T * lora.scaling
         values = sizes | {"lora_alpha": r, "alpha_pattern": rank_pattern}
         metadata = json.dumps({f"{prefix}.{name}": value for name, value in values.items()})
-        files[DIFFUSERS_WEIGHTS] = _writer(scaled, lora_adapter_metadata=metadata)
+        files[DIFFUSERS_WEIGHTS] = tensors_writer(scaled, lora_adapter_metadata=metadata)
     native.replace_files(directory, files)
 
 
@@ -125,7 +139,8 @@ def _plain_names(host: nn.Module, layers: Iterable[str]) -> list[str]:
     return inside + [name for name in names if not name.startswith(added)]
 
 
-def _writer(tensors: dict[str, Tensor], **metadata: str) -> Callable[[str], None]:
+def tensors_writer(tensors: Mapping[str, Tensor], **metadata: str) -> Callable[[str], None]:
+    """Return what writes tensors, also sharded ones, to a path as safetensors."""
     contiguous = {name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
     return native.weights_writer(contiguous, **metadata)
 

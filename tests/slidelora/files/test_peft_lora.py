@@ -110,6 +110,14 @@ def test_an_export_leaves_out_experts_with_weight_0(make_base: Make, tmp_path: P
     assert tensors[f"{prefix}.1.mlp.up_proj.lora_A.weight"].shape == (2 + 1, 32)
 
 
+def test_an_exported_mixture_has_scaling_1_in_every_layer(make_base: Make, tmp_path: Path) -> None:
+    """So it is right, too, in programs that scale all layers by lora_alpha / r and read no patterns, such as vLLM."""
+    slidelora.export_peft(make_llama(make_base, **SIZES["differing"]), tmp_path, gates=GATES)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] and config["rank_pattern"] and not config.get("use_rslora")
+    assert config["alpha_pattern"] == config["rank_pattern"]
+
+
 def test_export_of_conv1d_layers(input_ids: Tensor, tmp_path: Path) -> None:
     model = randomise(slidelora.inject(make_gpt2(), experts=EXPERTS, gate="given", r=2, lora_alpha=6))
     slidelora.export_peft(model, tmp_path, gates=GATES)
