@@ -98,25 +98,25 @@ TINY_TRAINING = TrainConfig((
     Stage(
         name="more-reading", trainable=r"language\.(?!.*lora_|slidelora_gate)|begin_image",
         tasks={"read": 0.5, "locate": 0.15, "answer": 0.35}, losses=("text",),
-        steps=3500, batch_size=48, learning_rate=1.5e-3,
+        steps=2000, batch_size=48, learning_rate=1.5e-3,
     ),
     # Stage 1 of the paper aligns resamplers and image decoder. From scratch, ViT and language model train too, on all
     # tasks.
     Stage(
         name="align", trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)", tasks=_ALL_TASKS,
-        steps=2000, batch_size=48, learning_rate=1.5e-3,
+        steps=1500, batch_size=48, learning_rate=1.5e-3,
     ),
     # Stage 2 of the paper: the language model is frozen; Slide-LoRA and its gate train with the rest.
     Stage(
         name="tune", trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
         tasks=_ALL_TASKS, losses=("text", "image", "layout", "words", "gate"), adapters=True,
-        steps=600, batch_size=48, learning_rate=1e-3, decay_share=0.7,
+        steps=350, batch_size=48, learning_rate=1e-3, decay_share=0.7,
     ),
     # A pretrained ViT has seen far more pictures: this stage shows many more words to it, and trains the gate.
     Stage(
         name="sharpen", trainable=r"visual_tokenizer|language\.slidelora_gate", adapters=True,
         tasks={"read": 0.5, "locate": 0.2, "answer": 0.25, "edit": 0.05}, losses=("text", "words", "gate"),
-        steps=1200, batch_size=48, learning_rate=1e-3, decay_share=0.8,
+        steps=700, batch_size=48, learning_rate=1e-3, decay_share=0.8,
     ),
 ))
 # fmt: on
