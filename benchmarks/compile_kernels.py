@@ -78,7 +78,7 @@ def plan_of(job: Job) -> launch.Plan:
     dtype, dropout = DTYPES[job.variant.split()[0]], job.variant.endswith("dropout")
     groups = 2 if compact else 1
     shape = launch.Shape(dtype, groups, job.tokens, slots, job.rank, 3, compact, 0, dropout)
-    flags = (("HAS_BASE", False), ("HAS_BIAS", False)) if job.kernel == "expand" else ()
+    flags = {"expand": (("HAS_BASE", False), ("HAS_BIAS", False)), "linear": (("HAS_BIAS", False),)}.get(job.kernel, ())
     return launch.plan(job.kernel, shape, FEATURES, 0, flags)
 
 
@@ -94,8 +94,9 @@ def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target:
         known = launch.dtype_constants(DTYPES[dtype], "hip")
         constants |= {name: value for name, value in known.items() if name in constants}
     gated = dtype if dtype == "bf16" else "fp32"
-    pointers = dict.fromkeys(("expert_ids_ptr", "pair_ids_ptr", "group_bounds_ptr", "seed_ptr"), "*i64")
-    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr", "base_ptr", "bias_ptr"), f"*{dtype}")
+    pointers = dict.fromkeys(("expert_ids_ptr", "seed_ptr"), "*i64")
+    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr", "base_ptr", "bias_ptr", "linear_ptr"), f"*{dtype}")
+    pointers |= dict.fromkeys(("pair_ids_ptr", "group_bounds_ptr"), "*i32")
     pointers |= dict.fromkeys(("gated_ptr", "gated_pre_ptr"), f"*{gated}")
     pointers["h_ptr"] = f"*{gated}" if constants.get("SPLITS") == 0 else "*fp32"
     absent = {"base_ptr": "HAS_BASE", "bias_ptr": "HAS_BIAS", "seed_ptr": "HAS_DROPOUT", "sum_ptr": "HAS_SUM"}
@@ -134,7 +135,7 @@ def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target:
 
 def compile_job(job: Job) -> Compiled:
     """Compile one kernel with the numbers of a training step."""
-    numbers = dict.fromkeys(("group_length", "features", "stride_xm", "stride_rightk", "rows", "weight_rows"), 16)
+    numbers = dict.fromkeys(("group_length", "features", "in_features", "stride_xm", "stride_linearn", "stride_rightk", "rows", "weight_rows"), 16)
     return compile_plan(plan_of(job), numbers, job.variant.split()[0], TARGETS[job.target])
 
 
@@ -162,11 +163,12 @@ def main() -> None:
     tokens = (*launch.TOKENS, TOKENS)
     names = [
         (kernel, count, variant, mixture, rank)
-        for kernel in launch.CONFIGS
+        for kernel, kinds in launch.CONFIGS.items()
         for variant in VARIANTS
+        if not (kernel == "linear" and variant.endswith("dropout"))  # it multiplies no input that dropout changed
         for mixture in (MIXTURES if variant == "bf16" else ["compact"])
         for rank in arguments.ranks
-        for count in tokens
+        for count, _ in zip(tokens, kinds.get(variant.split()[0], ()))
     ]
     jobs = [Job(*name, target) for name in names for target in arguments.targets]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -45,7 +45,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.bfloat16
 TABLE: dict[str, list[int]] = {}  # the configurations in use
 # Seconds of each part when all have 300.
-BUDGETS = {"parity": 40, "trace": 20, "tuning": 90, "layer": 60, "model": 60, "training": 30}
+BUDGETS = {"parity": 40, "trace": 20, "tuning": 90, "layer": 80, "model": 40, "training": 30}
 # Relative errors that float64 allows; in the interpreter bfloat16 is cut off where a GPU rounds it.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.2e-2}
 MODES = ("flat", "by token", "compact", "by sample", "sorted", "dropout")
@@ -160,18 +160,24 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def gpu_times(calls: dict[str, Callable[[], object]], repeats: int, run: Run | None = None) -> dict[str, list[float]]:
-    """Time calls in turn, in microseconds: on a GPU between events, with an empty L2 cache and a full queue."""
+def gpu_times(
+    calls: dict[str, Callable[[], object]], repeats: int, run: Run | None = None, clean: bool = False
+) -> dict[str, list[float]]:
+    """Time calls in turn, in microseconds: on a GPU between events, with an empty L2 cache and a full queue.
+
+    What empties the cache leaves zeros in it that are still to be written to memory, or with `clean` nothing to write.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    filler = torch.empty(4 * CACHE if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)
+    filler = torch.zeros(4 * CACHE if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)
     for repeat in range(-3, repeats):
         for name, call in calls.items():
             if run is not None:
                 run.check()
             if ON_GPU:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                for _ in range(4):
-                    filler.zero_()  # the host enqueues the call meanwhile
+                filler.zero_()  # the host enqueues the call meanwhile
+                if clean:
+                    filler.view(torch.int64).amax()
                 begin.record()
                 call()
                 end.record()
@@ -184,6 +190,17 @@ def gpu_times(calls: dict[str, Callable[[], object]], repeats: int, run: Run | N
             if repeat >= 0:
                 found[name].append(value)
     return found
+
+
+def graph_times(calls: dict[str, Callable[[], object]], repeats: int, run: Run) -> dict[str, list[float]]:
+    """Time calls as `gpu_times` does, on a GPU as CUDA graphs: what the GPU needs, however slow its host is."""
+    if not ON_GPU:
+        return gpu_times(calls, repeats, run)
+    graphs = {}
+    for name, call in calls.items():
+        run.check()
+        graphs[name] = captured(call)
+    return gpu_times({name: graph.replay for name, graph in graphs.items()}, repeats, run)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -279,7 +296,7 @@ def run_workers(function: Callable[..., Any], jobs: list[tuple[Any, ...]], run: 
 
 def parity(run: Run) -> None:
     """Every mode and dtype against float64."""
-    sizes = ((1, 256), (100, 256), (600, 272)) if ON_GPU else ((1, 32), (70, 32))
+    sizes = ((1, 256), (8, 272), (100, 256), (600, 272)) if ON_GPU else ((1, 32), (70, 32))
     jobs = [(mode, dtype, *size) for size in sizes for mode in MODES for dtype in BOUNDS]
     jobs += [("by sample", torch.float16, 48 if not ON_GPU else 600, 64, True)]
     for job, row in run_workers(parity_case, jobs, run):
@@ -289,8 +306,10 @@ def parity(run: Run) -> None:
 # Kernels
 
 
-def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: int) -> tuple[Any, ...]:
-    """Draw x, dy (T, d), weight, and a mixture."""
+def layer_inputs(
+    tokens: int, features: int, experts: int, rank: int, active: int, by_token: bool = False
+) -> tuple[Any, ...]:
+    """Draw x, dy (T, d), weight, and a mixture whose active experts are the first ones, or other ones by token."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=DEVICE)
@@ -299,6 +318,8 @@ def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: in
     W = (draw(features, features) / features**0.5).to(HALF)
     A, B = draw(experts * rank, features) / features**0.5, draw(experts * rank, features)
     chosen = torch.arange(active, device=DEVICE)[None] if active < experts else None
+    if by_token:
+        chosen = torch.rand(1, tokens, experts, device=DEVICE).topk(active, sorted=False).indices
     shape = (1, active) if chosen is None else chosen.shape
     gates = torch.full(shape, 1 / active, device=DEVICE)
     return x, dy, W, Mixture(A.requires_grad_(), B.requires_grad_(), gates, rank, 1.0, chosen)
@@ -316,12 +337,16 @@ def trace(run: Run) -> None:
         left = torch.randn(8192, 8192, device=DEVICE, dtype=HALF)
         taken = statistics.median(gpu_times({"mm": lambda: left @ left}, 5)["mm"])
         run.record(what="8192^3 bf16 product, FLOP/s", value=2 * 8192**3 / taken * 1e6)
-    layers = {"3 of r=32, 2 active": (3, 32, 2), "8 of r=16, flat": (8, 16, 8)}
+    layers = {
+        "3 of r=32, 2 active": (3, 32, 2, False), "8 of r=16, flat": (8, 16, 8, False),
+        "16 of r=64, 2 by token": (16, 64, 2, True) if ON_GPU else (9, 29, 2, True),
+    }  # fmt: skip
     for label in run.each(layers):
         trace_layer(run, label, rate, tokens, features, layers[label])
+    trace_few_tokens(run)
 
 
-def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, sizes: tuple[int, int, int]) -> None:
+def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, sizes: tuple[Any, ...]) -> None:
     """Trace one layer, and time its kernels beside the products of cuBLAS."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -348,11 +373,18 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
                 what=label, kernel=event.key[:120], calls=event.count, us=round(taken / event.count, 2),
                 floor_of_one_pass_us=round(floor, 2),
             )  # fmt: skip
+    if sizes[-1]:
+        return
     # What cuBLAS takes for the products that the kernels compute.
     half_A, half_B = (w[: mixture.gates.shape[-1] * mixture.rank].detach().to(HALF) for w in mixture[:2])
     rows, dy_rows, h = x.detach()[0], dy[0], torch.randn(tokens, half_A.shape[0], device=DEVICE, dtype=HALF)
     route = launch.route_tokens(mixture, tokens)
-    calls = {
+    wide_A, wide_B = (w.detach().to(HALF) for w in mixture[:2])
+    calls: dict[str, Callable[[], object]] = {
+        "shrink": lambda: launch.shrink(rows, mixture.lora_A, route),
+        "shrink, bf16 weight": lambda: launch.shrink(rows, wide_A, route),
+        "expand, bf16 weight": lambda: launch.expand(h, wide_B, route, torch.empty_like(dy_rows)),
+        "weight to bf16": lambda: mixture.lora_A.detach().to(HALF),
         "shrink and gate": lambda: launch.gate(launch.shrink(rows, mixture.lora_A, route), route, HALF),
         "shrink, cuBLAS in bf16": lambda: rows @ half_A.T,
         "expand": lambda: launch.expand(h, mixture.lora_B, route, torch.empty_like(dy_rows)),
@@ -364,8 +396,34 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
         "clone": lambda: dy_rows.clone(),
     }
     with torch.no_grad():
-        for name, values in gpu_times(calls, 15 if ON_GPU else 1).items():
-            run.record(what=label, call=name, **spread(values))
+        for clean in (False, True):
+            for name, values in gpu_times(calls, 15 if ON_GPU else 1, clean=clean).items():
+                run.record(what=label, call=name, clean=clean, **spread(values))
+
+
+def trace_few_tokens(run: Run) -> None:
+    """Time the base layer with its mixture in one kernel, beside the base layer alone, for few tokens."""
+    sizes = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)] if ON_GPU else [(64, 32)]
+    for tokens in (1, 16):
+        for d_in, d_out in sizes:
+            x = torch.randn(tokens, d_in, device=DEVICE, dtype=HALF)
+            W = torch.randn(d_out, d_in, device=DEVICE, dtype=HALF)
+            A, B = torch.randn(96, d_in, device=DEVICE), torch.randn(96, d_out, device=DEVICE)
+            chosen = torch.arange(2, device=DEVICE)[None]
+            mixture = Mixture(A, B, torch.full((1, 2), 0.5, device=DEVICE), 32, 1.0, chosen)
+            route, y = launch.route_tokens(mixture, tokens), x.new_empty(tokens, d_out)
+            h = launch.shrink(x, A, route)
+            if tokens > launch.GATED_BY_EXPAND:
+                h = launch.gate(h, route, HALF).h
+            calls = {
+                "base": partial(nn.functional.linear, x, W),
+                "shrink": partial(launch.shrink, x, A, route),
+                "linear": partial(launch.linear, x, W, None, h, B, route, y),
+                "base with its mixture": partial(gated_linear, x, W, None, mixture),
+            }
+            with torch.no_grad():
+                for name, values in graph_times(calls, 15 if ON_GPU else 1, run).items():
+                    run.record(what=f"{d_in} to {d_out}, T={tokens}", call=name, **spread(values))
 
 
 # Tuning
@@ -375,15 +433,22 @@ def candidates(kernel: str, tokens: int) -> list[launch.Config]:
     """List configurations worth a try."""
     Config = launch.Config
     default = launch.CONFIGS[kernel]["bf16"][launch.bucket_of(tokens)]
-    if tokens <= launch.TOKENS[0]:
-        sizes = {"shrink": (64, 128, 256), "expand": (32, 64, 128), "weight_gradient": (64, 128)}[kernel]
+    if kernel == "linear":
+        sizes = ((d, n, 64, w) for d in (128, 256, 512, 1024) for n in (16, 32) for w in (2, 4, 8))
+        found = [Config(*size, s) for size in sizes for s in (3, 4, 5)]
+    elif tokens <= launch.TOKENS[0]:
+        sizes = {"shrink": (64, 128, 256, 512), "expand": (32, 64, 128), "weight_gradient": (64, 128)}[kernel]
         found = [Config(16, size, c, 4, s, 256) for size in sizes for c in (32, 64) for s in (2, 4)]
     elif kernel == "weight_gradient":
-        sizes = ((k, n, 128, w) for k in (32, 64) for n, w in ((64, 4), (128, 8)))
-        found = [Config(*size, s, p) for size in sizes for s in (3, 4) for p in (132, 264)]
+        sizes = ((k, n, 128, w) for k in (32, 64, 128) for n, w in ((64, 4), (128, 4), (128, 8), (256, 8)))
+        found = [Config(*size, s, p) for size in sizes for s in (3, 4, 5) for p in (132, 264, 528)]
     else:
-        blocks = ((32, 4), (64, 4), (128, 8)) if tokens <= launch.TOKENS[1] else ((64, 4), (128, 8), (256, 8))
-        found = [Config(m, f, 128, w, s, p) for m, w in blocks for f in (64, 128) for s in (2, 4) for p in (132, 264)]
+        blocks = [(32, 4), (64, 4), (128, 4), (128, 8)] + ([] if tokens <= launch.TOKENS[1] else [(256, 8)])
+        wide = (64, 128) if kernel == "shrink" else (64, 128, 256)
+        found = [
+            Config(m, f, 128, w, s, p)
+            for m, w in blocks for f in wide for s in (2, 3, 4) for p in (132, 264, 528, 1056)
+        ]  # fmt: skip
     return list(dict.fromkeys([default, *found]))
 
 
@@ -398,10 +463,15 @@ def use(table: dict[str, list[int]]) -> None:
 
 def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) -> Callable[[], object]:
     """Return a call of one kernel, and of the one that finishes its sums."""
-    x, dy, _, mixture = layer_inputs(tokens, features, slots, rank, slots)
+    x, dy, W, mixture = layer_inputs(tokens, features, slots, rank, slots)
     rows, dy_rows, route = x[0], dy[0], launch.route_tokens(mixture, tokens)
     h = torch.randn(tokens, slots * rank, device=DEVICE, dtype=HALF)
     A, B = mixture.lora_A.detach(), mixture.lora_B.detach()
+    if kernel == "linear":
+        parts = launch.shrink(rows, A, route)
+        return lambda: launch.linear(rows, W, None, parts, B, route, torch.empty_like(dy_rows))
+    if kernel == "shrink" and tokens <= launch.GATED_BY_EXPAND:
+        return lambda: launch.shrink(rows, A, route)
     if kernel == "shrink":
         return lambda: launch.gate(launch.shrink(rows, A, route), route, HALF)
     if kernel == "expand":
@@ -413,7 +483,8 @@ def time_candidates(kernel: str, tokens: int, features: int, slots: int, rank: i
     """Compile and run every candidate once; what does not compile is left out."""
     key = launch.tuning_key(kernel, HALF, tokens, slots * rank)
     call, found = kernel_call(kernel, tokens, features, slots, rank), []
-    for config in candidates(kernel, tokens)[: None if ON_GPU else 2]:
+    shipped = [launch.Config(*SHIPPED[key])] if key in SHIPPED else []
+    for config in [*shipped, *candidates(kernel, tokens)][: None if ON_GPU else 2]:
         use({key: list(config)})
         with contextlib.suppress(Exception):
             call()
@@ -427,8 +498,12 @@ def tuning(run: Run) -> None:
     features = 4096 if ON_GPU else 64
     shapes = [(4096, 2, 32), (512, 2, 32), (4096, 8, 16), (1, 2, 32), (512, 8, 16), (4096, 2, 16), (1, 8, 16)]
     if not ON_GPU:
-        shapes = [(32, 2, 8)]
-    jobs = [(kernel, tokens, features, slots, rank) for tokens, slots, rank in shapes for kernel in launch.CONFIGS]
+        shapes = [(32, 2, 8), (1, 2, 8)]
+    jobs = [
+        (kernel, tokens, features, slots, rank)
+        for tokens, slots, rank in shapes for kernel in launch.CONFIGS
+        if kernel != "linear" or tokens <= launch.GATED_BY_EXPAND
+    ]  # fmt: skip
     table = dict(SHIPPED)
     use(table)
     try:
@@ -444,7 +519,7 @@ def tuning(run: Run) -> None:
                     best = entry
             if best is not None:
                 table[best["key"]] = best["config"]
-                before = next((e for e in compiled if e["config"] == SHIPPED.get(best["key"])), compiled[0])
+                before = compiled[0]
                 shape = dict(zip(("kernel", "tokens", "d", "slots", "rank"), job))
                 run.record(**shape, before=before, best=best, all=compiled)
     finally:
@@ -493,24 +568,21 @@ def layer(run: Run) -> None:
         }
         repeats = 20 if tokens <= 4096 else 8
         for what, calls in steps.items():
-            for name, values in gpu_times(calls, repeats if ON_GPU else 1, run).items():
+            for name, values in graph_times(calls, repeats if ON_GPU else 1, run).items():
                 row = {**shape, "what": what, "name": name, **spread(values), "saved": case.saved_bytes(name)}
                 run.record(**row, peak=case.peak_bytes(name) if ON_GPU and what != "forward" else 0)
-        start = time.perf_counter()
-        for name in ("base", "stacked", "fused"):  # including the host
+        for name in [name for name in names if name not in ("einsum", "compiled")]:  # in eager mode
             times = []
-            for _ in range(20 if ON_GPU else 1):
+            for _ in range(10 if ON_GPU else 1):
                 start = time.perf_counter()
                 case.step(name)
                 synchronize()
                 times.append((time.perf_counter() - start) * 1e6)
             run.record(**shape, what="forward + backward, with the host", name=name, **spread(times))
-        if tokens == 1 and ON_GPU:
-            for name in names:
-                with torch.no_grad():
-                    graph = captured(case.run[name])
-                values = gpu_times({name: graph.replay}, 30, run)[name]
-                run.record(**shape, what="forward, CUDA graph", name=name, **spread(values))
+        if tokens <= launch.TOKENS[0]:
+            with torch.no_grad():
+                for name, values in graph_times(steps["forward"], 30 if ON_GPU else 1, run).items():
+                    run.record(**shape, what="forward without gradients", name=name, **spread(values))
 
 
 def captured(call: Callable[[], object]) -> Any:

@@ -78,9 +78,13 @@ def _forward(
     gated = None
     if keep or x.shape[0] > launch.GATED_BY_EXPAND:
         gated = launch.gate(h, route, x.dtype, keep == H)
-    launch.expand(h if gated is None else gated.h, lora_B, route, out, base, bias)
-    if weight is not None:
-        out.addmm_(x, weight.mT)
+    h = h if gated is None else gated.h
+    if weight is not None and launch.fits_linear(x, weight, route):
+        launch.linear(x, weight, bias, h, lora_B, route, out)
+    else:
+        launch.expand(h, lora_B, route, out, base, bias)
+        if weight is not None:
+            out.addmm_(x, weight.mT)
     return gated and {GATED: gated.h, H: gated.summed}.get(keep)
 
 

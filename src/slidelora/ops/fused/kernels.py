@@ -245,6 +245,52 @@ def gated_lora_expand_kernel(
 
 
 @triton.jit
+def gated_lora_linear_kernel(
+    x_ptr, linear_ptr, h_ptr, weight_ptr, gates_ptr, expert_ids_ptr, bias_ptr, y_ptr,
+    tokens, gate_length, in_features, features, stride_xm, stride_linearn, scaling,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    COMPACT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute y = x linear^T + gated weight + bias for few tokens of one group: one pass over the base layer's weight.
+
+    x (T, d_in), row stride stride_xm; linear (d, d_in), row stride stride_linearn; h and weight as in expand; bias
+    (d,); y (T, d). M is tokens, N features, K columns of rank space, D input features. Grid: (blocks of features,).
+    """
+    row = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, n_mask = row < tokens, n < features
+    linear_row = n.to(tl.int64) * stride_linearn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    for start in range(0, in_features, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        d_mask = d < in_features
+        a = tl.load(x_ptr + row[:, None] * stride_xm + d[None, :], mask=row_mask[:, None] & d_mask[None, :], other=0.0)
+        b = tl.load(linear_ptr + linear_row[None, :] + d[:, None], mask=n_mask[None, :] & d_mask[:, None], other=0.0)
+        acc = _dot(a, b, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+    K_BLOCKS: tl.constexpr = (slots * R_BLOCKS * BLOCK_R + BLOCK_K - 1) // BLOCK_K
+    for k_block in range(0, K_BLOCKS):
+        slot, column, weight_row, column_mask = _rank_columns(
+            k_block, 0, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
+        )
+        gated = _load_gated(
+            h_ptr, gates_ptr, row, column, slot, row_mask[:, None] & column_mask[None, :], tokens, gate_length, scaling,
+            slots, r, SPLITS, ACC_DTYPE,
+        )  # fmt: skip
+        up = tl.load(
+            weight_ptr + weight_row.to(tl.int64)[:, None] * features + n[None, :],
+            mask=column_mask[:, None] & n_mask[None, :],
+            other=0.0,
+        )
+        acc = _dot(gated, up, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(ACC_DTYPE)[None, :]
+    y_mask = row_mask[:, None] & n_mask[None, :]
+    tl.store(y_ptr + row[:, None] * features + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
 def _add_products(
     acc, gated_ptr, right_ptr, pair_ids_ptr, seed_ptr, group, column, column_mask, n, n_mask, first, end,
     group_length, features, stride_rightk, dropout,
@@ -355,3 +401,46 @@ def gated_lora_reduce_kernel(
             offset = split * part_length + slot.to(tl.int64) * length
             acc += tl.load(parts_ptr + offset + element, mask=element < end, other=0.0)
     tl.store(gradient_ptr + expert.to(tl.int64) * length + element, acc.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_lora_route_kernel(
+    experts_ptr, pair_ids_ptr, expert_ids_ptr, group_bounds_ptr, tokens, served, groups,
+    slots: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sort the pairs of each slot by expert, into groups of SIZE: a counting sort, in the order of the tokens.
+
+    experts (T / served, K), where a row serves `served` tokens; pair_ids (K * groups, SIZE), expert_ids (K * groups,)
+    and group_bounds (K, EXPERTS + 1) as the other kernels read them. The last expert gets the groups that are left.
+    Grid: (K, EXPERTS).
+    """
+    slot, own = tl.program_id(0), tl.program_id(1)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        expert = tl.load(experts_ptr + (token // served) * slots + slot, mask=token < tokens, other=EXPERTS)
+        counts += tl.histogram(expert.to(tl.int32), BINS)  # the last bin takes what the mask leaves out
+    counts = tl.where(bins < EXPERTS, counts, 0)
+    used = (counts + SIZE - 1) // SIZE
+    first = slot * groups + tl.sum(tl.where(bins < own, used, 0))
+    last = first + tl.sum(tl.where(bins == own, used, 0))
+    count = tl.sum(tl.where(bins == own, counts, 0))
+    tl.store(group_bounds_ptr + slot * (EXPERTS + 1) + own, first)
+    if own == EXPERTS - 1:
+        tl.store(group_bounds_ptr + slot * (EXPERTS + 1) + EXPERTS, last)
+        last = (slot + 1) * groups
+    for start in range(first, last, BLOCK):
+        group = start + tl.arange(0, BLOCK)
+        tl.store(expert_ids_ptr + group, tl.zeros((BLOCK,), tl.int32) + own, mask=group < last)
+    begin = first * SIZE
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        expert = tl.load(experts_ptr + (token // served) * slots + slot, mask=token < tokens, other=EXPERTS)
+        mine = expert == own
+        position = begin + tl.cumsum(mine.to(tl.int32)) - 1
+        tl.store(pair_ids_ptr + position, token * slots + slot, mask=mine)
+        begin += tl.sum(mine.to(tl.int32))
+    for start in range(first * SIZE + count, last * SIZE, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        tl.store(pair_ids_ptr + position, tl.zeros((BLOCK,), tl.int32) - 1, mask=position < last * SIZE)

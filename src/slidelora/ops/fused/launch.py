@@ -87,6 +87,7 @@ BLOCKS = {
     "shrink": ("BLOCK_M", "BLOCK_K", "BLOCK_N"),
     "expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "weight_gradient": ("BLOCK_K", "BLOCK_N", "BLOCK_M"),
+    "linear": ("BLOCK_D", "BLOCK_N", "BLOCK_K"),  # at most 16 tokens fit one block, so it divides d_in instead
 }
 
 TOKENS = (16, 1024)  # a group of at most so many tokens takes the first and the second configuration, others the third
@@ -107,6 +108,7 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
         "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 8, 2), Config(32, 64, 64, 8, 2)),
         "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 2), Config(32, 64, 32, 8, 3)),
     },
+    "linear": {"bf16": (Config(256, 16, 64, 4, 4),), "fp16": (Config(128, 16, 32, 4, 3),)},
 }
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # all others are fp32
 REDUCED = 1024  # elements in a block of the kernels that only add up
@@ -297,7 +299,7 @@ def plan(kernel: str, shape: Shape, features: int, splits: int = 0, flags: tuple
     dtype, groups, length, slots, rank, num_experts, compact, top_k, dropout = shape
     # Long groups of sorted tokens come from many tokens.
     chosen = config(kernel, dtype, length if length < 128 or not top_k else TOKENS[-1] + 1, slots * rank, dropout)
-    if kernel != "weight_gradient" and (size := max(16, _power(length))) < chosen.tokens:
+    if kernel in ("shrink", "expand") and (size := max(16, _power(length))) < chosen.tokens:
         chosen = chosen._replace(tokens=size, programs=min(256, chosen.programs * (chosen.tokens // size)))
     by_expert = compact and (groups > 1 or bool(top_k))  # else the weight's gradient is computed slot by slot
     if kernel == "weight_gradient":
@@ -306,6 +308,9 @@ def plan(kernel: str, shape: Shape, features: int, splits: int = 0, flags: tuple
     columns = constants[BLOCKS[kernel][2]]
     padded = constants["R_BLOCKS"] * constants["BLOCK_R"]
     constants |= chosen.constants(kernel) | dtype_constants(dtype) | dict(flags)
+    if kernel == "linear":
+        constants |= {"COMPACT": compact, "BLOCK_M": TOKENS[0], "SPLITS": splits}
+        return Plan(kernel, (_cdiv(features, chosen.features),), chosen, constants)
     constants |= {"COMPACT": compact, "TOP_K": top_k, "HAS_DROPOUT": dropout}
     m_blocks = groups * _cdiv(length, chosen.tokens)
     if kernel == "shrink":
@@ -341,6 +346,13 @@ def reduce_plan(dtype: torch.dtype, length: int, experts: int, slots: int, split
     constants = {"slots": slots, "SPLITS": splits, "COMPACT": compact, "BLOCK": REDUCED}
     constants["ACC_DTYPE"] = dtype_constants(dtype)["ACC_DTYPE"]
     return Plan("reduce", (_cdiv(length, REDUCED), experts), None, constants)
+
+
+@lru_cache(maxsize=4096)
+def route_plan(slots: int, experts: int, size: int) -> Plan:
+    """Plan a launch of the kernel that sorts pairs of tokens and experts into groups of `size`."""
+    constants = {"slots": slots, "EXPERTS": experts, "BINS": _power(experts + 1), "SIZE": size, "BLOCK": REDUCED}
+    return Plan("route", (slots, experts), None, constants)
 
 
 @dataclass(eq=False)
@@ -407,27 +419,23 @@ def route_tokens(mixture: Mixture, tokens: int) -> Route:
     length = tokens // max(experts.shape[0], 1)
     if length >= 16 or tokens <= FEW_TOKENS:
         return Route(gates, experts, count, rank, scaling, tokens, experts.shape[0], length)
-    top_k, device = experts.shape[1], gates.device
+    top_k = experts.shape[1]
     members = tokens // count  # about as many tokens does an expert have in each slot
     size = 256 if members >= 1024 else 128 if members >= 256 else 64  # of a group
-    by_slot, order = experts.repeat_interleave(length, 0).T.contiguous().sort(dim=1, stable=True)  # (K, T)
-    edges = torch.searchsorted(by_slot, torch.arange(count + 1, device=device).expand(top_k, -1).contiguous())
-    counts = edges.diff(dim=1)  # (K, E)
-    blocks = (counts + size - 1) // size
-    last = blocks.cumsum(1)
-    block = torch.arange(_cdiv(tokens, size) + count, device=device).expand(top_k, -1).contiguous()  # (K, G)
-    found = torch.searchsorted(last, block, right=True)
-    expert = found.clamp(max=count - 1)
-    within = (block - (last - blocks).gather(1, expert))[..., None] * size + torch.arange(size, device=device)
-    used = (within < counts.gather(1, expert)[..., None]) & (found < count)[..., None]  # (K, G, size)
-    position = (edges.gather(1, expert)[..., None] + within).clamp(max=tokens - 1)
-    token = order.gather(1, position.flatten(1)).view(position.shape)
-    slot = torch.arange(top_k, device=device)[:, None]
-    pair_ids = torch.where(used, token * top_k + slot[..., None], -1).flatten(0, 1)  # (K * G, size)
-    by_pair = gates.repeat_interleave(tokens // gates.shape[0], 0).view(-1, 1)
-    bounds = torch.nn.functional.pad(last, (1, 0)) + slot * block.shape[1]
-    groups, rows = pair_ids.shape[0], tokens * top_k
-    return Route(by_pair, expert.view(-1, 1), count, rank, scaling, rows, groups, size, pair_ids, bounds, top_k)
+    groups = _cdiv(tokens, size) + count  # in a slot
+    pair_ids, expert_ids, bounds = (
+        experts.new_empty(shape, dtype=torch.int32) for shape in ((top_k * groups, size), top_k * groups, (top_k, count + 1))
+    )
+    route_plan(top_k, count, size).launch(
+        (experts,), (experts.dtype, tokens, length, groups),
+        experts, pair_ids, expert_ids, bounds, tokens, length, groups,
+    )  # fmt: skip
+    by_pair = gates if gates.shape[0] == tokens else gates.repeat_interleave(tokens // gates.shape[0], 0)
+    rows = tokens * top_k
+    return Route(
+        by_pair.view(-1, 1), expert_ids.view(-1, 1), count, rank, scaling, rows, top_k * groups, size, pair_ids, bounds,
+        top_k,
+    )  # fmt: skip
 
 
 def shrink(x: Tensor, weight: Tensor, route: Route, dropout: Dropout = NO_DROPOUT) -> Tensor:
@@ -503,6 +511,36 @@ def expand(
             n_per_program, part.scaling, dropout.probability,
         )  # fmt: skip
         base, bias = y, None  # the next pass adds to this one
+    return y
+
+
+def fits_linear(x: Tensor, weight: Tensor, route: Route) -> bool:
+    """Say whether `linear` can run: for few tokens in half precision that share their experts."""
+    few = x.shape[0] <= TOKENS[0] and route.groups == 1 and not route.top_k
+    return few and x.dtype in KINDS and weight.dtype == x.dtype and weight.stride(1) == 1
+
+
+def linear(
+    x: Tensor, base_weight: Tensor, bias: Tensor | None, h: Tensor, weight: Tensor, route: Route, y: Tensor
+) -> Tensor:
+    """Write to y (T, d) what `expand` of h (see there) and a linear layer of x (T, d_in) are together.
+
+    cuBLAS reads the base layer's weight at half of the bandwidth if it multiplies few tokens.
+    """
+    tokens, features = y.shape
+    if not tokens:
+        return y
+    x, weight = _contiguous_rows(x), weight.contiguous()
+    flags = (("HAS_BIAS", bias is not None),)
+    splits = h.shape[0] if h.ndim == 3 else 0
+    chosen = plan("linear", route.shape(y.dtype, NO_DROPOUT), features, splits, flags)
+    dtypes = weight.dtype, None if bias is None else bias.dtype
+    strides = x.stride(0), base_weight.stride(0)
+    chosen.launch(
+        (x, base_weight, h, weight, route.gates, route.experts, bias), (*dtypes, *strides, x.shape[1], *route.key),
+        x, base_weight, h, weight, route.gates, route.experts, bias, y,
+        tokens, route.gate_length, x.shape[1], features, *strides, route.scaling,
+    )  # fmt: skip
     return y
 
 
