@@ -79,7 +79,7 @@ def plan_of(job: Job) -> launch.Plan:
     groups = 2 if compact else 1
     shape = launch.Shape(dtype, groups, job.tokens, slots, job.rank, 3, compact, 0, dropout)
     flags = {"expand": (("HAS_BASE", False), ("HAS_BIAS", False)), "linear": (("HAS_BIAS", False),)}.get(job.kernel, ())
-    return launch.plan(job.kernel, shape, FEATURES, 0, flags)
+    return launch.plan(job.kernel, shape, FEATURES, flags)
 
 
 def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target: Target) -> Compiled:
@@ -89,16 +89,15 @@ def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target:
     from triton.compiler import ASTSource
 
     kernel = plan.function()
-    constants = dict(plan.constants)
+    constants = {**plan.constants, "EARLY": launch.launches_early(target.name)}
     if target.backend == "hip":  # this machine's torch may be another build than the one that will launch the kernel
         known = launch.dtype_constants(DTYPES[dtype], "hip")
         constants |= {name: value for name, value in known.items() if name in constants}
-    gated = dtype if dtype == "bf16" else "fp32"
+    gated = dtype if dtype == "bf16" and plan.kernel not in ("down", "up") else "fp32"
     pointers = dict.fromkeys(("expert_ids_ptr", "seed_ptr"), "*i64")
     pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr", "base_ptr", "bias_ptr", "linear_ptr"), f"*{dtype}")
     pointers |= dict.fromkeys(("pair_ids_ptr", "group_bounds_ptr"), "*i32")
     pointers |= dict.fromkeys(("gated_ptr", "gated_pre_ptr"), f"*{gated}")
-    pointers["h_ptr"] = f"*{gated}" if constants.get("SPLITS") == 0 else "*fp32"
     absent = {"base_ptr": "HAS_BASE", "bias_ptr": "HAS_BIAS", "seed_ptr": "HAS_DROPOUT", "sum_ptr": "HAS_SUM"}
     absent |= dict.fromkeys(("h_pre_ptr", "gated_pre_ptr", "dgates_ptr"), "HAS_DGATES")
     absent |= dict.fromkeys(("pair_ids_ptr", "group_bounds_ptr"), "TOP_K") | {"expert_ids_ptr": "COMPACT"}
@@ -135,7 +134,8 @@ def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target:
 
 def compile_job(job: Job) -> Compiled:
     """Compile one kernel with the numbers of a training step."""
-    numbers = dict.fromkeys(("group_length", "features", "in_features", "stride_xm", "stride_linearn", "stride_rightk", "rows", "weight_rows"), 16)
+    names = "group_length features in_features stride_xm stride_linearn stride_rightk rows weight_rows"
+    numbers = dict.fromkeys(names.split(), 16)
     return compile_plan(plan_of(job), numbers, job.variant.split()[0], TARGETS[job.target])
 
 

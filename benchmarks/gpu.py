@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,8 +44,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.bfloat16
 TABLE: dict[str, list[int]] = {}  # the configurations in use
-# Seconds of each part when all have 300.
-BUDGETS = {"parity": 40, "trace": 20, "tuning": 90, "layer": 80, "model": 40, "training": 30}
+# Seconds of each part when all have 300, and in the interpreter 120.
+BUDGETS = {"parity": 45, "trace": 20, "tuning": 55, "layer": 120, "model": 25, "training": 35}
+if not ON_GPU:
+    BUDGETS = {"parity": 45, "trace": 24, "tuning": 8, "layer": 16, "model": 13, "training": 14}
 # Relative errors that float64 allows; in the interpreter bfloat16 is cut off where a GPU rounds it.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.2e-2}
 MODES = ("flat", "by token", "compact", "by sample", "sorted", "dropout")
@@ -274,14 +276,19 @@ def parity_case(mode: str, dtype: torch.dtype, tokens: int, features: int, small
     }  # fmt: skip
 
 
+@cache
+def workers() -> ProcessPoolExecutor:
+    """Return the processes that compile, which takes most of the time."""
+    return ProcessPoolExecutor(min(15, os.cpu_count() or 1), mp_context=get_context("spawn"))
+
+
 def run_workers(function: Callable[..., Any], jobs: list[tuple[Any, ...]], run: Run) -> Iterator[tuple[Any, Any]]:
-    """Call a function for all jobs, on a GPU in several processes, because compilation takes most of the time."""
+    """Call a function for all jobs, on a GPU in several processes."""
     if not ON_GPU:
         for job in run.each(jobs):
             yield job, function(*job)
         return
-    pool = ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn"))
-    futures = [pool.submit(function, *job) for job in jobs]
+    futures = [workers().submit(function, *job) for job in jobs]
     try:
         for job, future in zip(run.each(jobs), futures):
             try:
@@ -291,13 +298,15 @@ def run_workers(function: Callable[..., Any], jobs: list[tuple[Any, ...]], run: 
             except Exception as error:
                 yield job, {"good": False, "error": f"{type(error).__name__}: {error}"[:2000]}
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in futures:
+            future.cancel()
 
 
 def parity(run: Run) -> None:
     """Every mode and dtype against float64."""
-    sizes = ((1, 256), (8, 272), (100, 256), (600, 272)) if ON_GPU else ((1, 32), (70, 32))
+    sizes = ((1, 256), (8, 272), (100, 256), (600, 272)) if ON_GPU else ((70, 32),)
     jobs = [(mode, dtype, *size) for size in sizes for mode in MODES for dtype in BOUNDS]
+    jobs += [] if ON_GPU else [(mode, HALF, 1, 32) for mode in MODES]
     jobs += [("by sample", torch.float16, 48 if not ON_GPU else 600, 64, True)]
     for job, row in run_workers(parity_case, jobs, run):
         run.record(**({"case": str(job)} | row))
@@ -404,7 +413,7 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
 def trace_few_tokens(run: Run) -> None:
     """Time the base layer with its mixture in one kernel, beside the base layer alone, for few tokens."""
     sizes = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)] if ON_GPU else [(64, 32)]
-    for tokens in (1, 16):
+    for tokens in (1, 4, 16):
         for d_in, d_out in sizes:
             x = torch.randn(tokens, d_in, device=DEVICE, dtype=HALF)
             W = torch.randn(d_out, d_in, device=DEVICE, dtype=HALF)
@@ -412,13 +421,10 @@ def trace_few_tokens(run: Run) -> None:
             chosen = torch.arange(2, device=DEVICE)[None]
             mixture = Mixture(A, B, torch.full((1, 2), 0.5, device=DEVICE), 32, 1.0, chosen)
             route, y = launch.route_tokens(mixture, tokens), x.new_empty(tokens, d_out)
-            h = launch.shrink(x, A, route)
-            if tokens > launch.GATED_BY_EXPAND:
-                h = launch.gate(h, route, HALF).h
+            gated = launch.gate(launch.shrink(x, A, route), route, HALF).h
             calls = {
                 "base": partial(nn.functional.linear, x, W),
-                "shrink": partial(launch.shrink, x, A, route),
-                "linear": partial(launch.linear, x, W, None, h, B, route, y),
+                "linear": partial(launch.linear, x, W, None, gated, B, route, y),
                 "base with its mixture": partial(gated_linear, x, W, None, mixture),
             }
             with torch.no_grad():
@@ -429,27 +435,35 @@ def trace_few_tokens(run: Run) -> None:
 # Tuning
 
 
-def candidates(kernel: str, tokens: int) -> list[launch.Config]:
-    """List configurations worth a try."""
-    Config = launch.Config
-    default = launch.CONFIGS[kernel]["bf16"][launch.bucket_of(tokens)]
-    if kernel == "linear":
-        sizes = ((d, n, 64, w) for d in (128, 256, 512, 1024) for n in (16, 32) for w in (2, 4, 8))
-        found = [Config(*size, s) for size in sizes for s in (3, 4, 5)]
-    elif tokens <= launch.TOKENS[0]:
-        sizes = {"shrink": (64, 128, 256, 512), "expand": (32, 64, 128), "weight_gradient": (64, 128)}[kernel]
-        found = [Config(16, size, c, 4, s, 256) for size in sizes for c in (32, 64) for s in (2, 4)]
-    elif kernel == "weight_gradient":
-        sizes = ((k, n, 128, w) for k in (32, 64, 128) for n, w in ((64, 4), (128, 4), (128, 8), (256, 8)))
-        found = [Config(*size, s, p) for size in sizes for s in (3, 4, 5) for p in (132, 264, 528)]
-    else:
-        blocks = [(32, 4), (64, 4), (128, 4), (128, 8)] + ([] if tokens <= launch.TOKENS[1] else [(256, 8)])
-        wide = (64, 128) if kernel == "shrink" else (64, 128, 256)
-        found = [
-            Config(m, f, 128, w, s, p)
-            for m, w in blocks for f in wide for s in (2, 3, 4) for p in (132, 264, 528, 1056)
-        ]  # fmt: skip
-    return list(dict.fromkeys([default, *found]))
+# Tokens, features and columns of a block, warps, stages, and programs that a launch should have, for bf16.
+FEW = {
+    "shrink": ((16, 256, 32, 4, 4, 256), (16, 128, 32, 4, 3, 256), (16, 128, 32, 4, 2, 256)),
+    "expand": ((16, 32, 64, 4, 4, 256), (16, 32, 64, 4, 2, 256), (16, 64, 64, 4, 2, 256)),
+    "weight_gradient": ((16, 64, 32, 4, 2, 256), (16, 64, 32, 4, 4, 256), (16, 128, 64, 8, 2, 256)),
+    "linear": ((256, 16, 64, 2, 4, 256), (256, 32, 64, 2, 5, 256), (512, 16, 64, 2, 4, 256), (128, 32, 64, 2, 5, 256)),
+}
+MANY = {
+    "shrink": (
+        (128, 64, 128, 8, 4, 132), (128, 64, 128, 4, 4, 132), (64, 64, 128, 4, 4, 132), (64, 64, 128, 4, 4, 264),
+        (64, 128, 128, 4, 3, 132), (256, 64, 128, 8, 3, 132),
+    ),
+    "expand": (
+        (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 3, 528), (128, 128, 128, 4, 3, 264), (128, 64, 128, 8, 2, 264),
+        (64, 128, 128, 8, 3, 264), (256, 64, 128, 8, 3, 128),
+    ),
+    "weight_gradient": (
+        (128, 64, 128, 4, 5, 132), (128, 64, 128, 4, 4, 132), (128, 64, 128, 4, 5, 528), (64, 64, 128, 4, 5, 264),
+        (64, 128, 128, 4, 4, 132), (64, 128, 128, 8, 4, 132),
+    ),
+}  # fmt: skip
+
+
+def candidates(kernel: str, tokens: int, key: str) -> list[launch.Config]:
+    """List configurations worth a try: what is in use first, then the default and what was fast before."""
+    found = [launch.Config(*SHIPPED[key])] if key in SHIPPED else []
+    found.append(launch.CONFIGS[kernel]["bf16"][launch.bucket_of(tokens)])
+    found += [launch.Config(*fields) for fields in (FEW if tokens <= launch.TOKENS[0] else MANY)[kernel]]
+    return list(dict.fromkeys(found))[: None if ON_GPU else 2]
 
 
 def use(table: dict[str, list[int]]) -> None:
@@ -468,10 +482,7 @@ def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) 
     h = torch.randn(tokens, slots * rank, device=DEVICE, dtype=HALF)
     A, B = mixture.lora_A.detach(), mixture.lora_B.detach()
     if kernel == "linear":
-        parts = launch.shrink(rows, A, route)
-        return lambda: launch.linear(rows, W, None, parts, B, route, torch.empty_like(dy_rows))
-    if kernel == "shrink" and tokens <= launch.GATED_BY_EXPAND:
-        return lambda: launch.shrink(rows, A, route)
+        return lambda: launch.linear(rows, W, None, h, B, route, torch.empty_like(dy_rows))
     if kernel == "shrink":
         return lambda: launch.gate(launch.shrink(rows, A, route), route, HALF)
     if kernel == "expand":
@@ -479,49 +490,48 @@ def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) 
     return lambda: launch.weight_gradient(h, dy_rows, B, route)
 
 
-def time_candidates(kernel: str, tokens: int, features: int, slots: int, rank: int) -> list[dict[str, Any]]:
-    """Compile and run every candidate once; what does not compile is left out."""
-    key = launch.tuning_key(kernel, HALF, tokens, slots * rank)
-    call, found = kernel_call(kernel, tokens, features, slots, rank), []
-    shipped = [launch.Config(*SHIPPED[key])] if key in SHIPPED else []
-    for config in [*shipped, *candidates(kernel, tokens)][: None if ON_GPU else 2]:
-        use({key: list(config)})
-        with contextlib.suppress(Exception):
-            call()
-            synchronize()
-            found.append({"key": key, "config": list(config)})
-    return found
+def compile_candidate(config: list[int], key: str, *job: Any) -> bool:
+    """Compile a configuration and run it once; say whether that works."""
+    use({key: config})
+    try:
+        kernel_call(*job)()
+        synchronize()
+    except Exception:  # it may need more shared memory than there is
+        return False
+    return True
 
 
 def tuning(run: Run) -> None:
     """Time the candidates of each kernel, and keep the fastest for each key."""
     features = 4096 if ON_GPU else 64
-    shapes = [(4096, 2, 32), (512, 2, 32), (4096, 8, 16), (1, 2, 32), (512, 8, 16), (4096, 2, 16), (1, 8, 16)]
+    shapes = [(4096, 2, 32), (512, 2, 32), (16, 2, 32), (4096, 8, 16), (512, 8, 16), (4096, 2, 16), (4096, 8, 32)]
     if not ON_GPU:
-        shapes = [(32, 2, 8), (1, 2, 8)]
-    jobs = [
-        (kernel, tokens, features, slots, rank)
-        for tokens, slots, rank in shapes for kernel in launch.CONFIGS
-        if kernel != "linear" or tokens <= launch.GATED_BY_EXPAND
-    ]  # fmt: skip
+        shapes = [(32, 2, 8), (16, 2, 8)]
+    configs: dict[tuple[Any, ...], list[list[int]]] = {}
+    jobs = []
+    for tokens, slots, rank in shapes:
+        for kernel in launch.CONFIGS:
+            if kernel == "linear" and tokens > launch.TOKENS[0]:
+                continue
+            key = launch.tuning_key(kernel, HALF, tokens, slots * rank)
+            jobs += [
+                (list(config), key, kernel, tokens, features, slots, rank) for config in candidates(kernel, tokens, key)
+            ]
     table = dict(SHIPPED)
     use(table)
     try:
-        for job, compiled in run_workers(time_candidates, jobs, run):  # later calls find the compiled code on disk
-            if isinstance(compiled, dict):
-                run.record(kernel=job[0], tokens=job[1], **compiled)
-                continue
-            call, best = kernel_call(*job), None
-            for entry in compiled:
-                use({**table, entry["key"]: entry["config"]})
-                entry.update(spread(gpu_times({"call": call}, 9 if ON_GPU else 1, run)["call"]))
-                if best is None or entry["us"] < best["us"]:
-                    best = entry
-            if best is not None:
-                table[best["key"]] = best["config"]
-                before = compiled[0]
-                shape = dict(zip(("kernel", "tokens", "d", "slots", "rank"), job))
-                run.record(**shape, before=before, best=best, all=compiled)
+        for (config, key, *job), works in run_workers(compile_candidate, jobs, run):  # later calls find it on disk
+            if works is True:
+                configs.setdefault((key, *job), []).append(config)
+        for key, *job in run.each(configs):
+            call, timed = kernel_call(*job), []
+            for config in configs[(key, *job)]:
+                use({**table, key: config})
+                timed.append({"config": config, **spread(gpu_times({"call": call}, 9 if ON_GPU else 1, run)["call"])})
+            best = min(timed, key=lambda entry: entry["us"])
+            table[key] = best["config"]
+            shape = dict(zip(("kernel", "tokens", "d", "slots", "rank"), job))
+            run.record(**shape, key=key, before=timed[0], best=best, all=timed)
     finally:
         use(table)
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
@@ -549,8 +559,8 @@ def layer(run: Run) -> None:
     from bench_gated_lora import Case, Size
 
     mixtures = [(3, 2, "constant", 32), (8, 8, "learned", 16), (8, 2, "constant", 16), (16, 2, "token", 64)]
-    shapes = [(4096, t) for t in (4096, 1, 512, 16)] + [(d, t) for t in (4096, 512, 1, 16) for d in (2048, 5120)]
-    shapes += [(d, 16384) for d in (4096, 2048, 5120)]
+    shapes = [(4096, t) for t in (4096, 1, 512, 16, 16384)]
+    shapes += [(d, t) for t in (4096, 1, 512, 16, 16384) for d in (2048, 5120)]
     if not ON_GPU:
         mixtures, shapes = [(3, 2, "constant", 4), (3, 3, "learned", 4)], [(64, 16), (64, 1)]
     if ON_GPU:
@@ -566,14 +576,15 @@ def layer(run: Run) -> None:
             "forward": {name: case.run[name] for name in names},
             "forward + backward": {name: partial(case.step, name) for name in names},
         }
-        repeats = 20 if tokens <= 4096 else 8
+        repeats = 15 if tokens <= 4096 else 7
+        saved = {name: case.saved_bytes(name) for name in names}
         for what, calls in steps.items():
             for name, values in graph_times(calls, repeats if ON_GPU else 1, run).items():
-                row = {**shape, "what": what, "name": name, **spread(values), "saved": case.saved_bytes(name)}
+                row = {**shape, "what": what, "name": name, **spread(values), "saved": saved[name]}
                 run.record(**row, peak=case.peak_bytes(name) if ON_GPU and what != "forward" else 0)
         for name in [name for name in names if name not in ("einsum", "compiled")]:  # in eager mode
             times = []
-            for _ in range(10 if ON_GPU else 1):
+            for _ in range(7 if ON_GPU else 1):
                 start = time.perf_counter()
                 case.step(name)
                 synchronize()
@@ -581,7 +592,7 @@ def layer(run: Run) -> None:
             run.record(**shape, what="forward + backward, with the host", name=name, **spread(times))
         if tokens <= launch.TOKENS[0]:
             with torch.no_grad():
-                for name, values in graph_times(steps["forward"], 30 if ON_GPU else 1, run).items():
+                for name, values in graph_times(steps["forward"], 20 if ON_GPU else 1, run).items():
                     run.record(**shape, what="forward without gradients", name=name, **spread(values))
 
 
