@@ -1,11 +1,11 @@
 """Compile every kernel configuration that we ship ahead of time, without a GPU, and check the result.
 
-    python benchmarks/compile_kernels.py [--targets sm_90 gfx942] [--ranks 8 128] [--write docs/kernels.md]
+    python benchmarks/compile_kernels.py [--targets sm_90 gfx942] [--ranks 8 128] [--tuned] [--write docs/kernels.md]
 
-For each kernel, configuration, dtype and target this reports registers, spills to the stack and shared memory, and
-checks that the code uses the target's matrix instruction. It prints a Markdown table, and exits with 1 if a kernel
-spills, needs more shared memory than the target has, or multiplies without that instruction. Triton keeps what it
-compiled in its cache, so a second run takes seconds.
+For each kernel, configuration, dtype and target, or with --tuned for what tuned.json has for the targets, this reports
+registers, spills to the stack and shared memory, and checks that the code uses the target's matrix instruction. It
+prints a Markdown table, and exits with 1 if a kernel spills, needs more shared memory than the target has, or
+multiplies without that instruction. Triton keeps what it compiled in its cache, so a second run takes seconds.
 """
 
 import argparse
@@ -45,6 +45,7 @@ class Target:
 
 TARGETS = {
     "sm_80": Target("sm_80", "cuda", 80, 32, 163 * 1024, r"mma\.sync"),
+    "sm_89": Target("sm_89", "cuda", 89, 32, 99 * 1024, r"mma\.sync"),
     "sm_90": Target("sm_90", "cuda", 90, 32, 227 * 1024, r"wgmma|mma\.sync"),
     "sm_100": Target("sm_100", "cuda", 100, 32, 227 * 1024, r"tcgen05\.mma|mma\.sync"),
     "gfx942": Target("gfx942", "hip", "gfx942", 64, 64 * 1024, r"v_mfma"),
@@ -69,17 +70,29 @@ class Job(NamedTuple):
     variant: str
     mixture: str
     rank: int
-    target: str
+    tuned: int = 0  # the slots, for a configuration in tuned.json
 
 
-def plan_of(job: Job) -> launch.Plan:
+def tuned_jobs(target: str) -> list[Job]:
+    """List the configurations that tuned.json has for a target, with experts of rank 32 or less, all of them active."""
+    jobs = []
+    for key in launch.tuned(target):
+        kernel, variant, bucket, columns = key.split()
+        rank = min(32, int(columns))
+        tokens = (*launch.TOKENS, TOKENS)[int(bucket)]
+        jobs.append(Job(kernel, tokens, variant, "flat, tuned", rank, int(columns) // rank))
+    return jobs
+
+
+def plan_of(job: Job, target: str) -> launch.Plan:
     """Plan the launch of a kernel in a training step."""
-    slots, compact = MIXTURES[job.mixture]
+    slots, compact = (job.tuned, False) if job.tuned else MIXTURES[job.mixture]
+    launch.architecture = (lambda: target) if job.tuned else (lambda: "")
     dtype, dropout = DTYPES[job.variant.split()[0]], job.variant.endswith("dropout")
     groups = 2 if compact else 1
     shape = launch.Shape(dtype, groups, job.tokens, slots, job.rank, 3, compact, 0, dropout)
     flags = {"expand": (("HAS_BASE", False), ("HAS_BIAS", False)), "linear": (("HAS_BIAS", False),)}.get(job.kernel, ())
-    return launch.plan(job.kernel, shape, FEATURES, flags)
+    return launch.plan.__wrapped__(job.kernel, shape, FEATURES, flags)  # uncached: the cache ignores the architecture
 
 
 def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target: Target) -> Compiled:
@@ -132,11 +145,11 @@ def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target:
     return Compiled(registers, spilled, compiled.metadata.shared, matrix, "wgmma.mma_async" in text)
 
 
-def compile_job(job: Job) -> Compiled:
+def compile_job(job: Job, target: str) -> Compiled:
     """Compile one kernel with the numbers of a training step."""
     names = "group_length features in_features stride_xm stride_linearn stride_rightk rows weight_rows"
     numbers = dict.fromkeys(names.split(), 16)
-    return compile_plan(plan_of(job), numbers, job.variant.split()[0], TARGETS[job.target])
+    return compile_plan(plan_of(job, target), numbers, job.variant.split()[0], TARGETS[target])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -158,11 +171,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[32])
+    parser.add_argument("--tuned", action="store_true", help="only the configurations in tuned.json")
     parser.add_argument("--write", type=Path, help="a page that ends with the table")
     arguments = parser.parse_args()
     tokens = (*launch.TOKENS, TOKENS)
-    names = [
-        (kernel, count, variant, mixture, rank)
+    jobs = [
+        Job(kernel, count, variant, mixture, rank)
         for kernel, kinds in launch.CONFIGS.items()
         for variant in VARIANTS
         if not (kernel == "linear" and variant.endswith("dropout"))  # it multiplies no input that dropout changed
@@ -170,9 +184,11 @@ def main() -> None:
         for rank in arguments.ranks
         for count, _ in zip(tokens, kinds.get(variant.split()[0], ()))
     ]
-    jobs = [Job(*name, target) for name in names for target in arguments.targets]
+    if arguments.tuned:
+        jobs = list(dict.fromkeys(job for target in arguments.targets for job in tuned_jobs(target)))
+    every = [(job, target) for job in jobs for target in arguments.targets]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(jobs, pool.map(compile_job, jobs)))
+        found = dict(zip(every, pool.map(compile_job, *zip(*every))))
     lines = [
         f"d = {FEATURES}, 2 of 3 experts for each sample (compact) or all 3 (flat), triton {triton.__version__}; "
         "registers / shared KiB.",
@@ -181,20 +197,21 @@ def main() -> None:
         "|---" * (3 + len(arguments.targets)) + "|",
     ]
     bad = []
-    for name in names:
-        kernel, _, variant, mixture, rank = name
-        config, cells = plan_of(Job(*name, arguments.targets[0])).config, []
+    for job in jobs:
+        cells = []
         for target in arguments.targets:
-            report = found[Job(*name, target)]
+            report = found[job, target]
             fits = report.shared <= TARGETS[target].shared
             # fp32 multiplies in IEEE precision, which no matrix instruction offers.
-            good = report.spilled == 0 and fits and (report.matrix or variant == "fp32")
+            good = report.spilled == 0 and fits and (report.matrix or job.variant == "fp32")
             fault = "" if good else f" **spills {report.spilled}, fits {fits}, matrix {report.matrix}**"
             cells.append(f"{report.registers} / {report.shared / 1024:.0f}{fault}")
             if not good:
-                bad.append((*name, target))
+                bad.append((job, target))
+        config = plan_of(job, arguments.targets[0]).config
         sizes = f"{config.tokens} x {config.features} x {config.columns}, {config.num_warps}, {config.num_stages}"
-        lines.append(f"| {' | '.join([kernel, sizes, f'{variant}, {mixture}, r={rank}', *cells])} |")
+        of = f"{job.variant}, {job.mixture}, r={job.rank}"
+        lines.append(f"| {' | '.join([job.kernel, sizes, of, *cells])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.write:

@@ -3,9 +3,9 @@
     PYTHONPATH=src python3 benchmarks/gpu.py --out DIR [--minutes 5]
 
 Parts, in this order: parity, trace, tuning, layer, model, training. Each may fail alone; its error is in the results.
-DIR/gpu_<name>.json is written after every measurement, and .csv, .png and tuned.json at the end. tuned.json belongs
-into src/slidelora/ops/fused/. With --device cpu the same parts run on small shapes in triton's interpreter, which shows
-that the script works and nothing else.
+DIR/gpu_<name>.json is written after every measurement, and .csv, .md, .png and tuned.json at the end; tuned.json
+belongs into src/slidelora/ops/fused/. With --device cpu the same parts run on small shapes in triton's interpreter,
+which shows that the script works and nothing else.
 """
 
 import argparse
@@ -730,8 +730,8 @@ def training(run: Run) -> None:
     stage, taken = TINY_TRAINING.stages[-1], {}
     if not ON_GPU:
         stage = replace(stage, batch_size=4)
-    few, many = (5, 25) if ON_GPU else (1, 2)
-    for steps in (few, many):  # the difference leaves out what happens once
+    few, many = (5, 45) if ON_GPU else (1, 2)
+    for steps in (1, few, many):  # the difference leaves out what a run does once, and the first what a process does
         run.check()
         config = replace(TINY_TRAINING, stages=(replace(stage, steps=steps),))
         with tempfile.TemporaryDirectory() as folder:
@@ -748,30 +748,84 @@ PARTS = {"parity": parity, "trace": trace, "tuning": tuning, "layer": layer, "mo
 SHIPPED = launch.tuned(launch.architecture())
 
 
-def plot(run: Run) -> None:
-    """Plot the layer's overhead over the base for d = 4096 and T = 4096."""
+LABELS = {
+    "einsum": "released einsum", "peft": "a PEFT adapter for each active expert", "lora": "PEFT LoRA of equal rank",
+    "stacked": "slidelora, stacked", "compiled": "slidelora, stacked, torch.compile", "fused": "slidelora, fused",
+}  # fmt: skip
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Plot the layer's times over those of the base layer, for the largest of the first shapes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = run.results["parts"].get("layer", {}).get("rows", [])
+    rows = results["parts"].get("layer", {}).get("rows", [])
     rows = [row for row in rows if row.get("what") in ("forward", "forward + backward")]
     rows = [row for row in rows if (row["d"], row["T"]) == (rows[0]["d"], rows[0]["T"])] if rows else []
-    figure, axis = pyplot.subplots(figsize=(12, 5), layout="constrained")
+    taken: dict[str, dict[str, float]] = {}
     for row in rows:
-        row["label"] = f"{row['experts']} of r={row['rank']}, {row['active']} active\n{row['what']}"
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
+        gate = "by token" if row["gate"] == "token" else f"{row['gate']} gate"
+        label = f"{row['experts']} of r={row['rank']},\n{row['active']} active, {gate}\n{row['what']}"
+        taken.setdefault(label, {})[row["name"]] = row["us"]
+    names = [name for name in LABELS if any(name in found for found in taken.values())]
+    figure, axis = pyplot.subplots(figsize=(14, 5), layout="constrained")
     for i, name in enumerate(names):
-        found = {row["label"]: row["us"] for row in rows if row["name"] == name}
-        positions = [labels.index(label) + 0.8 * i / len(names) for label in found]
-        axis.bar(positions, list(found.values()), 0.8 / len(names), label=name)
-    axis.set_xticks(range(len(labels)), labels, fontsize=7)
-    axis.set(ylabel="microseconds", title=f"one layer on {run.name}")
+        found = [(j, times[name] / times["base"]) for j, times in enumerate(taken.values()) if name in times]
+        bars = axis.bar([j + 0.85 * i / len(names) for j, _ in found], [v for _, v in found], 0.85 / len(names))
+        bars.set_label(LABELS[name])
+        if name == "fused":
+            axis.bar_label(bars, [f"{v:.2f}" for _, v in found], fontsize=8)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set_yscale("log")
+    axis.set_xticks([j + 0.4 for j in range(len(taken))], list(taken), fontsize=8)
+    shape = f"d = {rows[0]['d']}, {rows[0]['T']} tokens, " if rows else ""
+    axis.set(ylabel="time / base layer", title=f"one layer, {shape}bf16, {results['machine']['device']}")
     axis.legend()
-    figure.savefig(run.path.with_suffix(".png"), dpi=100)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def layer_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Make a Markdown table of layers: the fused kernels over the base layer, and the others' times over theirs."""
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("d", "T", "experts", "rank", "active", "gate", "what"))
+        found.setdefault(key, {})[row["name"]] = row
+    others = [name for name in LABELS if name != "fused"]
+    head = ["d", "T", "experts, rank, active, gate", "pass", "base us", "fused us (20th-80th percentile)", "over base"]
+    head += [f"{LABELS[name].removeprefix('slidelora, ')} / fused" for name in others]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (d, tokens, experts, rank, active, gate, what), times in found.items():
+        if "fused" not in times:
+            continue
+        base, ours = times["base"]["us"], times["fused"]
+        cells = [str(d), str(tokens), f"{experts}, {rank}, {active}, {gate}", what, f"{base:.1f}"]
+        cells += [f"{ours['us']:.1f} ({ours['p20']:.1f}-{ours['p80']:.1f})", f"{ours['us'] / base - 1:+.1%}"]
+        cells += [f"{times[name]['us'] / ours['us']:.2f}" if name in times else "-" for name in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def page(results: dict[str, Any]) -> str:
+    """Make a page of Markdown from the results."""
+    parts = results["parts"]
+    lines = [", ".join(f"{name}: {value}" for name, value in results["machine"].items()), ""]
+    for name, state in parts.items():
+        missing = f"; not reached: {state['not reached']}" if "not reached" in state else ""
+        lines.append(f"- {name}: {state['status']}, {len(state['rows'])} rows, {state.get('seconds')} s{missing}")
+    checked = parts.get("parity", {}).get("rows", [])
+    bad = [row for row in checked if not row["good"]]
+    lines += ["", f"Parity: {len(checked) - len(bad)} of {len(checked)} cases. {bad or ''}", ""]
+    lines += layer_table(parts.get("layer", {}).get("rows", []))
+    lines += ["", "| model | | ms (20th-80th percentile) | peak GB |", "|---" * 4 + "|"]
+    for row in parts.get("model", {}).get("rows", []):
+        if "us" in row:
+            middle, low, high = (f"{row[name] / 1e3:.2f}" for name in ("us", "p20", "p80"))
+            peak = f"{row['peak'] / 1e9:.2f}" if row.get("peak") else ""
+            lines.append(f"| {row['what']} | {row['name']} | {middle} ({low}-{high}) | {peak} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -804,7 +858,8 @@ def main() -> None:
     for part, function in PARTS.items():
         run.perform(part, function)
     run.write_table()
-    plot(run)
+    plot(run.results, run.path.with_suffix(".png"))
+    run.path.with_suffix(".md").write_text(page(run.results))
     print(f"{run.path}, {time.monotonic() - run.start:.0f} s")
 
 

@@ -148,19 +148,20 @@ def launches_early(name: str) -> bool:
 
 
 def tuning_key(kernel: str, dtype: torch.dtype, tokens: int, columns: int) -> str:
-    """Return the key of a configuration in the tuned table; columns (K * r) count as the next power of two."""
+    """Return the key of a configuration in the tuned table; columns of rank space count as the next power of two."""
     return f"{kernel} {kind_of(dtype)} {bucket_of(tokens)} {_power(columns)}"
 
 
 def config(kernel: str, dtype: torch.dtype, tokens: int, columns: int, dropout: bool = False) -> Config:
-    """Choose the configuration for groups of that many tokens, and K * r columns of rank space."""
+    """Choose the configuration for groups of that many tokens, and columns of rank space with their padding."""
     default = CONFIGS[kernel][kind_of(dtype)][bucket_of(tokens)]
     if not dropout and dtype.itemsize < 8:
         found = tuned(architecture()).get(tuning_key(kernel, dtype, tokens, columns))
         return Config(*found) if found else default
     # Dropout and float64 take more registers.
     tokens, features, columns = (max(16, size // 2) for size in default[:3])
-    return default._replace(tokens=tokens, features=features, columns=columns)
+    stages = min(2, default.num_stages)
+    return default._replace(tokens=tokens, features=features, columns=columns, num_stages=stages)
 
 
 def rank_constants(kernel: str, slots: int, rank: int, limit: int, compact: bool) -> dict[str, int]:
@@ -238,8 +239,6 @@ class Plan:
         self.kernel, self.config, self.constants = kernel, config, constants
         self.grid = (*grid, *(1,) * (3 - len(grid)))
         self.options = config.options() if config else {"num_warps": 4, "enable_fp_fusion": True}
-        self.constants["EARLY"] = launches_early(architecture())
-        self.options |= {"launch_pdl": True} if self.constants["EARLY"] else {}
         self.compiled: dict[Any, Any] = {}
 
     def function(self) -> Any:
@@ -261,7 +260,7 @@ class Plan:
         """
         if INTERPRETED:
             _check_installed()
-            self.function()[self.grid](*arguments, **self.constants, **self.options)
+            self.function()[self.grid](*arguments, **self.constants, EARLY=False, **self.options)
             return
         pointers = 0
         for tensor in given:
@@ -274,9 +273,11 @@ class Plan:
             run(*arguments, *values)
             return
         function = self.function()
-        kernel = function[self.grid](*arguments, **self.constants, **self.options)
+        early = launches_early(architecture())
+        constants, more = {**self.constants, "EARLY": early}, {"launch_pdl": True} if early else {}
+        kernel = function[self.grid](*arguments, **constants, **self.options, **more)
         if not pointers & 15:
-            values = tuple(self.constants[name] for name in function.arg_names[len(arguments) :])
+            values = tuple(constants[name] for name in function.arg_names[len(arguments) :])
             self.compiled[device, key] = kernel[self.grid], values
 
 
@@ -306,7 +307,8 @@ def plan(kernel: str, shape: Shape, features: int, flags: tuple[tuple[str, Any],
     """Plan a launch of shrink, expand, linear or weight_gradient."""
     dtype, groups, length, slots, rank, num_experts, compact, top_k, dropout = shape
     # Long groups of sorted tokens come from many tokens.
-    chosen = config(kernel, dtype, length if length < 128 or not top_k else TOKENS[-1] + 1, slots * rank, dropout)
+    padded = slots * max(16, _power(rank))
+    chosen = config(kernel, dtype, length if length < 128 or not top_k else TOKENS[-1] + 1, padded, dropout)
     if kernel in ("shrink", "expand") and (size := max(16, _power(length))) < chosen.tokens:
         chosen = chosen._replace(tokens=size, programs=min(256, chosen.programs * (chosen.tokens // size)))
     by_expert = compact and (groups > 1 or bool(top_k))  # else the weight's gradient is computed slot by slot
