@@ -1,11 +1,11 @@
 """Compile every kernel configuration that we ship ahead of time, without a GPU, and check the result.
 
-    python benchmarks/compile_kernels.py [--targets sm_90 gfx942] [--ranks 8 128] [--write docs/kernels.md]
+    python benchmarks/compile_kernels.py [--targets sm_90 gfx942] [--ranks 8 128] [--tuned] [--write docs/kernels.md]
 
-For each kernel, configuration, dtype and target this reports registers, spills to the stack and shared memory, and
-checks that the code uses the target's matrix instruction. It prints a Markdown table, and exits with 1 if a kernel
-spills, needs more shared memory than the target has, or multiplies without that instruction. Triton keeps what it
-compiled in its cache, so a second run takes seconds.
+For each kernel, configuration, dtype and target, or with --tuned for what tuned.json has for the targets, this reports
+registers, spills to the stack and shared memory, and checks that the code uses the target's matrix instruction. It
+prints a Markdown table, and exits with 1 if a kernel spills, needs more shared memory than the target has, or
+multiplies without that instruction. Triton keeps what it compiled in its cache, so a second run takes seconds.
 """
 
 import argparse
@@ -45,6 +45,7 @@ class Target:
 
 TARGETS = {
     "sm_80": Target("sm_80", "cuda", 80, 32, 163 * 1024, r"mma\.sync"),
+    "sm_89": Target("sm_89", "cuda", 89, 32, 99 * 1024, r"mma\.sync"),
     "sm_90": Target("sm_90", "cuda", 90, 32, 227 * 1024, r"wgmma|mma\.sync"),
     "sm_100": Target("sm_100", "cuda", 100, 32, 227 * 1024, r"tcgen05\.mma|mma\.sync"),
     "gfx942": Target("gfx942", "hip", "gfx942", 64, 64 * 1024, r"v_mfma"),
@@ -69,17 +70,29 @@ class Job(NamedTuple):
     variant: str
     mixture: str
     rank: int
-    target: str
+    tuned: int = 0  # the slots, for a configuration in tuned.json
 
 
-def plan_of(job: Job) -> launch.Plan:
+def tuned_jobs(target: str) -> list[Job]:
+    """List the configurations that tuned.json has for a target, with experts of rank 32 or less, all of them active."""
+    jobs = []
+    for key in launch.tuned(target):
+        kernel, variant, bucket, columns = key.split()
+        rank = min(32, int(columns))
+        tokens = (*launch.TOKENS, TOKENS)[int(bucket)]
+        jobs.append(Job(kernel, tokens, variant, "flat, tuned", rank, int(columns) // rank))
+    return jobs
+
+
+def plan_of(job: Job, target: str) -> launch.Plan:
     """Plan the launch of a kernel in a training step."""
-    slots, compact = MIXTURES[job.mixture]
+    slots, compact = (job.tuned, False) if job.tuned else MIXTURES[job.mixture]
+    launch.architecture = (lambda: target) if job.tuned else (lambda: "")
     dtype, dropout = DTYPES[job.variant.split()[0]], job.variant.endswith("dropout")
     groups = 2 if compact else 1
     shape = launch.Shape(dtype, groups, job.tokens, slots, job.rank, 3, compact, 0, dropout)
-    flags = (("HAS_BASE", False), ("HAS_BIAS", False)) if job.kernel == "expand" else ()
-    return launch.plan(job.kernel, shape, FEATURES, 0, flags)
+    flags = {"expand": (("HAS_BASE", False), ("HAS_BIAS", False)), "linear": (("HAS_BIAS", False),)}.get(job.kernel, ())
+    return launch.plan.__wrapped__(job.kernel, shape, FEATURES, flags)  # uncached: the cache ignores the architecture
 
 
 def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target: Target) -> Compiled:
@@ -89,15 +102,15 @@ def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target:
     from triton.compiler import ASTSource
 
     kernel = plan.function()
-    constants = dict(plan.constants)
+    constants = {**plan.constants, "EARLY": launch.launches_early(target.name)}
     if target.backend == "hip":  # this machine's torch may be another build than the one that will launch the kernel
         known = launch.dtype_constants(DTYPES[dtype], "hip")
         constants |= {name: value for name, value in known.items() if name in constants}
-    gated = dtype if dtype == "bf16" else "fp32"
-    pointers = dict.fromkeys(("expert_ids_ptr", "pair_ids_ptr", "group_bounds_ptr", "seed_ptr"), "*i64")
-    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr", "base_ptr", "bias_ptr"), f"*{dtype}")
+    gated = dtype if dtype == "bf16" and plan.kernel not in ("down", "up") else "fp32"
+    pointers = dict.fromkeys(("expert_ids_ptr", "seed_ptr"), "*i64")
+    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "right_ptr", "base_ptr", "bias_ptr", "linear_ptr"), f"*{dtype}")
+    pointers |= dict.fromkeys(("pair_ids_ptr", "group_bounds_ptr"), "*i32")
     pointers |= dict.fromkeys(("gated_ptr", "gated_pre_ptr"), f"*{gated}")
-    pointers["h_ptr"] = f"*{gated}" if constants.get("SPLITS") == 0 else "*fp32"
     absent = {"base_ptr": "HAS_BASE", "bias_ptr": "HAS_BIAS", "seed_ptr": "HAS_DROPOUT", "sum_ptr": "HAS_SUM"}
     absent |= dict.fromkeys(("h_pre_ptr", "gated_pre_ptr", "dgates_ptr"), "HAS_DGATES")
     absent |= dict.fromkeys(("pair_ids_ptr", "group_bounds_ptr"), "TOP_K") | {"expert_ids_ptr": "COMPACT"}
@@ -132,10 +145,11 @@ def compile_plan(plan: launch.Plan, numbers: dict[str, int], dtype: str, target:
     return Compiled(registers, spilled, compiled.metadata.shared, matrix, "wgmma.mma_async" in text)
 
 
-def compile_job(job: Job) -> Compiled:
+def compile_job(job: Job, target: str) -> Compiled:
     """Compile one kernel with the numbers of a training step."""
-    numbers = dict.fromkeys(("group_length", "features", "stride_xm", "stride_rightk", "rows", "weight_rows"), 16)
-    return compile_plan(plan_of(job), numbers, job.variant.split()[0], TARGETS[job.target])
+    names = "group_length features in_features stride_xm stride_linearn stride_rightk rows weight_rows"
+    numbers = dict.fromkeys(names.split(), 16)
+    return compile_plan(plan_of(job, target), numbers, job.variant.split()[0], TARGETS[target])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -157,20 +171,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[32])
+    parser.add_argument("--tuned", action="store_true", help="only the configurations in tuned.json")
     parser.add_argument("--write", type=Path, help="a page that ends with the table")
     arguments = parser.parse_args()
     tokens = (*launch.TOKENS, TOKENS)
-    names = [
-        (kernel, count, variant, mixture, rank)
-        for kernel in launch.CONFIGS
+    jobs = [
+        Job(kernel, count, variant, mixture, rank)
+        for kernel, kinds in launch.CONFIGS.items()
         for variant in VARIANTS
+        if not (kernel == "linear" and variant.endswith("dropout"))  # it multiplies no input that dropout changed
         for mixture in (MIXTURES if variant == "bf16" else ["compact"])
         for rank in arguments.ranks
-        for count in tokens
+        for count, _ in zip(tokens, kinds.get(variant.split()[0], ()))
     ]
-    jobs = [Job(*name, target) for name in names for target in arguments.targets]
+    if arguments.tuned:
+        jobs = list(dict.fromkeys(job for target in arguments.targets for job in tuned_jobs(target)))
+    every = [(job, target) for job in jobs for target in arguments.targets]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(jobs, pool.map(compile_job, jobs)))
+        found = dict(zip(every, pool.map(compile_job, *zip(*every))))
     lines = [
         f"d = {FEATURES}, 2 of 3 experts for each sample (compact) or all 3 (flat), triton {triton.__version__}; "
         "registers / shared KiB.",
@@ -179,20 +197,21 @@ def main() -> None:
         "|---" * (3 + len(arguments.targets)) + "|",
     ]
     bad = []
-    for name in names:
-        kernel, _, variant, mixture, rank = name
-        config, cells = plan_of(Job(*name, arguments.targets[0])).config, []
+    for job in jobs:
+        cells = []
         for target in arguments.targets:
-            report = found[Job(*name, target)]
+            report = found[job, target]
             fits = report.shared <= TARGETS[target].shared
             # fp32 multiplies in IEEE precision, which no matrix instruction offers.
-            good = report.spilled == 0 and fits and (report.matrix or variant == "fp32")
+            good = report.spilled == 0 and fits and (report.matrix or job.variant == "fp32")
             fault = "" if good else f" **spills {report.spilled}, fits {fits}, matrix {report.matrix}**"
             cells.append(f"{report.registers} / {report.shared / 1024:.0f}{fault}")
             if not good:
-                bad.append((*name, target))
+                bad.append((job, target))
+        config = plan_of(job, arguments.targets[0]).config
         sizes = f"{config.tokens} x {config.features} x {config.columns}, {config.num_warps}, {config.num_stages}"
-        lines.append(f"| {' | '.join([kernel, sizes, f'{variant}, {mixture}, r={rank}', *cells])} |")
+        of = f"{job.variant}, {job.mixture}, r={job.rank}"
+        lines.append(f"| {' | '.join([job.kernel, sizes, of, *cells])} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.write:

@@ -3,9 +3,9 @@
     PYTHONPATH=src python3 benchmarks/gpu.py --out DIR [--minutes 5]
 
 Parts, in this order: parity, trace, tuning, layer, model, training. Each may fail alone; its error is in the results.
-DIR/gpu_<name>.json is written after every measurement, and .csv, .png and tuned.json at the end. tuned.json belongs
-into src/slidelora/ops/fused/. With --device cpu the same parts run on small shapes in triton's interpreter, which shows
-that the script works and nothing else.
+DIR/gpu_<name>.json is written after every measurement, and .csv, .md, .png and tuned.json at the end; tuned.json
+belongs into src/slidelora/ops/fused/. With --device cpu the same parts run on small shapes in triton's interpreter,
+which shows that the script works and nothing else.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,8 +44,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 HALF = torch.bfloat16
 TABLE: dict[str, list[int]] = {}  # the configurations in use
-# Seconds of each part when all have 300.
-BUDGETS = {"parity": 40, "trace": 20, "tuning": 90, "layer": 60, "model": 60, "training": 30}
+# Seconds of each part when all have 300, and in the interpreter 120.
+BUDGETS = {"parity": 45, "trace": 20, "tuning": 55, "layer": 120, "model": 25, "training": 35}
+if not ON_GPU:
+    BUDGETS = {"parity": 45, "trace": 24, "tuning": 8, "layer": 16, "model": 13, "training": 14}
 # Relative errors that float64 allows; in the interpreter bfloat16 is cut off where a GPU rounds it.
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.2e-2}
 MODES = ("flat", "by token", "compact", "by sample", "sorted", "dropout")
@@ -160,18 +162,24 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def gpu_times(calls: dict[str, Callable[[], object]], repeats: int, run: Run | None = None) -> dict[str, list[float]]:
-    """Time calls in turn, in microseconds: on a GPU between events, with an empty L2 cache and a full queue."""
+def gpu_times(
+    calls: dict[str, Callable[[], object]], repeats: int, run: Run | None = None, clean: bool = False
+) -> dict[str, list[float]]:
+    """Time calls in turn, in microseconds: on a GPU between events, with an empty L2 cache and a full queue.
+
+    What empties the cache leaves zeros in it that are still to be written to memory, or with `clean` nothing to write.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    filler = torch.empty(4 * CACHE if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)
+    filler = torch.zeros(4 * CACHE if ON_GPU else 0, dtype=torch.uint8, device=DEVICE)
     for repeat in range(-3, repeats):
         for name, call in calls.items():
             if run is not None:
                 run.check()
             if ON_GPU:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                for _ in range(4):
-                    filler.zero_()  # the host enqueues the call meanwhile
+                filler.zero_()  # the host enqueues the call meanwhile
+                if clean:
+                    filler.view(torch.int64).amax()
                 begin.record()
                 call()
                 end.record()
@@ -184,6 +192,17 @@ def gpu_times(calls: dict[str, Callable[[], object]], repeats: int, run: Run | N
             if repeat >= 0:
                 found[name].append(value)
     return found
+
+
+def graph_times(calls: dict[str, Callable[[], object]], repeats: int, run: Run) -> dict[str, list[float]]:
+    """Time calls as `gpu_times` does, on a GPU as CUDA graphs: what the GPU needs, however slow its host is."""
+    if not ON_GPU:
+        return gpu_times(calls, repeats, run)
+    graphs = {}
+    for name, call in calls.items():
+        run.check()
+        graphs[name] = captured(call)
+    return gpu_times({name: graph.replay for name, graph in graphs.items()}, repeats, run)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -257,14 +276,19 @@ def parity_case(mode: str, dtype: torch.dtype, tokens: int, features: int, small
     }  # fmt: skip
 
 
+@cache
+def workers() -> ProcessPoolExecutor:
+    """Return the processes that compile, which takes most of the time."""
+    return ProcessPoolExecutor(min(15, os.cpu_count() or 1), mp_context=get_context("spawn"))
+
+
 def run_workers(function: Callable[..., Any], jobs: list[tuple[Any, ...]], run: Run) -> Iterator[tuple[Any, Any]]:
-    """Call a function for all jobs, on a GPU in several processes, because compilation takes most of the time."""
+    """Call a function for all jobs, on a GPU in several processes."""
     if not ON_GPU:
         for job in run.each(jobs):
             yield job, function(*job)
         return
-    pool = ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=get_context("spawn"))
-    futures = [pool.submit(function, *job) for job in jobs]
+    futures = [workers().submit(function, *job) for job in jobs]
     try:
         for job, future in zip(run.each(jobs), futures):
             try:
@@ -274,13 +298,15 @@ def run_workers(function: Callable[..., Any], jobs: list[tuple[Any, ...]], run: 
             except Exception as error:
                 yield job, {"good": False, "error": f"{type(error).__name__}: {error}"[:2000]}
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in futures:
+            future.cancel()
 
 
 def parity(run: Run) -> None:
     """Every mode and dtype against float64."""
-    sizes = ((1, 256), (100, 256), (600, 272)) if ON_GPU else ((1, 32), (70, 32))
+    sizes = ((1, 256), (8, 272), (100, 256), (600, 272)) if ON_GPU else ((70, 32),)
     jobs = [(mode, dtype, *size) for size in sizes for mode in MODES for dtype in BOUNDS]
+    jobs += [] if ON_GPU else [(mode, HALF, 1, 32) for mode in MODES]
     jobs += [("by sample", torch.float16, 48 if not ON_GPU else 600, 64, True)]
     for job, row in run_workers(parity_case, jobs, run):
         run.record(**({"case": str(job)} | row))
@@ -289,8 +315,10 @@ def parity(run: Run) -> None:
 # Kernels
 
 
-def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: int) -> tuple[Any, ...]:
-    """Draw x, dy (T, d), weight, and a mixture."""
+def layer_inputs(
+    tokens: int, features: int, experts: int, rank: int, active: int, by_token: bool = False
+) -> tuple[Any, ...]:
+    """Draw x, dy (T, d), weight, and a mixture whose active experts are the first ones, or other ones by token."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=DEVICE)
@@ -299,6 +327,8 @@ def layer_inputs(tokens: int, features: int, experts: int, rank: int, active: in
     W = (draw(features, features) / features**0.5).to(HALF)
     A, B = draw(experts * rank, features) / features**0.5, draw(experts * rank, features)
     chosen = torch.arange(active, device=DEVICE)[None] if active < experts else None
+    if by_token:
+        chosen = torch.rand(1, tokens, experts, device=DEVICE).topk(active, sorted=False).indices
     shape = (1, active) if chosen is None else chosen.shape
     gates = torch.full(shape, 1 / active, device=DEVICE)
     return x, dy, W, Mixture(A.requires_grad_(), B.requires_grad_(), gates, rank, 1.0, chosen)
@@ -316,12 +346,16 @@ def trace(run: Run) -> None:
         left = torch.randn(8192, 8192, device=DEVICE, dtype=HALF)
         taken = statistics.median(gpu_times({"mm": lambda: left @ left}, 5)["mm"])
         run.record(what="8192^3 bf16 product, FLOP/s", value=2 * 8192**3 / taken * 1e6)
-    layers = {"3 of r=32, 2 active": (3, 32, 2), "8 of r=16, flat": (8, 16, 8)}
+    layers = {
+        "3 of r=32, 2 active": (3, 32, 2, False), "8 of r=16, flat": (8, 16, 8, False),
+        "16 of r=64, 2 by token": (16, 64, 2, True) if ON_GPU else (9, 29, 2, True),
+    }  # fmt: skip
     for label in run.each(layers):
         trace_layer(run, label, rate, tokens, features, layers[label])
+    trace_few_tokens(run)
 
 
-def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, sizes: tuple[int, int, int]) -> None:
+def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, sizes: tuple[Any, ...]) -> None:
     """Trace one layer, and time its kernels beside the products of cuBLAS."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -348,11 +382,18 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
                 what=label, kernel=event.key[:120], calls=event.count, us=round(taken / event.count, 2),
                 floor_of_one_pass_us=round(floor, 2),
             )  # fmt: skip
+    if sizes[-1]:
+        return
     # What cuBLAS takes for the products that the kernels compute.
     half_A, half_B = (w[: mixture.gates.shape[-1] * mixture.rank].detach().to(HALF) for w in mixture[:2])
     rows, dy_rows, h = x.detach()[0], dy[0], torch.randn(tokens, half_A.shape[0], device=DEVICE, dtype=HALF)
     route = launch.route_tokens(mixture, tokens)
-    calls = {
+    wide_A, wide_B = (w.detach().to(HALF) for w in mixture[:2])
+    calls: dict[str, Callable[[], object]] = {
+        "shrink": lambda: launch.shrink(rows, mixture.lora_A, route),
+        "shrink, bf16 weight": lambda: launch.shrink(rows, wide_A, route),
+        "expand, bf16 weight": lambda: launch.expand(h, wide_B, route, torch.empty_like(dy_rows)),
+        "weight to bf16": lambda: mixture.lora_A.detach().to(HALF),
         "shrink and gate": lambda: launch.gate(launch.shrink(rows, mixture.lora_A, route), route, HALF),
         "shrink, cuBLAS in bf16": lambda: rows @ half_A.T,
         "expand": lambda: launch.expand(h, mixture.lora_B, route, torch.empty_like(dy_rows)),
@@ -364,27 +405,65 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
         "clone": lambda: dy_rows.clone(),
     }
     with torch.no_grad():
-        for name, values in gpu_times(calls, 15 if ON_GPU else 1).items():
-            run.record(what=label, call=name, **spread(values))
+        for clean in (False, True):
+            for name, values in gpu_times(calls, 15 if ON_GPU else 1, clean=clean).items():
+                run.record(what=label, call=name, clean=clean, **spread(values))
+
+
+def trace_few_tokens(run: Run) -> None:
+    """Time the base layer with its mixture in one kernel, beside the base layer alone, for few tokens."""
+    sizes = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)] if ON_GPU else [(64, 32)]
+    for tokens in (1, 4, 16):
+        for d_in, d_out in sizes:
+            x = torch.randn(tokens, d_in, device=DEVICE, dtype=HALF)
+            W = torch.randn(d_out, d_in, device=DEVICE, dtype=HALF)
+            A, B = torch.randn(96, d_in, device=DEVICE), torch.randn(96, d_out, device=DEVICE)
+            chosen = torch.arange(2, device=DEVICE)[None]
+            mixture = Mixture(A, B, torch.full((1, 2), 0.5, device=DEVICE), 32, 1.0, chosen)
+            route, y = launch.route_tokens(mixture, tokens), x.new_empty(tokens, d_out)
+            gated = launch.gate(launch.shrink(x, A, route), route, HALF).h
+            calls = {
+                "base": partial(nn.functional.linear, x, W),
+                "linear": partial(launch.linear, x, W, None, gated, B, route, y),
+                "base with its mixture": partial(gated_linear, x, W, None, mixture),
+            }
+            with torch.no_grad():
+                for name, values in graph_times(calls, 15 if ON_GPU else 1, run).items():
+                    run.record(what=f"{d_in} to {d_out}, T={tokens}", call=name, **spread(values))
 
 
 # Tuning
 
 
-def candidates(kernel: str, tokens: int) -> list[launch.Config]:
-    """List configurations worth a try."""
-    Config = launch.Config
-    default = launch.CONFIGS[kernel]["bf16"][launch.bucket_of(tokens)]
-    if tokens <= launch.TOKENS[0]:
-        sizes = {"shrink": (64, 128, 256), "expand": (32, 64, 128), "weight_gradient": (64, 128)}[kernel]
-        found = [Config(16, size, c, 4, s, 256) for size in sizes for c in (32, 64) for s in (2, 4)]
-    elif kernel == "weight_gradient":
-        sizes = ((k, n, 128, w) for k in (32, 64) for n, w in ((64, 4), (128, 8)))
-        found = [Config(*size, s, p) for size in sizes for s in (3, 4) for p in (132, 264)]
-    else:
-        blocks = ((32, 4), (64, 4), (128, 8)) if tokens <= launch.TOKENS[1] else ((64, 4), (128, 8), (256, 8))
-        found = [Config(m, f, 128, w, s, p) for m, w in blocks for f in (64, 128) for s in (2, 4) for p in (132, 264)]
-    return list(dict.fromkeys([default, *found]))
+# Tokens, features and columns of a block, warps, stages, and programs that a launch should have, for bf16.
+FEW = {
+    "shrink": ((16, 256, 32, 4, 4, 256), (16, 128, 32, 4, 3, 256), (16, 128, 32, 4, 2, 256)),
+    "expand": ((16, 32, 64, 4, 4, 256), (16, 32, 64, 4, 2, 256), (16, 64, 64, 4, 2, 256)),
+    "weight_gradient": ((16, 64, 32, 4, 2, 256), (16, 64, 32, 4, 4, 256), (16, 128, 64, 8, 2, 256)),
+    "linear": ((256, 16, 64, 2, 4, 256), (256, 32, 64, 2, 5, 256), (512, 16, 64, 2, 4, 256), (128, 32, 64, 2, 5, 256)),
+}
+MANY = {
+    "shrink": (
+        (128, 64, 128, 8, 4, 132), (128, 64, 128, 4, 4, 132), (64, 64, 128, 4, 4, 132), (64, 64, 128, 4, 4, 264),
+        (64, 128, 128, 4, 3, 132), (256, 64, 128, 8, 3, 132),
+    ),
+    "expand": (
+        (128, 64, 128, 4, 3, 264), (128, 64, 128, 4, 3, 528), (128, 128, 128, 4, 3, 264), (128, 64, 128, 8, 2, 264),
+        (64, 128, 128, 8, 3, 264), (256, 64, 128, 8, 3, 128),
+    ),
+    "weight_gradient": (
+        (128, 64, 128, 4, 5, 132), (128, 64, 128, 4, 4, 132), (128, 64, 128, 4, 5, 528), (64, 64, 128, 4, 5, 264),
+        (64, 128, 128, 4, 4, 132), (64, 128, 128, 8, 4, 132),
+    ),
+}  # fmt: skip
+
+
+def candidates(kernel: str, tokens: int, key: str) -> list[launch.Config]:
+    """List configurations worth a try: what is in use first, then the default and what was fast before."""
+    found = [launch.Config(*SHIPPED[key])] if key in SHIPPED else []
+    found.append(launch.CONFIGS[kernel]["bf16"][launch.bucket_of(tokens)])
+    found += [launch.Config(*fields) for fields in (FEW if tokens <= launch.TOKENS[0] else MANY)[kernel]]
+    return list(dict.fromkeys(found))[: None if ON_GPU else 2]
 
 
 def use(table: dict[str, list[int]]) -> None:
@@ -398,10 +477,12 @@ def use(table: dict[str, list[int]]) -> None:
 
 def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) -> Callable[[], object]:
     """Return a call of one kernel, and of the one that finishes its sums."""
-    x, dy, _, mixture = layer_inputs(tokens, features, slots, rank, slots)
+    x, dy, W, mixture = layer_inputs(tokens, features, slots, rank, slots)
     rows, dy_rows, route = x[0], dy[0], launch.route_tokens(mixture, tokens)
     h = torch.randn(tokens, slots * rank, device=DEVICE, dtype=HALF)
     A, B = mixture.lora_A.detach(), mixture.lora_B.detach()
+    if kernel == "linear":
+        return lambda: launch.linear(rows, W, None, h, B, route, torch.empty_like(dy_rows))
     if kernel == "shrink":
         return lambda: launch.gate(launch.shrink(rows, A, route), route, HALF)
     if kernel == "expand":
@@ -409,44 +490,48 @@ def kernel_call(kernel: str, tokens: int, features: int, slots: int, rank: int) 
     return lambda: launch.weight_gradient(h, dy_rows, B, route)
 
 
-def time_candidates(kernel: str, tokens: int, features: int, slots: int, rank: int) -> list[dict[str, Any]]:
-    """Compile and run every candidate once; what does not compile is left out."""
-    key = launch.tuning_key(kernel, HALF, tokens, slots * rank)
-    call, found = kernel_call(kernel, tokens, features, slots, rank), []
-    for config in candidates(kernel, tokens)[: None if ON_GPU else 2]:
-        use({key: list(config)})
-        with contextlib.suppress(Exception):
-            call()
-            synchronize()
-            found.append({"key": key, "config": list(config)})
-    return found
+def compile_candidate(config: list[int], key: str, *job: Any) -> bool:
+    """Compile a configuration and run it once; say whether that works."""
+    use({key: config})
+    try:
+        kernel_call(*job)()
+        synchronize()
+    except Exception:  # it may need more shared memory than there is
+        return False
+    return True
 
 
 def tuning(run: Run) -> None:
     """Time the candidates of each kernel, and keep the fastest for each key."""
     features = 4096 if ON_GPU else 64
-    shapes = [(4096, 2, 32), (512, 2, 32), (4096, 8, 16), (1, 2, 32), (512, 8, 16), (4096, 2, 16), (1, 8, 16)]
+    shapes = [(4096, 2, 32), (512, 2, 32), (16, 2, 32), (4096, 8, 16), (512, 8, 16), (4096, 2, 16), (4096, 8, 32)]
     if not ON_GPU:
-        shapes = [(32, 2, 8)]
-    jobs = [(kernel, tokens, features, slots, rank) for tokens, slots, rank in shapes for kernel in launch.CONFIGS]
+        shapes = [(32, 2, 8), (16, 2, 8)]
+    configs: dict[tuple[Any, ...], list[list[int]]] = {}
+    jobs = []
+    for tokens, slots, rank in shapes:
+        for kernel in launch.CONFIGS:
+            if kernel == "linear" and tokens > launch.TOKENS[0]:
+                continue
+            key = launch.tuning_key(kernel, HALF, tokens, slots * rank)
+            jobs += [
+                (list(config), key, kernel, tokens, features, slots, rank) for config in candidates(kernel, tokens, key)
+            ]
     table = dict(SHIPPED)
     use(table)
     try:
-        for job, compiled in run_workers(time_candidates, jobs, run):  # later calls find the compiled code on disk
-            if isinstance(compiled, dict):
-                run.record(kernel=job[0], tokens=job[1], **compiled)
-                continue
-            call, best = kernel_call(*job), None
-            for entry in compiled:
-                use({**table, entry["key"]: entry["config"]})
-                entry.update(spread(gpu_times({"call": call}, 9 if ON_GPU else 1, run)["call"]))
-                if best is None or entry["us"] < best["us"]:
-                    best = entry
-            if best is not None:
-                table[best["key"]] = best["config"]
-                before = next((e for e in compiled if e["config"] == SHIPPED.get(best["key"])), compiled[0])
-                shape = dict(zip(("kernel", "tokens", "d", "slots", "rank"), job))
-                run.record(**shape, before=before, best=best, all=compiled)
+        for (config, key, *job), works in run_workers(compile_candidate, jobs, run):  # later calls find it on disk
+            if works is True:
+                configs.setdefault((key, *job), []).append(config)
+        for key, *job in run.each(configs):
+            call, timed = kernel_call(*job), []
+            for config in configs[(key, *job)]:
+                use({**table, key: config})
+                timed.append({"config": config, **spread(gpu_times({"call": call}, 9 if ON_GPU else 1, run)["call"])})
+            best = min(timed, key=lambda entry: entry["us"])
+            table[key] = best["config"]
+            shape = dict(zip(("kernel", "tokens", "d", "slots", "rank"), job))
+            run.record(**shape, key=key, before=timed[0], best=best, all=timed)
     finally:
         use(table)
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
@@ -474,8 +559,8 @@ def layer(run: Run) -> None:
     from bench_gated_lora import Case, Size
 
     mixtures = [(3, 2, "constant", 32), (8, 8, "learned", 16), (8, 2, "constant", 16), (16, 2, "token", 64)]
-    shapes = [(4096, t) for t in (4096, 1, 512, 16)] + [(d, t) for t in (4096, 512, 1, 16) for d in (2048, 5120)]
-    shapes += [(d, 16384) for d in (4096, 2048, 5120)]
+    shapes = [(4096, t) for t in (4096, 1, 512, 16, 16384)]
+    shapes += [(d, t) for t in (4096, 1, 512, 16, 16384) for d in (2048, 5120)]
     if not ON_GPU:
         mixtures, shapes = [(3, 2, "constant", 4), (3, 3, "learned", 4)], [(64, 16), (64, 1)]
     if ON_GPU:
@@ -491,26 +576,24 @@ def layer(run: Run) -> None:
             "forward": {name: case.run[name] for name in names},
             "forward + backward": {name: partial(case.step, name) for name in names},
         }
-        repeats = 20 if tokens <= 4096 else 8
+        repeats = 15 if tokens <= 4096 else 7
+        saved = {name: case.saved_bytes(name) for name in names}
         for what, calls in steps.items():
-            for name, values in gpu_times(calls, repeats if ON_GPU else 1, run).items():
-                row = {**shape, "what": what, "name": name, **spread(values), "saved": case.saved_bytes(name)}
+            for name, values in graph_times(calls, repeats if ON_GPU else 1, run).items():
+                row = {**shape, "what": what, "name": name, **spread(values), "saved": saved[name]}
                 run.record(**row, peak=case.peak_bytes(name) if ON_GPU and what != "forward" else 0)
-        start = time.perf_counter()
-        for name in ("base", "stacked", "fused"):  # including the host
+        for name in [name for name in names if name not in ("einsum", "compiled")]:  # in eager mode
             times = []
-            for _ in range(20 if ON_GPU else 1):
+            for _ in range(7 if ON_GPU else 1):
                 start = time.perf_counter()
                 case.step(name)
                 synchronize()
                 times.append((time.perf_counter() - start) * 1e6)
             run.record(**shape, what="forward + backward, with the host", name=name, **spread(times))
-        if tokens == 1 and ON_GPU:
-            for name in names:
-                with torch.no_grad():
-                    graph = captured(case.run[name])
-                values = gpu_times({name: graph.replay}, 30, run)[name]
-                run.record(**shape, what="forward, CUDA graph", name=name, **spread(values))
+        if tokens <= launch.TOKENS[0]:
+            with torch.no_grad():
+                for name, values in graph_times(steps["forward"], 20 if ON_GPU else 1, run).items():
+                    run.record(**shape, what="forward without gradients", name=name, **spread(values))
 
 
 def captured(call: Callable[[], object]) -> Any:
@@ -647,8 +730,8 @@ def training(run: Run) -> None:
     stage, taken = TINY_TRAINING.stages[-1], {}
     if not ON_GPU:
         stage = replace(stage, batch_size=4)
-    few, many = (5, 25) if ON_GPU else (1, 2)
-    for steps in (few, many):  # the difference leaves out what happens once
+    few, many = (5, 45) if ON_GPU else (1, 2)
+    for steps in (1, few, many):  # the difference leaves out what a run does once, and the first what a process does
         run.check()
         config = replace(TINY_TRAINING, stages=(replace(stage, steps=steps),))
         with tempfile.TemporaryDirectory() as folder:
@@ -665,30 +748,84 @@ PARTS = {"parity": parity, "trace": trace, "tuning": tuning, "layer": layer, "mo
 SHIPPED = launch.tuned(launch.architecture())
 
 
-def plot(run: Run) -> None:
-    """Plot the layer's overhead over the base for d = 4096 and T = 4096."""
+LABELS = {
+    "einsum": "released einsum", "peft": "a PEFT adapter for each active expert", "lora": "PEFT LoRA of equal rank",
+    "stacked": "slidelora, stacked", "compiled": "slidelora, stacked, torch.compile", "fused": "slidelora, fused",
+}  # fmt: skip
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Plot the layer's times over those of the base layer, for the largest of the first shapes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = run.results["parts"].get("layer", {}).get("rows", [])
+    rows = results["parts"].get("layer", {}).get("rows", [])
     rows = [row for row in rows if row.get("what") in ("forward", "forward + backward")]
     rows = [row for row in rows if (row["d"], row["T"]) == (rows[0]["d"], rows[0]["T"])] if rows else []
-    figure, axis = pyplot.subplots(figsize=(12, 5), layout="constrained")
+    taken: dict[str, dict[str, float]] = {}
     for row in rows:
-        row["label"] = f"{row['experts']} of r={row['rank']}, {row['active']} active\n{row['what']}"
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    names = list(dict.fromkeys(row["name"] for row in rows))
+        gate = "by token" if row["gate"] == "token" else f"{row['gate']} gate"
+        label = f"{row['experts']} of r={row['rank']},\n{row['active']} active, {gate}\n{row['what']}"
+        taken.setdefault(label, {})[row["name"]] = row["us"]
+    names = [name for name in LABELS if any(name in found for found in taken.values())]
+    figure, axis = pyplot.subplots(figsize=(14, 5), layout="constrained")
     for i, name in enumerate(names):
-        found = {row["label"]: row["us"] for row in rows if row["name"] == name}
-        positions = [labels.index(label) + 0.8 * i / len(names) for label in found]
-        axis.bar(positions, list(found.values()), 0.8 / len(names), label=name)
-    axis.set_xticks(range(len(labels)), labels, fontsize=7)
-    axis.set(ylabel="microseconds", title=f"one layer on {run.name}")
+        found = [(j, times[name] / times["base"]) for j, times in enumerate(taken.values()) if name in times]
+        bars = axis.bar([j + 0.85 * i / len(names) for j, _ in found], [v for _, v in found], 0.85 / len(names))
+        bars.set_label(LABELS[name])
+        if name == "fused":
+            axis.bar_label(bars, [f"{v:.2f}" for _, v in found], fontsize=8)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set_yscale("log")
+    axis.set_xticks([j + 0.4 for j in range(len(taken))], list(taken), fontsize=8)
+    shape = f"d = {rows[0]['d']}, {rows[0]['T']} tokens, " if rows else ""
+    axis.set(ylabel="time / base layer", title=f"one layer, {shape}bf16, {results['machine']['device']}")
     axis.legend()
-    figure.savefig(run.path.with_suffix(".png"), dpi=100)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def layer_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Make a Markdown table of layers: the fused kernels over the base layer, and the others' times over theirs."""
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("d", "T", "experts", "rank", "active", "gate", "what"))
+        found.setdefault(key, {})[row["name"]] = row
+    others = [name for name in LABELS if name != "fused"]
+    head = ["d", "T", "experts, rank, active, gate", "pass", "base us", "fused us (20th-80th percentile)", "over base"]
+    head += [f"{LABELS[name].removeprefix('slidelora, ')} / fused" for name in others]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (d, tokens, experts, rank, active, gate, what), times in found.items():
+        if "fused" not in times:
+            continue
+        base, ours = times["base"]["us"], times["fused"]
+        cells = [str(d), str(tokens), f"{experts}, {rank}, {active}, {gate}", what, f"{base:.1f}"]
+        cells += [f"{ours['us']:.1f} ({ours['p20']:.1f}-{ours['p80']:.1f})", f"{ours['us'] / base - 1:+.1%}"]
+        cells += [f"{times[name]['us'] / ours['us']:.2f}" if name in times else "-" for name in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def page(results: dict[str, Any]) -> str:
+    """Make a page of Markdown from the results."""
+    parts = results["parts"]
+    lines = [", ".join(f"{name}: {value}" for name, value in results["machine"].items()), ""]
+    for name, state in parts.items():
+        missing = f"; not reached: {state['not reached']}" if "not reached" in state else ""
+        lines.append(f"- {name}: {state['status']}, {len(state['rows'])} rows, {state.get('seconds')} s{missing}")
+    checked = parts.get("parity", {}).get("rows", [])
+    bad = [row for row in checked if not row["good"]]
+    lines += ["", f"Parity: {len(checked) - len(bad)} of {len(checked)} cases. {bad or ''}", ""]
+    lines += layer_table(parts.get("layer", {}).get("rows", []))
+    lines += ["", "| model | | ms (20th-80th percentile) | peak GB |", "|---" * 4 + "|"]
+    for row in parts.get("model", {}).get("rows", []):
+        if "us" in row:
+            middle, low, high = (f"{row[name] / 1e3:.2f}" for name in ("us", "p20", "p80"))
+            peak = f"{row['peak'] / 1e9:.2f}" if row.get("peak") else ""
+            lines.append(f"| {row['what']} | {row['name']} | {middle} ({low}-{high}) | {peak} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -721,7 +858,8 @@ def main() -> None:
     for part, function in PARTS.items():
         run.perform(part, function)
     run.write_table()
-    plot(run)
+    plot(run.results, run.path.with_suffix(".png"))
+    run.path.with_suffix(".md").write_text(page(run.results))
     print(f"{run.path}, {time.monotonic() - run.start:.0f} s")
 
 

@@ -144,7 +144,7 @@ def shape_of(mixture: Mixture, tokens: int) -> tuple[launch.Shape, int]:
 
 
 def kernels(mixture: Mixture, features: int, tokens: int) -> dict[str, list[Launch]]:
-    """List the launches of a forward without autograd ("inference"), a forward and a backward, without the base's."""
+    """List the launches of a forward and a backward, without the base's."""
     shape, rows = shape_of(mixture, tokens)
     columns = shape.slots * shape.rank
     active = mixture.experts if mixture.gate == "token" and tokens >= mixture.experts else mixture.active
@@ -175,17 +175,16 @@ def kernels(mixture: Mixture, features: int, tokens: int) -> dict[str, list[Laun
         needed = rows * columns * (2 + SUM * keep + (SUM + 2) * gradient)
         return Launch("gate", plan, numbers, needed, needed, total, 0, 0)
 
-    def expand(splits: int) -> Launch:
+    def expand() -> Launch:
         part = shape._replace(groups=shape.groups // max(1, shape.top_k))
-        plan = launch.plan("expand", part, features, splits, (("HAS_BASE", False), ("HAS_BIAS", False)))
+        plan = launch.plan("expand", part, features, (("HAS_BASE", False), ("HAS_BIAS", False)))
         grid, constants = plan.grid, plan.constants
         blocks = grid[0] // part.groups * used // max(1, shape.top_k)
         n_per_program = -(-features // constants["BLOCK_N"] // grid[1])
         k_blocks = -(-shape.slots * constants["R_BLOCKS"] * constants["BLOCK_R"] // constants["BLOCK_K"])
-        width = 2 if splits == 0 else SUM * splits
         loads_of_h = grid[1] * (1 if k_blocks == 1 else n_per_program)
         passes = max(1, shape.top_k)
-        h = loads_of_h * rows // passes * columns * width
+        h = loads_of_h * rows // passes * columns * 2
         written = x * (1 if passes == 1 else 2)
         needed = (x + weights + rows * columns * 2) / passes
         name = "expand" if passes == 1 else f"expand, 1 of {passes} passes"
@@ -223,13 +222,10 @@ def kernels(mixture: Mixture, features: int, tokens: int) -> dict[str, list[Laun
         numbers_of = {"length": length, "part_length": out_rows * features}
         return [product, Launch("reduce", plan, numbers_of, written, written, parts + written, 0, 0)]
 
-    found = {"forward": [shrink, gate(learned, False), expand(0)]}
-    found["inference"] = found["forward"] if tokens > launch.GATED_BY_EXPAND else [shrink, expand(grid[2])]
-    found["backward"] = [shrink, gate(False, learned), expand(0), *gradient(), *gradient()]
+    found = {"forward": [shrink, gate(learned, False), expand()]}
+    found["backward"] = [shrink, gate(False, learned), expand(), *gradient(), *gradient()]
     if shape.top_k:
-        for which in ("forward", "inference"):
-            found[which] = [*found[which], *found[which][-1:] * (shape.top_k - 1)]
-        found["backward"] += [expand(0)] * (shape.top_k - 1)
+        found = {which: [*items, *[expand()] * (shape.top_k - 1)] for which, items in found.items()}
     return found
 
 
@@ -294,7 +290,7 @@ def main() -> None:
     for (mixture, features, tokens), layer in layers.items():
         shape = {"mixture": mixture.label, "d": features, "T": tokens}
         described = {}
-        for which in ("inference", "forward", "backward"):
+        for which in ("forward", "backward"):
             for group in operations(layer[which]):
                 row = describe(group)
                 described.setdefault((row["kernel"], row["us"]), shape | {"pass": which} | row)
@@ -303,7 +299,6 @@ def main() -> None:
         line["base us"] = round(base * 1e6, 1)
         for gap, suffix in ((0.0, ""), (GAP, ", with gaps")):
             time = {which: sum(item.time() + gap for item in items) for which, items in layer.items()}
-            line[f"inference{suffix}"] = f"+{time['inference'] / (base + gap):.1%}"
             line[f"forward{suffix}"] = f"+{time['forward'] / (base + gap):.1%}"
             both = (time["forward"] + time["backward"]) / (2 * (base + gap))
             line[f"forward + backward{suffix}"] = f"+{both:.1%}"

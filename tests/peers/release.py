@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SMOKE = Path(__file__).with_name("smoke.py")
 
 
-def run(*command: str | Path, folder: Path) -> None:
-    """Run a command without the repository's sources on its path; CalledProcessError if it fails."""
+def run(*command: str | Path, folder: Path = ROOT, check: bool = True) -> int:
+    """Run a command without the repository's sources on its path; return its exit code, or raise CalledProcessError."""
     print("$", *command, flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([*map(str, command)], cwd=folder, env=environment, check=True)
+    return subprocess.run([*map(str, command)], cwd=folder, env=environment, check=check).returncode
 
 
 def build(folder: Path, dist: Path) -> tuple[Path, Path]:

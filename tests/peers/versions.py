@@ -10,16 +10,13 @@ or the smoke test fail. docs/versions.md has the results.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import tomllib
-from release import find
+from release import ROOT, SMOKE, find, run
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ("peft", "pytest", "pytest-xdist", "hypothesis")  # of the extra dev, what the tests of slidelora import
 RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
 
@@ -32,13 +29,6 @@ def requirements() -> list[str]:
     named = {line.partition(">")[0]: line for line in lines if ">" in line and not line.startswith("slidelora")}
     dev = {line.partition(">")[0] for line in extras["dev"]} - set(TOOLS)
     return [line for name, line in named.items() if name not in dev]
-
-
-def run(*command: str | Path, folder: Path = ROOT) -> int:
-    """Run a command without the repository's sources on its path; return its exit code."""
-    print("$", *command, flush=True)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([*map(str, command)], cwd=folder, env=environment).returncode
 
 
 def main() -> int:
@@ -57,9 +47,8 @@ def main() -> int:
         listed.write_text("\n".join(requirements()) + "\n", encoding="utf-8")
         uv = [sys.executable, "-m", "uv", "-q", "--no-progress"]
         where = ["--python-version", options.python, "--no-header", "--no-annotate"]
-        if run(
-            *uv, "pip", "compile", "--upgrade", "--resolution", RESOLUTIONS[options.which], *where, listed, "-o", chosen
-        ):
+        how = ["--upgrade", "--resolution", RESOLUTIONS[options.which], *where]
+        if run(*uv, "pip", "compile", *how, listed, "-o", chosen, check=False):
             return 1
         print(chosen.read_text(encoding="utf-8"))
         if options.dry_run:
@@ -70,11 +59,12 @@ def main() -> int:
             [*uv, "pip", "install", "--python", python, "-r", chosen],
             [*uv, "pip", "install", "--python", python, "--no-deps", ROOT],
         ]
-        if any(run(*step) for step in steps):
+        if any(run(*step, check=False) for step in steps):
             return 1
-        smoke = Path(__file__).with_name("smoke.py")
-        failed = [what for what in ("slidelora", "textharmony") if run(python, smoke, what, folder=folder)]
-        if run(python, "-m", "pytest", "-p", "no:cacheprovider", ROOT / "tests" / "slidelora", *of_pytest):
+        smoked = ("slidelora", "textharmony")
+        failed = [what for what in smoked if run(python, SMOKE, what, folder=folder, check=False)]
+        tests = [ROOT / "tests" / "slidelora", *of_pytest]
+        if run(python, "-m", "pytest", "-p", "no:cacheprovider", *tests, check=False):
             failed.append("the tests of slidelora")
     print(f"{options.which} versions on Python {options.python}: {' and '.join(failed) or 'nothing'} failed")
     return bool(failed)

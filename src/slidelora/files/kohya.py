@@ -14,15 +14,11 @@ from slidelora.gating import GateValue
 from slidelora.layers import Expert, linear_features
 
 # The layers that have a name both in ComfyUI (comfy/lora.py) and in diffusers (loaders/lora_conversion_utils.py).
-_BLOCK = (
-    r"(attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))"
-)
-_UNET = rf"((down_blocks|up_blocks)\.\d+|mid_block)\.{_BLOCK}|resnets\.\d+\.time_emb_proj)"
+_BLOCK = r"transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
+_INSIDE = rf"attentions\.\d+\.(proj_in|proj_out|{_BLOCK})|resnets\.\d+\.time_emb_proj"
+_UNET = rf"((down_blocks|up_blocks)\.\d+|mid_block)\.({_INSIDE})|(time|add)_embedding\.linear_[12]"
 _CLIP = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
-_LAYERS = {
-    "lora_unet": rf"{_UNET}|(time|add)_embedding\.linear_[12]",
-    **dict.fromkeys(("lora_te", "lora_te1", "lora_te2"), _CLIP),
-}
+_LAYERS = {"lora_unet": _UNET, **dict.fromkeys(("lora_te", "lora_te1", "lora_te2"), _CLIP)}
 # diffusers has no name for these layers of SDXL but that of the original UNet, which ComfyUI knows, too.
 _ORIGINAL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
@@ -63,13 +59,19 @@ def export_kohya(models: Mapping[str, nn.Module], path: str | Path, gates: GateV
         # diffusers reads no alpha of a single layer: all of them get that of the most frequent rank.
         alpha = Counter(len(lora.A) for lora in loras.values()).most_common(1)[0][0]
         for name, lora in loras.items():
-            key = f"{prefix}_{_ORIGINAL.get(name, name).replace('.', '_')}"
-            if prefix != "lora_unet":
-                key = f"{prefix}_text_model_{name.removeprefix('text_model.').replace('.', '_')}"
+            key = _key(prefix, name)
             tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
             tensors[f"{key}.lora_down.weight"] = lora.A  # (r, d_in)
             tensors[f"{key}.lora_up.weight"] = lora.B.T * (len(lora.A) / alpha)  # (d_out, r)
     replace_files(path.parent, {path.name: tensors_writer(tensors)})
+
+
+def _key(prefix: str, name: str) -> str:
+    if prefix == "lora_unet":
+        path = _ORIGINAL.get(name, name)
+    else:
+        path = f"text_model.{name.removeprefix('text_model.')}"
+    return f"{prefix}_{path.replace('.', '_')}"
 
 
 def _zeros(host: nn.Module, name: str) -> dict[str, Expert]:

@@ -74,14 +74,17 @@ def _forward(
     route: Route, dropout: Dropout, keep: int, out: Tensor,
 ) -> Tensor | None:  # fmt: skip
     """Write y (T, d_out) to out, and return what backward needs of h."""
-    h = launch.shrink(x, lora_A, route, dropout)
-    gated = None
-    if keep or x.shape[0] > launch.GATED_BY_EXPAND:
-        gated = launch.gate(h, route, x.dtype, keep == H)
-    launch.expand(h if gated is None else gated.h, lora_B, route, out, base, bias)
-    if weight is not None:
-        out.addmm_(x, weight.mT)
-    return gated and {GATED: gated.h, H: gated.summed}.get(keep)
+    if not keep and weight is not None and dropout.seed is None and launch.fits_one_token(x, weight, route):
+        launch.one_token(x, weight, bias, lora_A, lora_B, route, out)
+        return None
+    gated = launch.gate(launch.shrink(x, lora_A, route, dropout), route, x.dtype, keep == H)
+    if weight is not None and launch.fits_linear(x, weight, route):
+        launch.linear(x, weight, bias, gated.h, lora_B, route, out)
+    else:
+        launch.expand(gated.h, lora_B, route, out, base, bias)
+        if weight is not None:
+            out.addmm_(x, weight.mT)
+    return {GATED: gated.h, H: gated.summed}.get(keep)
 
 
 def _run_backward(

@@ -18,6 +18,15 @@ larger. No kernel adds atomically, so the results do not depend on the order in 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """Wait for the kernels before, where this one may be launched before they end; the next one may do the same."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -80,13 +89,14 @@ def gated_lora_shrink_kernel(
     slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, COMPACT: tl.constexpr,
     TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute h = x weight^T in parts, one for each split of the features.
 
     x (T, d), row stride stride_xm; weight (E * r, d); h (splits, rows, K * r), whose sum is h. M is tokens, N columns
     of rank space, K features. Grid: (groups * blocks of tokens, blocks of columns, splits).
     """
+    _begin(EARLY)
     m_blocks = tl.cdiv(group_length, BLOCK_M)
     group = tl.program_id(0) // m_blocks
     row = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -138,7 +148,7 @@ def gated_lora_gate_kernel(
     h_ptr, gates_ptr, h_pre_ptr, gated_ptr, gated_pre_ptr, sum_ptr, dgates_ptr,
     rows, gate_length, scaling,
     slots: tl.constexpr, r: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr, HAS_SUM: tl.constexpr,
-    HAS_DGATES: tl.constexpr, ACC_DTYPE: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_DGATES: tl.constexpr, ACC_DTYPE: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute gated = gates * scaling * h.
 
@@ -146,6 +156,7 @@ def gated_lora_gate_kernel(
     scaling * h * h_pre, summed over r. h (SPLITS, rows, K * r), whose sum is h; gated, gated_pre, sum and h_pre
     (rows, K * r); dgates (rows, K). Grid: (blocks of rows, K).
     """
+    _begin(EARLY)
     slot = tl.program_id(1)
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     rank = tl.arange(0, BLOCK_R)
@@ -165,49 +176,32 @@ def gated_lora_gate_kernel(
 
 
 @triton.jit
-def _load_gated(
-    h_ptr, gates_ptr, h_row, column, slot, mask, rows, gate_length, scaling,
-    slots: tl.constexpr, r: tl.constexpr, SPLITS: tl.constexpr, ACC_DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Load gates * scaling * h: gated h itself if SPLITS is 0, else h (SPLITS, rows, K * r), to sum and gate here."""
-    offsets = h_row[:, None] * (slots * r) + column[None, :]
-    if SPLITS == 0:
-        gated = tl.load(h_ptr + offsets, mask=mask, other=0.0)
-    else:
-        h = _sum_of_splits(h_ptr, offsets, mask, rows, slots * r, SPLITS, ACC_DTYPE)
-        gate_offsets = (h_row[:, None] // gate_length) * slots + slot[None, :]
-        gated = h * tl.load(gates_ptr + gate_offsets, mask=mask, other=0.0).to(ACC_DTYPE) * scaling
-    return gated
-
-
-@triton.jit
 def gated_lora_expand_kernel(
-    h_ptr, weight_ptr, gates_ptr, expert_ids_ptr, pair_ids_ptr, base_ptr, bias_ptr, y_ptr, seed_ptr,
-    group_length, gate_length, features, stride_basem, rows, n_per_program, scaling, dropout,
-    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
-    COMPACT: tl.constexpr, TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    gated_ptr, weight_ptr, expert_ids_ptr, pair_ids_ptr, base_ptr, bias_ptr, y_ptr, seed_ptr,
+    group_length, features, stride_basem, n_per_program, dropout,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, COMPACT: tl.constexpr,
+    TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute y = dropout(gated weight) + base + bias, with the dropout mask that x had.
 
-    h is gated (rows, K * r), or for SPLITS > 0 what `_load_gated` takes; weight (E * r, d); base (T, d), row stride
-    stride_basem; bias (d,); y (T, d). M is tokens, N features, K columns of rank space. A program computes
-    n_per_program blocks of features with one load of h, if its columns fit one block.
+    gated (rows, K * r); weight (E * r, d); base (T, d), row stride stride_basem; bias (d,); y (T, d). M is tokens, N
+    features, K columns of rank space. A program computes n_per_program blocks of features with one load of gated, if
+    its columns fit one block.
     Grid: (groups * blocks of tokens, parts of the features).
     """
+    _begin(EARLY)
     m_blocks = tl.cdiv(group_length, BLOCK_M)
     group = tl.program_id(0) // m_blocks
     row = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     h_row, token, row_mask = _token_rows(pair_ids_ptr, group, row, group_length, group_length, TOP_K)
     K_BLOCKS: tl.constexpr = (slots * R_BLOCKS * BLOCK_R + BLOCK_K - 1) // BLOCK_K
-    slot, column, weight_row, column_mask = _rank_columns(
+    _, column, weight_row, column_mask = _rank_columns(
         0, group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
     )
-    a = _load_gated(
-        h_ptr, gates_ptr, h_row, column, slot, row_mask[:, None] & column_mask[None, :], rows, gate_length, scaling,
-        slots, r, SPLITS, ACC_DTYPE,
-    )  # fmt: skip
+    gated_ptr += h_row[:, None] * (slots * r)
+    a = tl.load(gated_ptr + column[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0)
     first = tl.program_id(1) * n_per_program
     for n_block in range(first, tl.minimum(first + n_per_program, tl.cdiv(features, BLOCK_N))):
         n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -220,13 +214,10 @@ def gated_lora_expand_kernel(
         acc = _dot(a, b, tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE), DOT_DTYPE, INPUT_PRECISION, ROUND)
         if K_BLOCKS > 1:
             for k_block in range(1, K_BLOCKS):
-                slot_k, column_k, weight_row_k, mask_k = _rank_columns(
+                _, column_k, weight_row_k, mask_k = _rank_columns(
                     k_block, group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
                 )
-                a_k = _load_gated(
-                    h_ptr, gates_ptr, h_row, column_k, slot_k, row_mask[:, None] & mask_k[None, :], rows, gate_length,
-                    scaling, slots, r, SPLITS, ACC_DTYPE,
-                )  # fmt: skip
+                a_k = tl.load(gated_ptr + column_k[None, :], mask=row_mask[:, None] & mask_k[None, :], other=0.0)
                 b_k = tl.load(
                     weight_ptr + weight_row_k.to(tl.int64)[:, None] * features + n[None, :],
                     mask=mask_k[:, None] & n_mask[None, :],
@@ -242,6 +233,116 @@ def gated_lora_expand_kernel(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(ACC_DTYPE)[None, :]
         tl.store(y_ptr + token[:, None] * features + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_lora_linear_kernel(
+    x_ptr, linear_ptr, gated_ptr, weight_ptr, expert_ids_ptr, bias_ptr, y_ptr,
+    tokens, in_features, features, stride_xm, stride_linearn,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    COMPACT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Compute y = x linear^T + gated weight + bias for few tokens of one group: one pass over the base layer's weight.
+
+    x (T, d_in), row stride stride_xm; linear (d, d_in), row stride stride_linearn; gated and weight as in expand; bias
+    (d,); y (T, d). M is tokens, N features, K columns of rank space, D input features. Grid: (blocks of features,).
+    """
+    _begin(EARLY)
+    row = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, n_mask = row < tokens, n < features
+    linear_row = n.to(tl.int64) * stride_linearn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
+    for start in range(0, in_features, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        d_mask = d < in_features
+        a = tl.load(x_ptr + row[:, None] * stride_xm + d[None, :], mask=row_mask[:, None] & d_mask[None, :], other=0.0)
+        b = tl.load(linear_ptr + linear_row[None, :] + d[:, None], mask=n_mask[None, :] & d_mask[:, None], other=0.0)
+        acc = _dot(a, b, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+    K_BLOCKS: tl.constexpr = (slots * R_BLOCKS * BLOCK_R + BLOCK_K - 1) // BLOCK_K
+    for k_block in range(0, K_BLOCKS):
+        _, column, weight_row, column_mask = _rank_columns(
+            k_block, 0, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
+        )
+        offsets = row[:, None] * (slots * r) + column[None, :]
+        gated = tl.load(gated_ptr + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
+        up = tl.load(
+            weight_ptr + weight_row.to(tl.int64)[:, None] * features + n[None, :],
+            mask=column_mask[:, None] & n_mask[None, :],
+            other=0.0,
+        )
+        acc = _dot(gated, up, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(ACC_DTYPE)[None, :]
+    y_mask = row_mask[:, None] & n_mask[None, :]
+    tl.store(y_ptr + row[:, None] * features + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def gated_lora_down_kernel(
+    x_ptr, weight_ptr, gates_ptr, expert_ids_ptr, gated_ptr, features, scaling,
+    slots: tl.constexpr, r: tl.constexpr, COMPACT: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Compute gated = gates * scaling * weight x of one token.
+
+    x (d,); weight (E * r, d); gates (K,); gated (K * r,). Grid: (K * r,).
+    """
+    _begin(EARLY)
+    column = tl.program_id(0)
+    slot = column // r
+    expert = slot
+    if COMPACT:
+        expert = tl.load(expert_ids_ptr + slot).to(tl.int32)
+    weight_ptr += (expert * r + column % r).to(tl.int64) * features
+    acc = tl.zeros((BLOCK,), ACC_DTYPE)
+    for start in range(0, features, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + d, mask=d < features, other=0.0).to(ACC_DTYPE)
+        acc += x * tl.load(weight_ptr + d, mask=d < features, other=0.0).to(ACC_DTYPE)
+    tl.store(gated_ptr + column, tl.sum(acc) * tl.load(gates_ptr + slot).to(ACC_DTYPE) * scaling)
+
+
+@triton.jit
+def gated_lora_up_kernel(
+    x_ptr, linear_ptr, gated_ptr, weight_ptr, expert_ids_ptr, bias_ptr, y_ptr, in_features, features, stride_linearn,
+    slots: tl.constexpr, r: tl.constexpr, COMPACT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Compute y = linear x + weight^T gated + bias of one token, with the base layer's weight.
+
+    x (d_in,); linear (d, d_in), row stride stride_linearn; gated (K * r,); weight (E * r, d); bias (d,); y (d,). N is
+    features, K columns of rank space, D input features. Grid: (blocks of features,).
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < features
+    linear_row = n.to(tl.int64) * stride_linearn
+    acc = tl.zeros((BLOCK_N, BLOCK_D), ACC_DTYPE)
+    for start in range(0, in_features, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        d_mask = d < in_features
+        w = tl.load(linear_ptr + linear_row[:, None] + d[None, :], mask=n_mask[:, None] & d_mask[None, :], other=0.0)
+        acc += w.to(ACC_DTYPE) * tl.load(x_ptr + d, mask=d_mask, other=0.0).to(ACC_DTYPE)[None, :]
+    y = tl.sum(acc, axis=1)
+    _begin(EARLY)  # until here it read nothing that the kernel before it, down, writes
+    for start in range(0, slots * r, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        mask = column < slots * r
+        slot = column // r
+        expert = slot
+        if COMPACT:
+            expert = tl.load(expert_ids_ptr + slot, mask=mask, other=0).to(tl.int32)
+        weight_row = (expert * r + column % r).to(tl.int64)
+        up = tl.load(
+            weight_ptr + weight_row[:, None] * features + n[None, :], mask=mask[:, None] & n_mask[None, :], other=0.0
+        )
+        gated = tl.load(gated_ptr + column, mask=mask, other=0.0)
+        y += tl.sum(up.to(ACC_DTYPE) * gated[:, None], axis=0)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(ACC_DTYPE)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n_mask)
 
 
 @triton.jit
@@ -279,7 +380,7 @@ def gated_lora_weight_gradient_kernel(
     slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, COMPACT: tl.constexpr,
     TOP_K: tl.constexpr, HAS_DROPOUT: tl.constexpr, ACC_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute the weight's gradient in parts, gated^T right over each split of every group's tokens.
 
@@ -288,6 +389,7 @@ def gated_lora_weight_gradient_kernel(
     one block of one expert, and the program searches the slots of each group for that expert, or with TOP_K finds the
     groups of slot j in group_bounds[j] (TOP_K, E + 1). Grid: (blocks of rows, blocks of features, splits).
     """
+    _begin(EARLY)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < features
     split, splits = tl.program_id(2), tl.num_programs(2)
@@ -336,12 +438,14 @@ def gated_lora_weight_gradient_kernel(
 def gated_lora_reduce_kernel(
     parts_ptr, expert_ids_ptr, gradient_ptr, length, part_length,
     slots: tl.constexpr, SPLITS: tl.constexpr, COMPACT: tl.constexpr, ACC_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sum the parts of a weight's gradient, and with COMPACT put each slot's rows at its expert; other rows are zero.
 
     parts (SPLITS, part_length), where each slot has `length` elements; gradient (E, length).
     Grid: (blocks of an expert's elements, E).
     """
+    _begin(EARLY)
     element = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     expert = tl.program_id(1)
     mask = element < length
@@ -355,3 +459,48 @@ def gated_lora_reduce_kernel(
             offset = split * part_length + slot.to(tl.int64) * length
             acc += tl.load(parts_ptr + offset + element, mask=element < end, other=0.0)
     tl.store(gradient_ptr + expert.to(tl.int64) * length + element, acc.to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_lora_route_kernel(
+    experts_ptr, pair_ids_ptr, expert_ids_ptr, group_bounds_ptr, tokens, served, groups,
+    slots: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Sort the pairs of each slot by expert, into groups of SIZE: a counting sort, in the order of the tokens.
+
+    experts (T / served, K), where a row serves `served` tokens; pair_ids (K * groups, SIZE), expert_ids (K * groups,)
+    and group_bounds (K, EXPERTS + 1) as the other kernels read them. The last expert gets the groups that are left.
+    Grid: (K, EXPERTS).
+    """
+    _begin(EARLY)
+    slot, own = tl.program_id(0), tl.program_id(1)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        expert = tl.load(experts_ptr + (token // served) * slots + slot, mask=token < tokens, other=EXPERTS)
+        counts += tl.histogram(expert.to(tl.int32), BINS)  # the last bin takes what the mask leaves out
+    counts = tl.where(bins < EXPERTS, counts, 0)
+    used = (counts + SIZE - 1) // SIZE
+    first = slot * groups + tl.sum(tl.where(bins < own, used, 0))
+    last = first + tl.sum(tl.where(bins == own, used, 0))
+    count = tl.sum(tl.where(bins == own, counts, 0))
+    tl.store(group_bounds_ptr + slot * (EXPERTS + 1) + own, first)
+    if own == EXPERTS - 1:
+        tl.store(group_bounds_ptr + slot * (EXPERTS + 1) + EXPERTS, last)
+        last = (slot + 1) * groups
+    for start in range(first, last, BLOCK):
+        group = start + tl.arange(0, BLOCK)
+        tl.store(expert_ids_ptr + group, tl.zeros((BLOCK,), tl.int32) + own, mask=group < last)
+    begin = first * SIZE
+    for start in range(0, tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        expert = tl.load(experts_ptr + (token // served) * slots + slot, mask=token < tokens, other=EXPERTS)
+        mine = expert == own
+        position = begin + tl.cumsum(mine.to(tl.int32)) - 1
+        tl.store(pair_ids_ptr + position, token * slots + slot, mask=mine)
+        begin += tl.sum(mine.to(tl.int32))
+    for start in range(first * SIZE + count, last * SIZE, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        tl.store(pair_ids_ptr + position, tl.zeros((BLOCK,), tl.int32) - 1, mask=position < last * SIZE)

@@ -22,7 +22,6 @@ from torch import Tensor
 from slidelora.ops.mixture import Mixture
 
 FEW_TOKENS = 64  # up to this many tokens are not sorted by expert
-GATED_BY_EXPAND = 1  # up to this many tokens, expand applies the gates itself where no gradient is needed
 TABLE = Path(__file__).parent / "tuned.json"
 
 INSTALLED = find_spec("triton") is not None
@@ -87,6 +86,8 @@ BLOCKS = {
     "shrink": ("BLOCK_M", "BLOCK_K", "BLOCK_N"),
     "expand": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "weight_gradient": ("BLOCK_K", "BLOCK_N", "BLOCK_M"),
+    "linear": ("BLOCK_D", "BLOCK_N", "BLOCK_K"),  # at most 16 tokens fit one block, so it divides d_in instead
+    "up": ("BLOCK_D", "BLOCK_N", "BLOCK_K"),
 }
 
 TOKENS = (16, 1024)  # a group of at most so many tokens takes the first and the second configuration, others the third
@@ -107,7 +108,9 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
         "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 8, 2), Config(32, 64, 64, 8, 2)),
         "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 2), Config(32, 64, 32, 8, 3)),
     },
+    "linear": {"bf16": (Config(256, 16, 64, 2, 4),), "fp16": (Config(128, 16, 32, 4, 3),)},
 }
+ONE_TOKEN = Config(1024, 4, 64, 8, 1), Config(512, 8, 64, 8, 1)  # of up, for few and for many features
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}  # all others are fp32
 REDUCED = 1024  # elements in a block of the kernels that only add up
 
@@ -139,20 +142,26 @@ def architecture() -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def launches_early(name: str) -> bool:
+    """Say whether kernels of an architecture can be launched before those before them end: NVIDIA's since Hopper."""
+    return name.startswith("sm_") and int(name[3:]) >= 90 and _numbers(triton_version()) >= (3, 5)
+
+
 def tuning_key(kernel: str, dtype: torch.dtype, tokens: int, columns: int) -> str:
-    """Return the key of a configuration in the tuned table; columns (K * r) count as the next power of two."""
+    """Return the key of a configuration in the tuned table; columns of rank space count as the next power of two."""
     return f"{kernel} {kind_of(dtype)} {bucket_of(tokens)} {_power(columns)}"
 
 
 def config(kernel: str, dtype: torch.dtype, tokens: int, columns: int, dropout: bool = False) -> Config:
-    """Choose the configuration for groups of that many tokens, and K * r columns of rank space."""
+    """Choose the configuration for groups of that many tokens, and columns of rank space with their padding."""
     default = CONFIGS[kernel][kind_of(dtype)][bucket_of(tokens)]
     if not dropout and dtype.itemsize < 8:
         found = tuned(architecture()).get(tuning_key(kernel, dtype, tokens, columns))
         return Config(*found) if found else default
     # Dropout and float64 take more registers.
     tokens, features, columns = (max(16, size // 2) for size in default[:3])
-    return default._replace(tokens=tokens, features=features, columns=columns)
+    stages = min(2, default.num_stages)
+    return default._replace(tokens=tokens, features=features, columns=columns, num_stages=stages)
 
 
 def rank_constants(kernel: str, slots: int, rank: int, limit: int, compact: bool) -> dict[str, int]:
@@ -251,7 +260,7 @@ class Plan:
         """
         if INTERPRETED:
             _check_installed()
-            self.function()[self.grid](*arguments, **self.constants, **self.options)
+            self.function()[self.grid](*arguments, **self.constants, EARLY=False, **self.options)
             return
         pointers = 0
         for tensor in given:
@@ -264,9 +273,11 @@ class Plan:
             run(*arguments, *values)
             return
         function = self.function()
-        kernel = function[self.grid](*arguments, **self.constants, **self.options)
+        early = launches_early(architecture())
+        constants, more = {**self.constants, "EARLY": early}, {"launch_pdl": True} if early else {}
+        kernel = function[self.grid](*arguments, **constants, **self.options, **more)
         if not pointers & 15:
-            values = tuple(self.constants[name] for name in function.arg_names[len(arguments) :])
+            values = tuple(constants[name] for name in function.arg_names[len(arguments) :])
             self.compiled[device, key] = kernel[self.grid], values
 
 
@@ -292,12 +303,13 @@ class Shape(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def plan(kernel: str, shape: Shape, features: int, splits: int = 0, flags: tuple[tuple[str, Any], ...] = ()) -> Plan:
-    """Plan a launch of shrink, expand or weight_gradient; `splits` of h is what expand reads."""
+def plan(kernel: str, shape: Shape, features: int, flags: tuple[tuple[str, Any], ...] = ()) -> Plan:
+    """Plan a launch of shrink, expand, linear or weight_gradient."""
     dtype, groups, length, slots, rank, num_experts, compact, top_k, dropout = shape
     # Long groups of sorted tokens come from many tokens.
-    chosen = config(kernel, dtype, length if length < 128 or not top_k else TOKENS[-1] + 1, slots * rank, dropout)
-    if kernel != "weight_gradient" and (size := max(16, _power(length))) < chosen.tokens:
+    padded = slots * max(16, _power(rank))
+    chosen = config(kernel, dtype, length if length < 128 or not top_k else TOKENS[-1] + 1, padded, dropout)
+    if kernel in ("shrink", "expand") and (size := max(16, _power(length))) < chosen.tokens:
         chosen = chosen._replace(tokens=size, programs=min(256, chosen.programs * (chosen.tokens // size)))
     by_expert = compact and (groups > 1 or bool(top_k))  # else the weight's gradient is computed slot by slot
     if kernel == "weight_gradient":
@@ -306,6 +318,9 @@ def plan(kernel: str, shape: Shape, features: int, splits: int = 0, flags: tuple
     columns = constants[BLOCKS[kernel][2]]
     padded = constants["R_BLOCKS"] * constants["BLOCK_R"]
     constants |= chosen.constants(kernel) | dtype_constants(dtype) | dict(flags)
+    if kernel == "linear":
+        constants |= {"COMPACT": compact, "BLOCK_M": TOKENS[0]}
+        return Plan(kernel, (_cdiv(features, chosen.features),), chosen, constants)
     constants |= {"COMPACT": compact, "TOP_K": top_k, "HAS_DROPOUT": dropout}
     m_blocks = groups * _cdiv(length, chosen.tokens)
     if kernel == "shrink":
@@ -315,7 +330,6 @@ def plan(kernel: str, shape: Shape, features: int, splits: int = 0, flags: tuple
     n_blocks = _cdiv(features, chosen.features)
     if kernel == "expand":
         n_per_program = _cdiv(n_blocks, max(1, min(n_blocks, chosen.programs // m_blocks)))
-        constants["SPLITS"] = splits
         return Plan(kernel, (m_blocks, _cdiv(n_blocks, n_per_program)), chosen, constants)
     blocks = _cdiv((num_experts if by_expert else slots) * padded, columns)
     active = min(blocks, groups * slots * constants["R_BLOCKS"]) if by_expert and not top_k else blocks
@@ -341,6 +355,26 @@ def reduce_plan(dtype: torch.dtype, length: int, experts: int, slots: int, split
     constants = {"slots": slots, "SPLITS": splits, "COMPACT": compact, "BLOCK": REDUCED}
     constants["ACC_DTYPE"] = dtype_constants(dtype)["ACC_DTYPE"]
     return Plan("reduce", (_cdiv(length, REDUCED), experts), None, constants)
+
+
+@lru_cache(maxsize=4096)
+def one_token_plan(
+    kernel: str, dtype: torch.dtype, d_in: int, features: int, slots: int, rank: int, compact: bool, bias: bool = False
+) -> Plan:
+    """Plan a launch of down or up."""
+    constants = {"slots": slots, "r": rank, "COMPACT": compact, "ACC_DTYPE": dtype_constants(dtype)["ACC_DTYPE"]}
+    if kernel == "down":
+        return Plan(kernel, (slots * rank,), None, constants | {"BLOCK": min(2048, _power(d_in))})
+    chosen = ONE_TOKEN[features > 2048]
+    constants |= {"HAS_BIAS": bias, **chosen.constants(kernel), "BLOCK_K": chosen.columns}
+    return Plan(kernel, (_cdiv(features, chosen.features),), chosen, constants)
+
+
+@lru_cache(maxsize=4096)
+def route_plan(slots: int, experts: int, size: int) -> Plan:
+    """Plan a launch of the kernel that sorts pairs of tokens and experts into groups of `size`."""
+    constants = {"slots": slots, "EXPERTS": experts, "BINS": _power(experts + 1), "SIZE": size, "BLOCK": REDUCED}
+    return Plan("route", (slots, experts), None, constants)
 
 
 @dataclass(eq=False)
@@ -407,27 +441,24 @@ def route_tokens(mixture: Mixture, tokens: int) -> Route:
     length = tokens // max(experts.shape[0], 1)
     if length >= 16 or tokens <= FEW_TOKENS:
         return Route(gates, experts, count, rank, scaling, tokens, experts.shape[0], length)
-    top_k, device = experts.shape[1], gates.device
+    top_k = experts.shape[1]
     members = tokens // count  # about as many tokens does an expert have in each slot
     size = 256 if members >= 1024 else 128 if members >= 256 else 64  # of a group
-    by_slot, order = experts.repeat_interleave(length, 0).T.contiguous().sort(dim=1, stable=True)  # (K, T)
-    edges = torch.searchsorted(by_slot, torch.arange(count + 1, device=device).expand(top_k, -1).contiguous())
-    counts = edges.diff(dim=1)  # (K, E)
-    blocks = (counts + size - 1) // size
-    last = blocks.cumsum(1)
-    block = torch.arange(_cdiv(tokens, size) + count, device=device).expand(top_k, -1).contiguous()  # (K, G)
-    found = torch.searchsorted(last, block, right=True)
-    expert = found.clamp(max=count - 1)
-    within = (block - (last - blocks).gather(1, expert))[..., None] * size + torch.arange(size, device=device)
-    used = (within < counts.gather(1, expert)[..., None]) & (found < count)[..., None]  # (K, G, size)
-    position = (edges.gather(1, expert)[..., None] + within).clamp(max=tokens - 1)
-    token = order.gather(1, position.flatten(1)).view(position.shape)
-    slot = torch.arange(top_k, device=device)[:, None]
-    pair_ids = torch.where(used, token * top_k + slot[..., None], -1).flatten(0, 1)  # (K * G, size)
-    by_pair = gates.repeat_interleave(tokens // gates.shape[0], 0).view(-1, 1)
-    bounds = torch.nn.functional.pad(last, (1, 0)) + slot * block.shape[1]
-    groups, rows = pair_ids.shape[0], tokens * top_k
-    return Route(by_pair, expert.view(-1, 1), count, rank, scaling, rows, groups, size, pair_ids, bounds, top_k)
+    groups = _cdiv(tokens, size) + count  # in a slot
+    pair_ids, expert_ids, bounds = (
+        experts.new_empty(shape, dtype=torch.int32)
+        for shape in ((top_k * groups, size), (top_k * groups, 1), (top_k, count + 1))
+    )
+    route_plan(top_k, count, size).launch(
+        (experts,), (experts.dtype, tokens, length, groups),
+        experts, pair_ids, expert_ids, bounds, tokens, length, groups,
+    )  # fmt: skip
+    by_pair = gates if gates.shape[0] == tokens else gates.repeat_interleave(tokens // gates.shape[0], 0)
+    rows = tokens * top_k
+    return Route(
+        by_pair.view(-1, 1), expert_ids, count, rank, scaling, rows, top_k * groups, size, pair_ids, bounds,
+        top_k,
+    )  # fmt: skip
 
 
 def shrink(x: Tensor, weight: Tensor, route: Route, dropout: Dropout = NO_DROPOUT) -> Tensor:
@@ -477,13 +508,10 @@ def gate(h: Tensor, route: Route, dtype: torch.dtype, keep: bool = False, h_pre:
 
 
 def expand(
-    h: Tensor, weight: Tensor, route: Route, y: Tensor, base: Tensor | None = None, bias: Tensor | None = None,
+    gated: Tensor, weight: Tensor, route: Route, y: Tensor, base: Tensor | None = None, bias: Tensor | None = None,
     dropout: Dropout = NO_DROPOUT,
 ) -> Tensor:  # fmt: skip
-    """Multiply gated h by the active experts' rows of weight (E * r, d) and add base and bias; write y (T, d).
-
-    h is what `gate` returns, or what `shrink` returns.
-    """
+    """Multiply gated h by the active experts' rows of weight (E * r, d) and add base and bias; write y (T, d)."""
     (tokens, features), dtype = y.shape, y.dtype
     if not tokens:
         return y
@@ -491,18 +519,71 @@ def expand(
     weight = weight.contiguous()
     for part in route.passes():
         flags = (("HAS_BASE", base is not None), ("HAS_BIAS", bias is not None))
-        chosen = plan("expand", part.shape(dtype, dropout), features, h.shape[0] if h.ndim == 3 else 0, flags)
+        chosen = plan("expand", part.shape(dtype, dropout), features, flags)
         n_per_program = _cdiv(_cdiv(features, chosen.constants["BLOCK_N"]), chosen.grid[1])
         stride = 0 if base is None else base.stride(0)
         dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, base, bias)]
         chosen.launch(
-            (h, weight, part.gates, part.experts, part.pair_ids, base, bias, dropout.seed),
+            (gated, weight, part.experts, part.pair_ids, base, bias, dropout.seed),
             (*dtypes, dtype, stride, *part.key),
-            h, weight, part.gates, part.experts, part.pair_ids, base, bias, y, dropout.seed,
-            part.group_length, part.gate_length, features, stride, part.rows,
-            n_per_program, part.scaling, dropout.probability,
+            gated, weight, part.experts, part.pair_ids, base, bias, y, dropout.seed,
+            part.group_length, features, stride, n_per_program, dropout.probability,
         )  # fmt: skip
         base, bias = y, None  # the next pass adds to this one
+    return y
+
+
+def fits_linear(x: Tensor, weight: Tensor, route: Route) -> bool:
+    """Say whether `linear` can run: for few tokens in half precision that share their experts."""
+    few = x.shape[0] <= TOKENS[0] and route.groups == 1 and not route.top_k
+    return few and x.dtype in KINDS and weight.dtype == x.dtype and weight.stride(1) == 1
+
+
+def linear(
+    x: Tensor, base_weight: Tensor, bias: Tensor | None, gated: Tensor, weight: Tensor, route: Route, y: Tensor
+) -> Tensor:
+    """Write to y (T, d) what `expand` of gated h and a linear layer of x (T, d_in) are together."""
+    tokens, features = y.shape
+    if not tokens:
+        return y
+    x, weight = _contiguous_rows(x), weight.contiguous()
+    flags = (("HAS_BIAS", bias is not None),)
+    chosen = plan("linear", route.shape(y.dtype, NO_DROPOUT), features, flags)
+    dtypes = weight.dtype, None if bias is None else bias.dtype
+    strides = x.stride(0), base_weight.stride(0)
+    chosen.launch(
+        (x, base_weight, gated, weight, route.experts, bias), (*dtypes, *strides, x.shape[1], *route.key),
+        x, base_weight, gated, weight, route.experts, bias, y, tokens, x.shape[1], features, *strides,
+    )  # fmt: skip
+    return y
+
+
+def fits_one_token(x: Tensor, weight: Tensor, route: Route) -> bool:
+    """Say whether `one_token` can run."""
+    return x.shape[0] == 1 and weight.dtype == x.dtype and x.stride(1) == 1 == weight.stride(1)
+
+
+def one_token(
+    x: Tensor, base_weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, route: Route, y: Tensor
+) -> Tensor:
+    """Write to y (1, d) a linear layer of x (1, d_in) and its mixture.
+
+    On a GPU that can launch kernels early, reading the base layer's weight does not wait for the product with A.
+    """
+    d_in, features = x.shape[1], y.shape[1]
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    shape = x.dtype, d_in, features, route.slots, route.rank, route.experts is not None
+    gated = x.new_empty(route.slots * route.rank, dtype=accumulator(x.dtype))
+    one_token_plan("down", *shape).launch(
+        (x, lora_A, route.gates, route.experts), (lora_A.dtype, *route.key),
+        x, lora_A, route.gates, route.experts, gated, d_in, route.scaling,
+    )  # fmt: skip
+    stride = base_weight.stride(0)
+    one_token_plan("up", *shape, bias is not None).launch(
+        (x, base_weight, lora_B, route.experts, bias),
+        (lora_B.dtype, None if bias is None else bias.dtype, stride, *route.key),
+        x, base_weight, gated, lora_B, route.experts, bias, y, d_in, features, stride,
+    )  # fmt: skip
     return y
 
 
