@@ -94,7 +94,7 @@ TINY_TRAINING = TrainConfig((
         name="more-characters", trainable=r"visual_tokenizer", tasks={"read": 0.7, "locate": 0.3}, losses=("words",),
         steps=9000, batch_size=64, learning_rate=1.5e-3,
     ),
-    # The language model alone, which is half of the work of a step; so is "answers" below.
+    # The language model alone, which is half of the work of a step.
     Stage(
         name="more-reading", trainable=r"language\.(?!.*lora_|slidelora_gate)|begin_image",
         tasks={"read": 0.5, "locate": 0.15, "answer": 0.35}, losses=("text",),
@@ -106,10 +106,11 @@ TINY_TRAINING = TrainConfig((
         name="align", trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)", tasks=_ALL_TASKS,
         steps=1500, batch_size=48, learning_rate=1.5e-3,
     ),
+    # Colours, positions and counts: the ViT has to keep what the questions ask for.
     Stage(
-        name="answers", trainable=r"language\.(?!.*lora_|slidelora_gate)|begin_image",
-        tasks={"answer": 0.65, "read": 0.2, "locate": 0.15}, losses=("text",),
-        steps=1500, batch_size=48, learning_rate=1.5e-3,
+        name="answers", trainable=r"visual_tokenizer|language\.(?!.*lora_|slidelora_gate)|begin_image",
+        tasks={"answer": 0.6, "read": 0.25, "locate": 0.15}, losses=("text", "words"),
+        steps=3000, batch_size=48, learning_rate=1.5e-3,
     ),
     # Stage 2 of the paper: the language model is frozen; Slide-LoRA and its gate train with the rest.
     Stage(
