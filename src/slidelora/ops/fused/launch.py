@@ -101,7 +101,7 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "expand": {
         "bf16": (Config(16, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(128, 64, 64, 8, 2)),
         "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
-        "fp32": (Config(16, 128, 32, 4, 2), Config(32, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)),
+        "fp32": (Config(16, 128, 32, 4, 2), Config(32, 64, 32, 8, 2), Config(64, 64, 32, 8, 3)),
     },
     "weight_gradient": {
         "bf16": (Config(16, 128, 64, 8, 2), Config(32, 64, 128, 8, 3, 128), Config(32, 128, 128, 8, 3, 128)),
