@@ -324,9 +324,12 @@ def gated_lora_up_kernel(
         d = start + tl.arange(0, BLOCK_D)
         d_mask = d < in_features
         w = tl.load(linear_ptr + linear_row[:, None] + d[None, :], mask=n_mask[:, None] & d_mask[None, :], other=0.0)
-        acc += w.to(ACC_DTYPE) * tl.load(x_ptr + d, mask=d_mask, other=0.0).to(ACC_DTYPE)[None, :]
+        # From L2: with an early start nothing says that L1 has forgotten what was at this address before.
+        x = tl.load(x_ptr + d, mask=d_mask, other=0.0, cache_modifier=".cg")
+        acc += w.to(ACC_DTYPE) * x.to(ACC_DTYPE)[None, :]
     y = tl.sum(acc, axis=1)
-    _begin(EARLY)  # until here it read nothing that the kernel before it, down, writes
+    # Until here it read nothing that the kernel before it, down, writes; and down began after those before it ended.
+    _begin(EARLY)
     for start in range(0, slots * r, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         mask = column < slots * r

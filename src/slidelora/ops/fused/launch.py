@@ -101,7 +101,7 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "expand": {
         "bf16": (Config(16, 64, 64, 4, 2), Config(64, 64, 64, 4, 2), Config(128, 64, 64, 8, 2)),
         "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 4, 2), Config(64, 64, 64, 8, 2)),
-        "fp32": (Config(16, 128, 32, 4, 2), Config(32, 64, 32, 8, 2), Config(64, 64, 32, 8, 2)),
+        "fp32": (Config(16, 128, 32, 4, 2), Config(32, 64, 32, 8, 2), Config(64, 64, 32, 8, 3)),
     },
     "weight_gradient": {
         "bf16": (Config(16, 128, 64, 8, 2), Config(32, 64, 128, 8, 3, 128), Config(32, 128, 128, 8, 3, 128)),
@@ -160,8 +160,8 @@ def config(kernel: str, dtype: torch.dtype, tokens: int, columns: int, dropout: 
         return Config(*found) if found else default
     # Dropout and float64 take more registers.
     tokens, features, columns = (max(16, size // 2) for size in default[:3])
-    stages = min(2, default.num_stages)
-    return default._replace(tokens=tokens, features=features, columns=columns, num_stages=stages)
+    warps, stages = 4 if kernel == "weight_gradient" else default.num_warps, min(2, default.num_stages)
+    return Config(tokens, features, columns, warps, stages, default.programs)
 
 
 def rank_constants(kernel: str, slots: int, rank: int, limit: int, compact: bool) -> dict[str, int]:
