@@ -385,10 +385,10 @@ def trace_layer(run: Run, label: str, rate: float, tokens: int, features: int, s
     if sizes[-1]:
         return
     # What cuBLAS takes for the products that the kernels compute.
-    half_A, half_B = (w[: mixture.gates.shape[-1] * mixture.rank].detach().to(HALF) for w in mixture[:2])
+    wide_A, wide_B = (w.detach().to(HALF) for w in mixture[:2])
+    half_A, half_B = (w[: mixture.gates.shape[-1] * mixture.rank] for w in (wide_A, wide_B))  # of the active experts
     rows, dy_rows, h = x.detach()[0], dy[0], torch.randn(tokens, half_A.shape[0], device=DEVICE, dtype=HALF)
     route = launch.route_tokens(mixture, tokens)
-    wide_A, wide_B = (w.detach().to(HALF) for w in mixture[:2])
     calls: dict[str, Callable[[], object]] = {
         "shrink": lambda: launch.shrink(rows, mixture.lora_A, route),
         "shrink, bf16 weight": lambda: launch.shrink(rows, wide_A, route),

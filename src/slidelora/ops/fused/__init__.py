@@ -1,7 +1,7 @@
 """gated_lora by Triton kernels, with a backward of its own.
 
 Given the base layer's weight, the forward computes the base layer, too: it writes the mixture first and lets the base
-GEMM add to it (beta = 1), which saves one pass over y.
+GEMM add to it (beta = 1), which saves one pass over y. Few tokens take kernels that compute both at once.
 
 Eager code calls the kernels from an autograd function. Code that is traced (torch.compile, fake tensors, dispatch
 modes) calls them as the operators torch.ops.slidelora.gated_lora and gated_lora_backward, which tracing keeps whole.

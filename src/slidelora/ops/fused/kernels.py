@@ -1,5 +1,7 @@
 """Triton kernels of gated_lora: shrink to rank space, gate, expand from it, and gradients of the weights.
 
+linear, down and up compute few tokens together with the base layer; route sorts tokens by expert.
+
 Rank space has K * r columns: column slot * r + i of h (T, K * r) is rank i of the expert in that slot. A block of
 columns pads every slot to R_BLOCKS blocks of BLOCK_R columns, so no block of BLOCK_R crosses from one slot to the next.
 
@@ -176,6 +178,25 @@ def gated_lora_gate_kernel(
 
 
 @triton.jit
+def _add_columns(
+    acc, gated_ptr, weight_ptr, expert_ids_ptr, k_block, group, row_mask, n, n_mask, features,
+    slots: tl.constexpr, r: tl.constexpr, R_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr, COMPACT: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROUND: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return acc + gated weight over one block of columns of rank space; gated_ptr points to the rows, (BLOCK_M, 1)."""
+    _, column, weight_row, mask = _rank_columns(
+        k_block, group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
+    )
+    a = tl.load(gated_ptr + column[None, :], mask=row_mask[:, None] & mask[None, :], other=0.0)
+    b = tl.load(
+        weight_ptr + weight_row.to(tl.int64)[:, None] * features + n[None, :],
+        mask=mask[:, None] & n_mask[None, :],
+        other=0.0,
+    )
+    return _dot(a, b, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+
+
+@triton.jit
 def gated_lora_expand_kernel(
     gated_ptr, weight_ptr, expert_ids_ptr, pair_ids_ptr, base_ptr, bias_ptr, y_ptr, seed_ptr,
     group_length, features, stride_basem, n_per_program, dropout,
@@ -214,16 +235,10 @@ def gated_lora_expand_kernel(
         acc = _dot(a, b, tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE), DOT_DTYPE, INPUT_PRECISION, ROUND)
         if K_BLOCKS > 1:
             for k_block in range(1, K_BLOCKS):
-                _, column_k, weight_row_k, mask_k = _rank_columns(
-                    k_block, group, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
-                )
-                a_k = tl.load(gated_ptr + column_k[None, :], mask=row_mask[:, None] & mask_k[None, :], other=0.0)
-                b_k = tl.load(
-                    weight_ptr + weight_row_k.to(tl.int64)[:, None] * features + n[None, :],
-                    mask=mask_k[:, None] & n_mask[None, :],
-                    other=0.0,
-                )
-                acc = _dot(a_k, b_k, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+                acc = _add_columns(
+                    acc, gated_ptr, weight_ptr, expert_ids_ptr, k_block, group, row_mask, n, n_mask, features,
+                    slots, r, R_BLOCKS, BLOCK_R, COMPACT, DOT_DTYPE, INPUT_PRECISION, ROUND, BLOCK_K,
+                )  # fmt: skip
         mask = row_mask[:, None] & n_mask[None, :]
         if HAS_DROPOUT:
             keep = _dropout_mask(seed_ptr, token[:, None], n[None, :], features, dropout)
@@ -262,18 +277,12 @@ def gated_lora_linear_kernel(
         b = tl.load(linear_ptr + linear_row[None, :] + d[:, None], mask=n_mask[None, :] & d_mask[:, None], other=0.0)
         acc = _dot(a, b, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
     K_BLOCKS: tl.constexpr = (slots * R_BLOCKS * BLOCK_R + BLOCK_K - 1) // BLOCK_K
+    gated_ptr += row[:, None] * (slots * r)
     for k_block in range(0, K_BLOCKS):
-        _, column, weight_row, column_mask = _rank_columns(
-            k_block, 0, expert_ids_ptr, slots, r, R_BLOCKS, BLOCK_R, BLOCK_K, COMPACT
-        )
-        offsets = row[:, None] * (slots * r) + column[None, :]
-        gated = tl.load(gated_ptr + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
-        up = tl.load(
-            weight_ptr + weight_row.to(tl.int64)[:, None] * features + n[None, :],
-            mask=column_mask[:, None] & n_mask[None, :],
-            other=0.0,
-        )
-        acc = _dot(gated, up, acc, DOT_DTYPE, INPUT_PRECISION, ROUND)
+        acc = _add_columns(
+            acc, gated_ptr, weight_ptr, expert_ids_ptr, k_block, 0, row_mask, n, n_mask, features,
+            slots, r, R_BLOCKS, BLOCK_R, COMPACT, DOT_DTYPE, INPUT_PRECISION, ROUND, BLOCK_K,
+        )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(ACC_DTYPE)[None, :]
     y_mask = row_mask[:, None] & n_mask[None, :]
@@ -465,6 +474,15 @@ def gated_lora_reduce_kernel(
 
 
 @triton.jit
+def _experts_of(
+    experts_ptr, start, tokens, served, slot, slots: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Return a block of tokens and the experts that they have in a slot, EXPERTS for what lies beyond the tokens."""
+    token = start + tl.arange(0, BLOCK)
+    return token, tl.load(experts_ptr + (token // served) * slots + slot, mask=token < tokens, other=EXPERTS)
+
+
+@triton.jit
 def gated_lora_route_kernel(
     experts_ptr, pair_ids_ptr, expert_ids_ptr, group_bounds_ptr, tokens, served, groups,
     slots: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
@@ -481,8 +499,7 @@ def gated_lora_route_kernel(
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, tokens, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        expert = tl.load(experts_ptr + (token // served) * slots + slot, mask=token < tokens, other=EXPERTS)
+        token, expert = _experts_of(experts_ptr, start, tokens, served, slot, slots, EXPERTS, BLOCK)
         counts += tl.histogram(expert.to(tl.int32), BINS)  # the last bin takes what the mask leaves out
     counts = tl.where(bins < EXPERTS, counts, 0)
     used = (counts + SIZE - 1) // SIZE
@@ -498,8 +515,7 @@ def gated_lora_route_kernel(
         tl.store(expert_ids_ptr + group, tl.zeros((BLOCK,), tl.int32) + own, mask=group < last)
     begin = first * SIZE
     for start in range(0, tokens, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        expert = tl.load(experts_ptr + (token // served) * slots + slot, mask=token < tokens, other=EXPERTS)
+        token, expert = _experts_of(experts_ptr, start, tokens, served, slot, slots, EXPERTS, BLOCK)
         mine = expert == own
         position = begin + tl.cumsum(mine.to(tl.int32)) - 1
         tl.store(pair_ids_ptr + position, token * slots + slot, mask=mine)

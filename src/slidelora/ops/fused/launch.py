@@ -307,8 +307,8 @@ def plan(kernel: str, shape: Shape, features: int, flags: tuple[tuple[str, Any],
     """Plan a launch of shrink, expand, linear or weight_gradient."""
     dtype, groups, length, slots, rank, num_experts, compact, top_k, dropout = shape
     # Long groups of sorted tokens come from many tokens.
-    padded = slots * max(16, _power(rank))
-    chosen = config(kernel, dtype, length if length < 128 or not top_k else TOKENS[-1] + 1, padded, dropout)
+    tokens = length if length < 128 or not top_k else TOKENS[-1] + 1
+    chosen = config(kernel, dtype, tokens, slots * max(16, _power(rank)), dropout)
     if kernel in ("shrink", "expand") and (size := max(16, _power(length))) < chosen.tokens:
         chosen = chosen._replace(tokens=size, programs=min(256, chosen.programs * (chosen.tokens // size)))
     by_expert = compact and (groups > 1 or bool(top_k))  # else the weight's gradient is computed slot by slot
@@ -454,9 +454,8 @@ def route_tokens(mixture: Mixture, tokens: int) -> Route:
         experts, pair_ids, expert_ids, bounds, tokens, length, groups,
     )  # fmt: skip
     by_pair = gates if gates.shape[0] == tokens else gates.repeat_interleave(tokens // gates.shape[0], 0)
-    rows = tokens * top_k
     return Route(
-        by_pair.view(-1, 1), expert_ids, count, rank, scaling, rows, top_k * groups, size, pair_ids, bounds,
+        by_pair.view(-1, 1), expert_ids, count, rank, scaling, tokens * top_k, top_k * groups, size, pair_ids, bounds,
         top_k,
     )  # fmt: skip
 
