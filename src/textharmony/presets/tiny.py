@@ -116,7 +116,7 @@ TINY_TRAINING = TrainConfig((
     Stage(
         name="tune", trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
         tasks=_ALL_TASKS, losses=("text", "image", "layout", "words", "gate"), adapters=True,
-        steps=400, batch_size=48, learning_rate=1e-3, decay_share=0.7,
+        steps=900, batch_size=48, learning_rate=1e-3, decay_share=0.7,
     ),
     # A pretrained ViT has seen far more pictures: this stage shows many more words to it, and trains the gate.
     Stage(
