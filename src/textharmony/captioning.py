@@ -22,6 +22,7 @@ _INTRODUCED = re.compile(
 _LOUD = re.compile(r"(?<![\w#])(?:[A-Z0-9][A-Z0-9&'!?%$.:-]*[A-Z0-9!?%])(?!\w)")
 _ASCII = "".join(map(chr, range(33, 127)))
 _ARTICLES = {"a", "an", "the", "some", "this", "that"}
+RGB = tuple[int, int, int]
 _HEX = re.compile(r"#(?:[0-9a-f]{3}){1,2}\b")
 _RGB = re.compile(r"rgb\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)")
 # What stands where a colour stands: "in burgundy", "on a mustard background"; but "on a wooden board" names no colour.
@@ -29,6 +30,12 @@ _COLORED = re.compile(
     r"\b(?:in|on)\s+(?:(?:bright|very)\s+)*(?!(?:a|an|the|some|it|top|its|my|your|this|that|all|big|large|small|bold|caps"
     r"|capitals?|upper|lower|uppercase|lowercase|italics?|one|two|english|paper|wood|canvas|metal|glass|stone|brick|fabric)\b)([a-z]+)\b"
     r"|\b(?:a|an|the)\s+([a-z]+)\s+(?:background|ground|letters|ink)\b"
+)
+_BESIDES = _ARTICLES | {"bright", "plain", "very", "solid"}  # may stand before a colour
+_GROUNDS_BEFORE = {"on", "against", "over", "background", "ground"}  # before the ground's colour
+_GROUNDS_AFTER = frozenset(  # after it
+    "background ground backdrop wall board billboard signboard chalkboard sign signs card surface label sticker poster "
+    "banner plate plaque paper page canvas panel tag ticket screen box button door flag clock strip field sheet".split()
 )
 _ALIKE = 40.0  # the distance in RGB, on 0..255, below which two colours are alike
 _KNOWN = frozenset(vocabulary(pattern for patterns in CAPTIONS.values() for pattern in patterns)) | {"color", "colour"}
@@ -169,11 +176,34 @@ def _unknown_color(name: str, layout: LayoutConfig) -> ValueError:
 
 def _require_apart(around: str, text: str) -> None:
     """Raise ValueError if a caption names two colours that are alike."""
-    named = [word for word in re.findall(r"#[0-9a-f]{6}|[a-z]+", around) if word in CSS or word[0] == "#"]
+    named = _named(around)
     if len(named) != 2:
         return
-    first, second = (CSS[word] if word in CSS else from_hex(word) for word in named)
+    (_, first), (_, second) = named
     if sum((a - b) ** 2 for a, b in zip(first, second, strict=True)) < _ALIKE**2:
         raise ValueError(
-            f"{quote(text)} asks for {named[0]} on {named[1]}, expected ink and ground in colours that differ"
+            f"{quote(text)} asks for {' on '.join(word for word, _ in named)}, "
+            "expected ink and ground in colours that differ"
         )
+
+
+def named_colors(caption: str) -> tuple[RGB | None, RGB | None]:
+    """The colours, CSS names and #rrggbb, that a caption names for the ink and for the ground.
+
+    A colour is the ground's where the words beside it say so, as in "on red", "on a red card" or "a red sign"; else the
+    ink's. A caption that names two different colours for either of them names none.
+    """
+    words = re.findall(r"#[0-9a-f]{6}\b|[a-z]+|\S", re.sub(r'"[^"]*"', ".", caption.lower()))
+    found: dict[bool, set[RGB]] = {False: set(), True: set()}  # by whether they are the ground's
+    for i, word in enumerate(words):
+        colors = {color for _, color in _named(word)}
+        before = next((other for other in reversed(words[:i]) if other not in _BESIDES), "")
+        found[before in _GROUNDS_BEFORE or not _GROUNDS_AFTER.isdisjoint(words[i + 1 : i + 2])] |= colors
+    if max(map(len, found.values())) > 1:
+        return None, None
+    return next(iter(found[False]), None), next(iter(found[True]), None)
+
+
+def _named(text: str) -> list[tuple[str, RGB]]:
+    words = re.findall(r"#[0-9a-f]{6}\b|[a-z]+", text)
+    return [(word, CSS[word] if word in CSS else from_hex(word)) for word in words if word in CSS or word[0] == "#"]

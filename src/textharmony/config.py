@@ -47,6 +47,11 @@ class LayoutConfig:
     descent: float = 0.25
     legible: float = 0.0  # the least difference in luma, on 0..255, between the ink and the ground of a drawing
     steps: int = 16  # Euler steps in which a layout is sampled
+    # What is read with a smaller mean log-probability of its tokens is no text: anywhere, and where the model sees no
+    # text in the whole picture.
+    least_surety: float = -1000.0
+    least_surety_of_part: float = -1000.0
+    alike: float = 0.0  # the least share of a text that must be read where it is located; 0: that is not read
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from textharmony.boxes import Box, from_pixels, to_pixels
-from textharmony.images import contact_sheet, open_image, outline, save_picture
+from textharmony.images import contact_sheet, open_image, outline, save_picture, shorten
 from textharmony.pipeline import TextHarmony
 
 PICTURES = Path(__file__).parent / "pictures_to_read"
-WORDS = ("HELLO", "Open 24h", "lora-8")
+WORDS = ("HELLO", "Open 24h", "coffee")
 _CAPTIONS = (
     '"{word}" in red on white',
     'a navy sign that says "{word}" in gold letters',
-    'please write "{word}" in #00402a on lightgreen',
+    'please write "{word}" in #802000 on ivory',
     'the word "{word}" on a yellow background',
 )
-_QUESTIONS = ("how many letters does it have?", "is there any text?", "what is the third character?")
+QUESTIONS = ("how many letters does it have?", "is there any text?", "what is the third character?")
 NEW_WORDS = ("OPEN", "2026")
 _CELL = (256, 112)  # pixels
 
@@ -40,7 +40,7 @@ def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callab
     for file, picture, text in zip(files, pictures, texts, strict=True):
         say(f"read    {file.name:<28} -> {text}")
         cells.append((picture, f"read: {text}"))
-    for file, picture, question in zip(files, pictures, _QUESTIONS, strict=False):
+    for file, picture, question in zip(files, pictures, QUESTIONS, strict=False):
         answer = model.answer(picture, question)
         say(f"answer  {file.name}, {question} -> {answer}")
         cells.append((picture, f"{question} {answer}"))
@@ -55,7 +55,7 @@ def demonstrate(model: TextHarmony, words: Sequence[str], out: Path, say: Callab
             edited = model.edit(picture, _around(boxes[0], picture.size), new)
             say(f"edit    {old} to {new} in {file.name} -> reads itself back as {model.read(edited)}")
             cells.append((edited, f"edit: {old} to {new}"))
-    shown = [(ImageOps.contain(picture, _CELL), caption) for picture, caption in cells]
+    shown = [(ImageOps.contain(picture, _CELL), shorten(caption, 42)) for picture, caption in cells]
     save_picture(contact_sheet(shown, 5, "textharmony, the embedded tiny model", 1), out)
 
 

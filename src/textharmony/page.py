@@ -23,7 +23,7 @@ from PIL import Image
 
 import slidelora
 from textharmony.boxes import SCALE, Box, bounding_box, from_pixels
-from textharmony.demo import list_pictures
+from textharmony.demo import QUESTIONS, list_pictures
 from textharmony.images import Picture, image_size, open_image, outline, save_picture
 from textharmony.pipeline import TextHarmony
 from textharmony.signals import stop_on_signals
@@ -290,8 +290,7 @@ def build(desk: Desk) -> gr.Blocks:
         _tab(desk, "Read", desk.read, [picture], [read], [[p] for p in _PICTURES])
         picture, question = _picture(), gr.Textbox(label="Question", render=False)
         answer = gr.Textbox(label="Answer", render=False)
-        questions = ("how many characters are there", "what color is the ground", "what is character 2")
-        asked = [[p, q] for p, q in zip(_PICTURES, questions)]
+        asked = [[p, q] for p, q in zip(_PICTURES, QUESTIONS)]
         _tab(desk, "Answer", desk.answer, [picture, question], [answer], asked)
         picture, word = _picture(), gr.Textbox(label="Word", render=False)
         boxes = gr.Textbox(label="x1 y1 x2 y2 in thousandths of the picture", render=False)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from difflib import SequenceMatcher
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from textharmony.boxes import Box, check_box, parse_boxes
-from textharmony.config import GenerationSettings, ModelConfig, check_count, check_seed
+from textharmony.captioning import named_colors
+from textharmony.config import GenerationSettings, LayoutConfig, ModelConfig, check_count, check_seed
 from textharmony.files import quote
 from textharmony.finding import Line, is_flat
 from textharmony.images import (
@@ -47,8 +49,8 @@ from textharmony.model.generation import Prompted, draw, prompt, write, write_su
 from textharmony.model.released.files import ReleasedFiles
 from textharmony.model.released.keys import EXPERTS, POSITION_IDS, from_released, released_keys, released_shapes
 from textharmony.presets.paper import PAPER, RELEASED
-from textharmony.prompts import BOI, IMAGE, Request, Task, check_length, check_plain, compose, image_tokens
-from textharmony.windows import blend, fit_edit, fit_window, views_of_text
+from textharmony.prompts import BOI, IMAGE, Request, Task, check_length, check_plain, compose, image_tokens, sought_text
+from textharmony.windows import blend, find_ink, fit_edit, fit_window, views_of_text
 
 _BATCH = 50  # requests that go through the model together
 _SURE = -0.15  # the least mean log-probability of a line's tokens, where there are several lines
@@ -60,6 +62,7 @@ class _Answer(NamedTuple):
 
     text: str
     surety: float  # the mean log-probability of its tokens
+    tokens: int
 
 
 class TextHarmony(TextHarmonyModel):
@@ -273,7 +276,9 @@ class TextHarmony(TextHarmonyModel):
                 break
             ids += written[: written.index(self.boi_id) + 1]
             prompted = prompt(self, [ids], _stack(pixels), "image", prompt_length)
-            (picture,) = draw(self, prompted, [check_seed(seed + drawn)], settings)
+            caption = next((part for part in reversed(parts) if isinstance(part, str)), "")
+            colors = self._named_colors([caption])
+            (picture,) = draw(self, prompted, [check_seed(seed + drawn)], settings, colors=colors)
             replies.append(to_pil(picture))
             if drawn + 1 == max_pictures and not self.config.feed_back:
                 break  # such a model was not trained on what follows a picture
@@ -318,13 +323,15 @@ class TextHarmony(TextHarmonyModel):
                 [picture.to_original(box) for box in parse_boxes(text)] if request.task is Task.LOCATE else text
                 for request, picture, text in zip(requests, fitted, texts, strict=True)
             ]
-        return self._write_words(requests, settings, streamer)
+        return self._write_words(requests, self.config.layout, settings, streamer)
 
     def _prompt(self, requests: Sequence[Request], fitted: Sequence[FittedImage]) -> Prompted:
         pixels = torch.stack([picture.pixels for picture in fitted])
         return prompt(self, [self._compose(request) for request in requests], pixels, "text")
 
-    def _write_words(self, requests: Sequence[Request], settings: GenerationSettings, streamer: Any) -> list[Any]:
+    def _write_words(
+        self, requests: Sequence[Request], layout: LayoutConfig, settings: GenerationSettings, streamer: Any
+    ) -> list[Any]:
         """As _write, by a model of single lines: they are found first, and what the model is surest of counts."""
         size = self.config.image_size
         views, asked, of = list[FittedImage](), list[Request](), list[tuple[int, Line | None]]()
@@ -345,31 +352,54 @@ class TextHarmony(TextHarmonyModel):
                 views.append(fit_image(original, size))
                 of.append((row, None))
             asked += [request] * (len(views) - len(asked))
-        answers = list[_Answer]()
-        for start in range(0, len(views), _BATCH):
-            several = slice(start, start + _BATCH)
-            prompted = self._prompt(asked[several], views[several])
-            ids, surety = write_surely(self, prompted, settings, streamer)
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            answers += [_Answer(text.strip(), sure) for text, sure in zip(texts, surety.tolist(), strict=True)]
+        answers = self._answer_views(asked, views, settings, streamer)
         results: list[Any] = ["" if request.task is not Task.LOCATE else [] for request in requests]
         for row, request in enumerate(requests):
-            mine = [
-                (line, view, answer) for (r, line), view, answer in zip(of, views, answers, strict=True) if r == row
-            ]
+            mine = [i for i, (r, _) in enumerate(of) if r == row]
             if not mine:
                 continue
             if request.task is Task.READ:
-                results[row] = _join_lines([(line, answer) for line, _, answer in mine])
+                results[row] = _join_lines([(of[i][1], answers[i]) for i in mine], layout)
             elif request.task is Task.LOCATE:
-                boxed = [(answer.surety, parse_boxes(answer.text), view) for _, view, answer in mine]
-                boxed = [item for item in boxed if item[1]]
-                if boxed:
-                    _, boxes, view = max(boxed, key=lambda item: item[0])
-                    results[row] = [view.to_original(box) for box in boxes]
-            else:
-                results[row] = max(mine, key=lambda item: item[2].surety)[2].text
+                results[row] = self._agree(request, layout, {i: views[i] for i in mine}, answers)
+            else:  # the likeliest answer
+                results[row] = answers[max(mine, key=lambda i: answers[i].surety * answers[i].tokens)].text
         return results
+
+    def _answer_views(
+        self, asked: Sequence[Request], views: Sequence[FittedImage], settings: GenerationSettings, streamer: Any = None
+    ) -> list[_Answer]:
+        answers = list[_Answer]()
+        for start in range(0, len(views), _BATCH):
+            several = slice(start, start + _BATCH)
+            ids, surety = write_surely(self, self._prompt(asked[several], views[several]), settings, streamer)
+            texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            counts = (ids != self.tokenizer.pad_token_id).sum(1).tolist()
+            answers += map(_Answer, texts, surety.tolist(), counts)
+        return answers
+
+    def _agree(
+        self, request: Request, layout: LayoutConfig, views: Mapping[int, FittedImage], answers: Sequence[_Answer]
+    ) -> list[Box]:
+        """The boxes of the view in which the model also reads the text that is sought, or most of it; else none."""
+        boxed = {i: boxes for i in views if (boxes := parse_boxes(answers[i].text))}
+        shares = dict.fromkeys(boxed, 1.0)
+        if layout.alike:
+            asked = [Request(Task.READ, image=request.image).completed(layout)] * len(boxed)
+            readings = self._answer_views(asked, [views[i] for i in boxed], GenerationSettings())
+            shares = {i: _share_of(sought_text(request.prompt), r.text) for i, r in zip(boxed, readings, strict=True)}
+        best = max(boxed, key=lambda i: (shares[i], answers[i].surety), default=None)
+        if best is None or shares[best] < layout.alike:
+            return []
+        return [views[best].to_original(box) for box in boxed[best]]
+
+    def _named_colors(self, captions: Sequence[str]) -> Tensor | None:
+        """(B, 2, 3) in -1..1: the ink and the ground that captions for a planner of layouts name, else NaN."""
+        if self.config.layout is None:
+            return None
+        nothing = (math.nan,) * 3
+        named = [[nothing if color is None else color for color in named_colors(caption)] for caption in captions]
+        return torch.tensor(named, dtype=torch.float32) / 127.5 - 1
 
     @torch.no_grad()
     def _paint(self, requests: Sequence[Request], settings: GenerationSettings) -> list[Image.Image]:
@@ -391,8 +421,13 @@ class TextHarmony(TextHarmonyModel):
         if self.config.released is not None:  # released drawings are conditioned on a black picture
             shown = {i: shown[i] if i in shown else black(self.config.image_size) for i in range(len(requests))}
         prompted = prompt(self, rows, _stack(list(shown.values())), "image")
-        edited = (source, regions) if edits else (None, None)
-        drawn = draw(self, prompted, [request.seed for request in requests], settings, *edited)
+        colors = self._named_colors([request.prompt for request in requests])
+        if colors is not None and not self.config.hides_edits:
+            for i, fitted in drawn_on.items():
+                if colors[i, 0].isnan().any():  # then the old text's colour stays
+                    colors[i, 0] = find_ink(fitted.pixels, fitted.region(boxes[i]))
+        seeds, edited = [request.seed for request in requests], (source, regions) if edits else (None, None)
+        drawn = draw(self, prompted, seeds, settings, edited[0], edited[1], colors)
         return [blend(drawn_on[i], p, boxes[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
 
     # Files
@@ -624,15 +659,23 @@ def _device_of(name: str, parts: dict[str, Any]) -> Any:
     return parts[name]
 
 
-def _join_lines(readings: Sequence[tuple[Line | None, _Answer]]) -> str:
+def _join_lines(readings: Sequence[tuple[Line | None, _Answer]], config: LayoutConfig) -> str:
     """The text of a picture, of which lines, and the whole (None), were read: the lines, unless the whole is surer."""
     lines = [(line, answer) for line, answer in readings if line is not None and answer.text]
     surest = max((answer.surety for _, answer in lines), default=-math.inf)
-    whole = [answer for line, answer in readings if line is None]
-    if whole and (not lines or (whole[0].text and whole[0].surety > surest)):
-        return whole[0].text
+    whole = next((answer for line, answer in readings if line is None), None)
+    if whole is not None and whole.text and whole.surety > surest:
+        return whole.text if whole.surety >= config.least_surety else ""
+    if surest < (config.least_surety if whole is None or whole.text else config.least_surety_of_part):
+        return ""
     kept = [item for item in lines if item[1].surety >= min(_SURE, surest)]
     return "\n".join(answer.text for _, answer in sorted(kept, key=lambda item: (item[0].y1 + item[0].y2, item[0].x1)))
+
+
+def _share_of(sought: str, text: str) -> float:
+    """The share of a text's characters that another text has in the same order, whatever their case."""
+    sought, text = sought.casefold(), text.casefold()
+    return sum(block.size for block in SequenceMatcher(None, sought, text, False).get_matching_blocks()) / len(sought)
 
 
 def _stack(pixels: Sequence[Tensor]) -> Tensor | None:

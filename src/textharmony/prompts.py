@@ -134,6 +134,12 @@ def compose(task: Task, prompt: str, visual_tokens: int, bos: str, released: boo
     return bos + (text.replace(f" {BOI}", BOI).rstrip() if released else text)
 
 
+def sought_text(question: str) -> str:
+    """The text that a LOCATE_QUESTION asks for."""
+    before, after = LOCATE_QUESTION.split("{text}")
+    return question.removeprefix(before).removesuffix(after)
+
+
 def image_tokens(visual_tokens: int) -> str:
     """The tokens that stand for a picture in a prompt."""
     return BOI + IMAGE * visual_tokens

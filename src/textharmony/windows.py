@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from textharmony.boxes import Box, covered_pixels, to_pixels
 from textharmony.finding import Line, find_lines
@@ -21,11 +23,9 @@ from textharmony.images import (
     stretch_contrast,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _MARGIN = 0.45  # around a line that is read, in its heights
 _FILLED_HEIGHT, _FILLED_WIDTH = 0.7, 0.92  # the largest shares of a window that its box has
+_STANDS_OUT = 0.5  # the least distance in RGB, of 2 for each channel, between an ink and its ground
 Window = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels; it may reach beyond its picture
 
 
@@ -118,6 +118,24 @@ def _shift(low: float, high: float, size: float) -> float:
     if high - low >= size:
         return (size - high - low) / 2
     return max(0.0, -low) - max(0.0, high - size)
+
+
+def find_ink(pixels: Tensor, region: Sequence[float]) -> Tensor:
+    """The colour (3,) of the text in a region (x1, y1, x2, y2) of pixels (3, H, W) in -1..1; NaN where none stands out.
+
+    It is the median of what differs most from the region's rim.
+    """
+    height, width = pixels.shape[1:]
+    x1, y1 = max(0, int(region[0])), max(0, int(region[1]))
+    part = pixels[:, y1 : min(height, math.ceil(region[3])), x1 : min(width, math.ceil(region[2]))]
+    if min(part.shape[1:]) < 3:
+        return pixels.new_full((3,), math.nan)
+    rim = torch.cat([part[:, 0], part[:, -1], part[:, :, 0], part[:, :, -1]], 1).median(1).values
+    away = (part - rim[:, None, None]).norm(dim=0)  # (h, w)
+    farthest = away.quantile(0.98)
+    if farthest < _STANDS_OUT:
+        return pixels.new_full((3,), math.nan)
+    return part[:, away >= 0.8 * farthest].median(1).values
 
 
 def blend(fitted: FittedImage, painted: Tensor, box: Box) -> Image.Image:

@@ -268,6 +268,14 @@ def word_it(rng: np.random.Generator, pattern: str) -> str:
     return " ".join(pattern.split())
 
 
+def first_words(pattern: str) -> set[str]:
+    """The words with which the wordings of a pattern can begin."""
+    if choice := _CHOICE.match(pattern):
+        rest = pattern[choice.end() :].lstrip()
+        return {word for option in choice[1].split("|") for word in first_words(f"{option} {rest}".lstrip())}
+    return {pattern.split()[0]}
+
+
 def vocabulary(patterns: Iterable[str]) -> list[str]:
     """The words of patterns, each once and in their order, without the names of their fields."""
     text = " ".join(re.sub(r"\{\w+\}", " ", pattern) for pattern in patterns)

@@ -2,13 +2,15 @@
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textharmony.captioning import write_caption
+from textharmony.captioning import named_colors, write_caption
 from textharmony.colors import CSS
 from textharmony.config import LayoutConfig
+from textharmony.wordings import CAPTIONS, HELD_OUT_CAPTIONS, word_it
 
 ASCII = LayoutConfig(slots=12, characters="".join(map(chr, range(32, 127))), palette=(*CSS, "#rrggbb"))
 CAPITALS = LayoutConfig()
@@ -96,3 +98,33 @@ def test_any_text_is_written_or_refused_in_one_line(text: str) -> None:
         assert "\n" not in str(error) and len(str(error)) < 400
         return
     assert caption.count('"') == 2 and write_caption(caption, ASCII) == caption
+
+
+@pytest.mark.parametrize("patterns", [CAPTIONS, HELD_OUT_CAPTIONS])
+@pytest.mark.parametrize("named", ["", "ink", "ground", "both"])
+def test_named_colours_are_the_inks_and_the_grounds(patterns: dict[str, tuple[str, ...]], named: str) -> None:
+    """In every wording, and colours in the text to draw do not count."""
+    rng = np.random.default_rng(0)
+    for pattern in patterns[named]:
+        for _ in range(8):
+            caption = word_it(rng, pattern).replace("{word}", "on red").replace("{ink}", "gold")
+            caption = caption.replace("{ground}", "#00402a")
+            expected = (CSS["gold"] if "{ink}" in pattern else None, (0, 64, 42) if "{ground}" in pattern else None)
+            assert named_colors(caption) == expected, caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "ink", "ground"),
+    [
+        ('"A" in Red on White', "red", "white"),
+        ('"A" on a black clock', None, "black"),
+        ('a bright red sign that says "A"', None, "red"),
+        ('"A", white on purple', "white", "purple"),
+        ('"A" on red', None, "red"),
+        ('"A"', None, None),
+        ('"A" in red or blue on white', None, None),  # two inks
+        ('"A" in red, really red', "red", None),
+    ],
+)
+def test_the_colours_of_a_caption(caption: str, ink: str | None, ground: str | None) -> None:
+    assert named_colors(caption) == (ink and CSS[ink], ground and CSS[ground])

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from textharmony.boxes import Box, covered_pixels, to_pixels
-from textharmony.images import fit_image
-from textharmony.windows import blend, edit_window, fit_window, views_of_text
+from textharmony.images import fit_image, normalise
+from textharmony.windows import blend, edit_window, find_ink, fit_window, views_of_text
 
 SIZE = (32, 128)
 
@@ -100,3 +100,20 @@ def test_a_view_shows_its_line_and_little_else() -> None:
     assert line[:4] == pytest.approx((100, 100, 220, 140), abs=3)
     assert (window[2] - window[0]) / (window[3] - window[1]) == pytest.approx(4)
     assert shown[0] == pytest.approx(100 - 18, abs=6) and shown[3] == pytest.approx(140 + 18, abs=6)
+
+
+def _lettered(ink: str, ground: str) -> torch.Tensor:
+    picture = Image.new("RGB", (128, 32), ground)
+    ImageDraw.Draw(picture).text((20, 4), "HELLO", ink, ImageFont.load_default(22))
+    return normalise(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("ink", "ground"), [("black", "white"), ("red", "yellow"), ("#00402a", "lightgreen")])
+def test_the_ink_of_a_text_is_found(ink: str, ground: str) -> None:
+    expected = torch.tensor(ImageColor.getrgb(ink)) / 127.5 - 1
+    assert (find_ink(_lettered(ink, ground), (14, 2, 110, 30)) - expected).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("region", [(0, 0, 128, 32), (3, 3, 4, 9), (-5, -5, 400, 400), (120.5, 1.2, 127.9, 31.7)])
+def test_no_ink_is_found_where_nothing_stands_out(region: tuple[float, ...]) -> None:
+    assert find_ink(_lettered("white", "white"), region).isnan().all()

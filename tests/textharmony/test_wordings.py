@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from textharmony.wordings import CAPTIONS, HELD_OUT_CAPTIONS, HELD_OUT_QUESTIONS, QUESTIONS, vocabulary, word_it
+from textharmony.wordings import (
+    CAPTIONS,
+    HELD_OUT_CAPTIONS,
+    HELD_OUT_QUESTIONS,
+    QUESTIONS,
+    first_words,
+    vocabulary,
+    word_it,
+)
 
 KNOWN = {"captions": CAPTIONS, "questions": QUESTIONS}
 HELD_OUT = {"captions": HELD_OUT_CAPTIONS, "questions": HELD_OUT_QUESTIONS}
@@ -42,3 +50,12 @@ def test_there_are_sixty_captions_and_more() -> None:
 def test_the_vocabulary_has_no_names_of_fields() -> None:
     words = vocabulary(["a {ground} sign (that says|with) {word}"])
     assert words == ["sign", "that", "says", "with"]
+
+
+def test_first_words_are_those_that_wordings_begin_with() -> None:
+    rng = np.random.default_rng(0)
+    for pattern in (pattern for patterns in (*QUESTIONS.values(), *CAPTIONS.values()) for pattern in patterns):
+        begun = {word_it(rng, pattern).split()[0] for _ in range(200)}
+        assert {word for word in first_words(pattern) if word.isalpha()} == {
+            word for word in begun if word.isalpha()
+        }, pattern

@@ -179,7 +179,7 @@ class SyntheticWords:
         )
         told, old_ink = rng.random() < 0.6, ink
         if told and rng.random() < 0.6:
-            while contrast(old_ink := np.asarray(rng.integers(0, 256, 3), np.float32), ground) < LEGIBLE:
+            while contrast((old_ink := rng.integers(0, 256, 3).astype(np.float32)).tolist(), ground.tolist()) < LEGIBLE:
                 pass
         pictures, layouts, boxes = self._clean(rng, [old, word], [old_ink, ink], ground, wild=True)
         (x1, y1), (x2, y2) = np.min(boxes, 0)[:2], np.max(boxes, 0)[2:]
@@ -223,7 +223,7 @@ class SyntheticWords:
         box = ink_box(placed.cover) or (0, 0, WIDTH, HEIGHT)
         ink, ground, _, _ = _colors(rng, LEGIBLE)
         if not plain and rng.random() < 0.15:  # faint
-            ink = ground + (ink - ground) * (rng.uniform(14, 45) / max(1.0, contrast(ink, ground)))
+            ink = ground + (ink - ground) * (rng.uniform(14, 45) / max(1.0, contrast(ink.tolist(), ground.tolist())))
         paper = make_ground(rng, ground, wild=True)
         if plain:
             paper = ground + (paper - ground) * 0.5
@@ -238,13 +238,15 @@ class SyntheticWords:
             paper = add_clutter(rng, paper, box)
         picture = paper + cover * (ink - paper)
         if rng.random() < 0.05:  # light falls from one side
-            picture = picture * np.linspace(*rng.uniform(0.6, 1.1, 2), WIDTH, dtype=np.float32)[None, :, None]
+            picture = (
+                picture
+                * np.linspace(rng.uniform(0.6, 1.1), rng.uniform(0.6, 1.1), WIDTH, dtype=np.float32)[None, :, None]
+            )
         picture = degrade(rng, picture, cap_height)
         if filled and rng.random() < 0.2:  # a tight crop, in margins of one colour
             picture = cut_to_margins(picture, box, rng)
-        layout = TextLayout(
-            placed.boxes, word, font, ink, ground, basic_name(ink) if plain else "", basic_name(ground) if plain else ""
-        )
+        names = [basic_name(color.tolist()) if plain else "" for color in (ink, ground)]
+        layout = TextLayout(placed.boxes, word, font, ink, ground, *names)
         return _Scene(to_picture(picture), layout, box)
 
     def _empty(self, rng: np.random.Generator) -> _Scene:

@@ -144,7 +144,7 @@ def set_scaled(word: str, path: str, cap_height: float, spacing: float, x: float
     y1, y2, x1, x2 = max(to_y, 0), min(to_y + size[1], HEIGHT), max(to_x, 0), min(to_x + size[0], WIDTH)
     if y1 < y2 and x1 < x2:
         cover[y1:y2, x1:x2] = small[y1 - to_y : y2 - to_y, x1 - to_x : x2 - to_x].astype(np.float32) / 255
-    boxes = np.asarray(rows, np.float32) * np.float32(scale) + np.float32((to_x, to_y, to_x, to_y))
+    boxes = np.asarray(rows, np.float32) * np.float32(scale) + np.asarray((to_x, to_y, to_x, to_y), np.float32)
     boxes[:, [0, 2]] = boxes[:, [0, 2]].clip(0, WIDTH)
     return SetWord(cover, boxes)
 

@@ -151,7 +151,8 @@ class _Exam:
 
 
 def _drawing(exam: _Exam, out: Path) -> list[Row]:
-    words, colors, cells = [], [], []  # each word and colour: right in the drawing, and in the real picture
+    words, cells = [], []  # each word and colour: right in the drawing, and in the real picture
+    colors: list[tuple[bool, bool]] = []
     for record, drawn in exam.take(Task.DRAW):
         assert record.layout is not None and record.target is not None
         word, target, read = record.words[0].replace(" ", ""), open_image(record.target), recognise(drawn)
@@ -167,7 +168,7 @@ def _drawing(exam: _Exam, out: Path) -> list[Row]:
     save_picture(contact_sheet(worst, 5, "drawn, worst first: prompt [what PP-OCR reads]"), out / "drawing.png")
     judged = (
         ("drawing, held-out words, exact by PP-OCR", words),
-        ("drawing: each named colour within 40 of 255", colors),
+        ("drawing, held-out words: each named colour within 40 of 255", colors),
     )
     return [_row(name, [right for right, _ in hits], 0.95, [right for _, right in hits]) for name, hits in judged]
 
@@ -198,5 +199,5 @@ def _editing(exam: _Exam, out: Path) -> list[Row]:
     save_picture(contact_sheet(cells[:60], 6, "edited: new word [what PP-OCR reads]"), out / "editing.png")
     return [
         _row("editing, held-out words, exact by PP-OCR", right, 0.85, judge),
-        _row("editing: every pixel outside the box unchanged", unchanged, 1.0),
+        _row("editing, held-out words: every pixel outside the box unchanged", unchanged, 1.0),
     ]

@@ -89,6 +89,7 @@ def draw(
     settings: GenerationSettings,
     source: Tensor | None = None,  # (B, 3, H, W) in -1..1: the pictures that are edited
     regions: Tensor | None = None,  # (B, 4) in pixels: what an edit fills; NaN for a whole drawing
+    colors: Tensor | None = None,  # (B, 2, 3) in -1..1: the ink and the ground that captions name, else NaN
 ) -> Tensor:
     """Draw pictures (B, 3, H, W) in -1..1 for rows that end in BOI."""
     with model.read_under(prompted.gates, prompted.features):
@@ -104,4 +105,5 @@ def draw(
             None if regions is None else regions.to(device),
             settings.num_inference_steps,
             settings.guidance_scale,
+            colors,
         )

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from textharmony.config import ModelConfig
 from textharmony.model.backbones import build_unet, build_vae
 from textharmony.model.diffusion import build_diffusion
-from textharmony.model.layout_planner import GlyphPainter, LayoutPlanner, Layouts, draft, ink_loss, region_features
+from textharmony.model.layout_planner import (
+    GlyphPainter,
+    LayoutPlanner,
+    Layouts,
+    draft,
+    ink_loss,
+    region_features,
+    take_colors,
+)
 from textharmony.model.resampler import PerceiverResampler, sincos_positions
 
 M = TypeVar("M", bound=nn.Module)
@@ -173,6 +181,7 @@ class ImageDecoder(nn.Module):
         regions: Tensor | None = None,  # (B, 4) as in `loss`
         num_inference_steps: int | None = None,  # None: the model's own, like the next one
         guidance_scale: float | None = None,
+        colors: Tensor | None = None,  # (B, 2, 3) in -1..1: the ink and the ground that captions name, else NaN
     ) -> Tensor:
         """Draw pictures (B, 3, H, W) in -1..1."""
         batch = hidden_states.shape[0]
@@ -187,6 +196,8 @@ class ImageDecoder(nn.Module):
             noise = torch.stack([torch.randn(planner.noise_size, generator=g) for g in generators])
             where = region_features(regions, batch, self.config.target_size, extra.device)
             layouts = planner.sample(known, where, noise.to(extra.device))
+            if colors is not None:
+                layouts = take_colors(layouts, colors.to(layouts.ink), planner.config.legible / 127.5)
             painted = F.pixel_unshuffle(draft(painter(layouts, known), layouts), self.cell).to(extra)
             extra, unguided = torch.cat([extra, painted], 1), torch.cat([extra, torch.zeros_like(painted)], 1)
         noise = torch.stack([torch.randn(self.channels, *self.grid, generator=g) for g in generators]).to(kept)

@@ -247,6 +247,25 @@ def _stand_apart(ink: Tensor, ground: Tensor, least: float) -> Tensor:
     return torch.where((of_ground - of_ink).abs() >= least, ground, torch.where(up, lighter, darker))
 
 
+def take_colors(layouts: Layouts, named: Tensor, least: float) -> Layouts:
+    """Give B layouts the inks and the grounds that their captions name.
+
+    Args:
+        layouts: As planned.
+        named: (B, 2, 3) in -1..1, ink and ground; NaN where a caption names none.
+        least: The least difference in luma, on 0..2, between ink and ground. A colour that is not named gives way.
+    """
+    ink, ground = (
+        torch.where(color.isnan(), planned, color)
+        for color, planned in zip(named.unbind(1), (layouts.ink, layouts.ground), strict=True)
+    )
+    of_ink, of_ground = (~named.isnan().any(-1, keepdim=True)).unbind(1)  # (B, 1) each
+    return layouts._replace(
+        ink=torch.where(of_ground & ~of_ink, _stand_apart(ground, ink, least), ink),
+        ground=torch.where(of_ink & ~of_ground, _stand_apart(ink, ground, least), ground),
+    )
+
+
 def _fit(values: Tensor, start: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Move values (B, S) of a span start..end (B, 1) into low..high (B, 1), squeezed if the span is too long."""
     squeeze = ((high - low) / (end - start).clamp(min=1)).clamp(0, 1)

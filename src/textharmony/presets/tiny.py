@@ -17,7 +17,7 @@ from textharmony.prompts import (
     READ_QUESTION,
     TEXT_PROMPT,
 )
-from textharmony.wordings import CANNOT_TELL, CAPTIONS, ORDINALS, QUESTIONS, vocabulary, word_it
+from textharmony.wordings import CANNOT_TELL, CAPTIONS, ORDINALS, QUESTIONS, first_words, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,6 +61,7 @@ TINY = ModelConfig(
     layout=LayoutConfig(
         slots=12, fonts=12, characters="".join(map(chr, range(32, 127))), colors=tuple(BASIC),
         palette=(*CSS, "#rrggbb"), overshoot=0.2, descent=0.35, legible=60.0,
+        least_surety=-1.0, least_surety_of_part=-0.5, alike=0.6,
     ),
     max_new_tokens=24,
 )
@@ -137,13 +138,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     A word is one token after a space, or where it begins a text and others follow.
     """
-    import numpy as np
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = dict.fromkeys([*vocabulary([*_TEMPLATES, *_PATTERNS]), *ORDINALS, "last", *CSS])
-    rng = np.random.default_rng(0)
-    begins = {word_it(rng, pattern).split()[0] for of in QUESTIONS.values() for pattern in of for _ in range(50)}
+    begins = {word for of in QUESTIONS.values() for pattern in of for word in first_words(pattern)}
     begins |= {text.split()[0] for text in _TEMPLATES}
     first = sorted({form for word in begins if word.isalpha() for form in (word, word.capitalize()) if len(word) > 1})
     characters = [c for c in string.printable if c not in string.whitespace or c in " \n"]

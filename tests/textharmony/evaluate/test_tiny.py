@@ -92,7 +92,7 @@ def test_the_whole_measurement_on_a_few_samples(
     rows = {row.name: row for row in measure_tiny(model, tmp_path / "out", counts)}
     assert len(rows) == 9 and rows["reading, held-out words, exact"].count == 3
     assert rows["reading, held-out words, exact"].right == 0
-    unchanged = rows["editing: every pixel outside the box unchanged"]
+    unchanged = rows["editing, held-out words: every pixel outside the box unchanged"]
     assert unchanged.right == unchanged.count == 3
     gate = next(row for name, row in rows.items() if name.startswith("gate"))
     assert gate.count == 3 + 2 + 4 + 3 + 12 and 0 <= gate.right <= gate.count

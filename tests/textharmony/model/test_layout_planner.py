@@ -19,6 +19,7 @@ from textharmony.model.layout_planner import (
     draft,
     ink_loss,
     region_features,
+    take_colors,
 )
 from textharmony.presets import TINY
 from textharmony.prompts import Task
@@ -299,3 +300,17 @@ def test_a_word_with_descenders_is_moved_up(planner: LayoutPlanner) -> None:
     found = planner.fit(layouts, region_features(None, 2, SIZE, torch.device("cpu"))).boxes[:, 0]
     assert found[0, 3] == 30  # it ends a pixel above the margin
     assert found[1, 3] == pytest.approx(30 - 0.8 * 0.4 * 11, abs=0.2)
+
+
+def test_layouts_take_the_colours_that_are_named(layouts: Layouts) -> None:
+    four = Layouts(*(tensor[:4] for tensor in layouts))
+    red, white, none = [1.0, -1.0, -1.0], [1.0, 1.0, 1.0], [math.nan] * 3
+    named = torch.tensor([[none, none], [red, none], [none, white], [red, white]])
+    taken = take_colors(four, named, 60 / 127.5)
+    assert torch.equal(taken.ink[0], four.ink[0]) and torch.equal(taken.ground[0], four.ground[0])
+    assert torch.equal(taken.ink[[1, 3]], named[[1, 3], 0]) and torch.equal(taken.ground[2:], named[2:, 1])
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    apart = ((taken.ink - taken.ground) @ luma).abs()
+    assert (apart >= 60 / 127.5 - 1e-3).all() and not taken.ink.isnan().any() and not taken.ground.isnan().any()
+    same = take_colors(four, torch.tensor([[red, none]] * 4), 0)
+    assert torch.equal(same.ground, four.ground)  # what is far enough away stays
