@@ -369,14 +369,18 @@ class TextHarmony(TextHarmonyModel):
     def _answer_views(
         self, asked: Sequence[Request], views: Sequence[FittedImage], settings: GenerationSettings, streamer: Any = None
     ) -> list[_Answer]:
-        answers = list[_Answer]()
-        for start in range(0, len(views), _BATCH):
-            several = slice(start, start + _BATCH)
-            ids, surety = write_surely(self, self._prompt(asked[several], views[several]), settings, streamer)
-            texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            counts = (ids != self.tokenizer.pad_token_id).sum(1).tolist()
-            answers += map(_Answer, texts, surety.tolist(), counts)
-        return answers
+        answers: dict[int, _Answer] = {}
+        # Places are written greedily: their likelihood spreads over many boxes, so among beams "none" would win.
+        beams = [1 if request.task is Task.LOCATE else settings.num_beams for request in asked]
+        for count in set(beams):
+            rows = [row for row, of in enumerate(beams) if of == count]
+            for several in (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)):
+                prompted = self._prompt([asked[row] for row in several], [views[row] for row in several])
+                ids, surety = write_surely(self, prompted, replace(settings, num_beams=count), streamer)
+                texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+                counts = (ids != self.tokenizer.pad_token_id).sum(1).tolist()
+                answers |= zip(several, map(_Answer, texts, surety.tolist(), counts), strict=True)
+        return [answers[row] for row in range(len(views))]
 
     def _agree(
         self, request: Request, layout: LayoutConfig, views: Mapping[int, FittedImage], answers: Sequence[_Answer]

@@ -267,11 +267,11 @@ def test_captions_build_with_a_local_model(run: Run, tmp_path: Path) -> None:
         (["read", "nowhere.png"], "nowhere.png"),
         (["read", "NOTE"], "note.txt"),
         (["read", "PICTURE", "--model", "no-such-model"], "no-such-model"),
-        (["draw", "hello", "-o", "OUT"], "'hello'"),
-        (["draw", '"TOOLONG"', "-o", "OUT"], "'TOOLONG'"),
+        (["draw", "naïve", "-o", "OUT"], "'naïve'"),
+        (["draw", '"TOOLONGFORALL"', "-o", "OUT"], "'TOOLONGFORALL'"),
         (["draw", '"A" "B"', "-o", "OUT"], '"A" "B"'),
         (["edit", "PICTURE", "A", "--box", "10", "10", "5", "20", "-o", "OUT"], "(10.0, 10.0, 5.0, 20.0)"),
-        (["edit", "PICTURE", "a", "--box", "10", "10", "50", "20", "-o", "OUT"], "'a'"),
+        (["edit", "PICTURE", "é", "--box", "10", "10", "50", "20", "-o", "OUT"], "'é'"),
         (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "0"], "0"),
         (["draw", '"A"', "-o", "OUT", "--num-inference-steps", "-3"], "-3"),
         (["train", "--preset", "huge"], "'huge'"),
@@ -306,7 +306,7 @@ def test_bad_input_is_one_line_and_status_one(
         (tmp_path / "BROKEN" / "model.safetensors").write_bytes(b"cut")
     if "OTHER" in arguments:
         config = tmp_path / "OTHER" / "config.json"
-        config.write_text(config.read_text().replace('"context_tokens": 8', '"context_tokens": 7'))
+        config.write_text(config.read_text().replace('"context_tokens": 16', '"context_tokens": 17'))
         write_manifest(config.parent)
     places = {
         "PICTURE": picture,

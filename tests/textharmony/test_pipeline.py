@@ -700,3 +700,10 @@ def test_the_embedded_model_switches_to_drawing_by_itself(embedded: TextHarmony)
 def test_the_embedded_model_is_small(embedded: TextHarmony) -> None:
     assert (EMBEDDED / "model.safetensors").stat().st_size <= 16 * 2**20
     assert IMAGE in embedded.tokenizer.get_vocab()
+
+
+def test_beams_locate_and_read_what_is_there(embedded: TextHarmony) -> None:
+    sign = embedded.draw('"OPEN" in red on white', seed=3)
+    requests = [Request(Task.LOCATE, "OPEN", sign), Request(Task.READ, image=sign)]
+    located, read = embedded.perform(requests, GenerationSettings(num_beams=2))
+    assert len(located) == 1 and read == "OPEN"

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from textharmony.data.typesetting import HEIGHT, WIDTH
+from textharmony.images import open_image
 
 _GRID = np.meshgrid(np.arange(WIDTH, dtype=np.float32), np.arange(HEIGHT, dtype=np.float32))
 _TEXTURES = 96
@@ -155,7 +156,7 @@ def degrade(rng: np.random.Generator, picture: np.ndarray, cap_height: float) ->
     if rng.random() < 0.2:
         encoded = io.BytesIO()
         to_picture(picture).save(encoded, "JPEG", quality=int(rng.integers(12, 60)))
-        picture = np.asarray(Image.open(encoded).convert("RGB"), np.float32)
+        picture = np.asarray(open_image(encoded.getvalue()), np.float32)
     return picture
 
 

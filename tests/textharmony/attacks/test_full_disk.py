@@ -32,7 +32,7 @@ def full_after(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("size", "file"), [(100_000, "model.*safetensors"), (4000, "tokenizer.json"), (2000, "config.json")]
+    ("size", "file"), [(100_000, "model.*safetensors"), (9000, "tokenizer.json"), (2000, "config.json")]
 )
 def test_a_model(make_model: Callable[..., TextHarmony], tmp_path: Path, size: int, file: str) -> None:
     first, second = make_model(0), make_model(1)

@@ -42,7 +42,7 @@ RECORDS = [
     make("draw/it", Task.DRAW, '"A1" in red', images=(), texts=("A1",), target=picture(1)),
     make("edit", Task.EDIT, "fill", boxes=(BOX,), texts=("B2",), target=picture(2)),
     make("no picture", Task.ANSWER, "what", images=(b"none",), texts=("red",)),
-    make("too long", Task.DRAW, '"TOOLONGWORD"', images=(), texts=("TOOLONGWORD",), target=picture(3)),
+    make("too long", Task.DRAW, '"TOOLONGFORALL"', images=(), texts=("TOOLONGFORALL",), target=picture(3)),
     make("draw two", Task.DRAW, '"Z" in blue', images=(), texts=("Z",), target=picture(1)),
     make("b", Task.READ, "read all the text", texts=("B",)),
 ]
@@ -127,7 +127,7 @@ def test_a_batch_of_mixed_tasks_is_one_call(
 def test_rows_hold_prompts_refusals_and_faults(whole: Path) -> None:
     rows = load_rows(whole)
     assert "an image of 4 bytes is not a picture" in rows["no picture"][0]["fault"]
-    assert [row["sample"] for row in rows["too long"]] == [0, 1] and "'TOOLONGWORD'" in rows["too long"][1]["refused"]
+    assert [row["sample"] for row in rows["too long"]] == [0, 1] and "'TOOLONGFORALL'" in rows["too long"][1]["refused"]
     assert all(row["prompt"] == record.prompt for record in RECORDS for row in rows[record.id])
     assert sum(map(len, rows.values())) == 3 + 1 + 4 * 2
 
