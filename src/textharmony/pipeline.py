@@ -353,6 +353,7 @@ class TextHarmony(TextHarmonyModel):
                 of.append((row, None))
             asked += [request] * (len(views) - len(asked))
         answers = self._answer_views(asked, views, settings, streamer)
+        located = self._read_located(asked, layout, views, answers)
         results: list[Any] = ["" if request.task is not Task.LOCATE else [] for request in requests]
         for row, request in enumerate(requests):
             mine = [i for i, (r, _) in enumerate(of) if r == row]
@@ -361,7 +362,10 @@ class TextHarmony(TextHarmonyModel):
             if request.task is Task.READ:
                 results[row] = _join_lines([(of[i][1], answers[i]) for i in mine], layout)
             elif request.task is Task.LOCATE:
-                results[row] = self._agree(request, layout, {i: views[i] for i in mine}, answers)
+                agreed = [i for i in mine if i in located and located[i][0] >= layout.alike]
+                if agreed:
+                    best = max(agreed, key=lambda i: (located[i][0], answers[i].surety))
+                    results[row] = [views[best].to_original(box) for box in located[best][1]]
             else:  # the likeliest answer
                 results[row] = answers[max(mine, key=lambda i: answers[i].surety * answers[i].tokens)].text
         return results
@@ -382,20 +386,20 @@ class TextHarmony(TextHarmonyModel):
                 answers |= zip(several, map(_Answer, texts, surety.tolist(), counts), strict=True)
         return [answers[row] for row in range(len(views))]
 
-    def _agree(
-        self, request: Request, layout: LayoutConfig, views: Mapping[int, FittedImage], answers: Sequence[_Answer]
-    ) -> list[Box]:
-        """The boxes of the view in which the model also reads the text that is sought, or most of it; else none."""
-        boxed = {i: boxes for i in views if (boxes := parse_boxes(answers[i].text))}
-        shares = dict.fromkeys(boxed, 1.0)
-        if layout.alike:
-            asked = [Request(Task.READ, image=request.image).completed(layout)] * len(boxed)
-            readings = self._answer_views(asked, [views[i] for i in boxed], GenerationSettings())
-            shares = {i: _share_of(sought_text(request.prompt), r.text) for i, r in zip(boxed, readings, strict=True)}
-        best = max(boxed, key=lambda i: (shares[i], answers[i].surety), default=None)
-        if best is None or shares[best] < layout.alike:
-            return []
-        return [views[best].to_original(box) for box in boxed[best]]
+    def _read_located(
+        self, asked: Sequence[Request], layout: LayoutConfig, views: Sequence[FittedImage], answers: Sequence[_Answer]
+    ) -> dict[int, tuple[float, list[Box]]]:
+        """For each view in which a text was located: the share of it that the model also reads there, and the boxes."""
+        located = [i for i, request in enumerate(asked) if request.task is Task.LOCATE]
+        boxed = {i: boxes for i in located if (boxes := parse_boxes(answers[i].text))}
+        if not layout.alike:
+            return {i: (1.0, boxes) for i, boxes in boxed.items()}
+        reading = [Request(Task.READ, image=asked[i].image).completed(layout) for i in boxed]
+        read = self._answer_views(reading, [views[i] for i in boxed], GenerationSettings())
+        return {
+            i: (_share_of(sought_text(asked[i].prompt), answer.text), boxes)
+            for (i, boxes), answer in zip(boxed.items(), read, strict=True)
+        }
 
     def _named_colors(self, captions: Sequence[str]) -> Tensor | None:
         """(B, 2, 3) in -1..1: the ink and the ground that captions for a planner of layouts name, else NaN."""

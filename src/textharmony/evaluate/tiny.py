@@ -41,7 +41,7 @@ from textharmony.evaluate.table import Limit, Row, markdown_table, same_text
 from textharmony.files import replace_file
 from textharmony.images import contact_sheet, open_image, save_picture
 from textharmony.pipeline import TextHarmony
-from textharmony.prompts import Task
+from textharmony.prompts import Task, sought_text
 
 COUNTS = {Task.READ: 500, Task.DRAW: 200, Task.EDIT: 100, Task.LOCATE: 200, Task.ANSWER: 400}  # held-out samples
 _SEED, _BATCH = 2024, 50  # of the samples; training uses other seeds
@@ -138,7 +138,7 @@ class _Exam:
     def take(self, task: Task) -> list[tuple[Record, Any]]:
         stream = iter(SyntheticWords(_SEED, "held_out", {task: 1.0}).records())
         if task is Task.LOCATE:  # an absent word is asked for, too
-            stream = (replace(record, words=(record.prompt.split('"', 1)[1][:-1],)) for record in stream)
+            stream = (replace(record, words=(sought_text(record.prompt),)) for record in stream)
         if task is Task.EDIT:  # the text to fill in is a word, or a word and its colour
             stream = (replace(record, texts=(record.prompt.split("with ", 1)[1],)) for record in stream)
         samples = list(islice(stream, self.counts[task]))
