@@ -33,8 +33,10 @@ from textharmony.prompts import FILL_QUESTION, LOCATE_QUESTION, READ_QUESTION, T
 from textharmony.wordings import (
     CANNOT_TELL,
     CAPTIONS,
+    ENDINGS,
     HELD_OUT_CAPTIONS,
     HELD_OUT_QUESTIONS,
+    OPENINGS,
     ORDINALS,
     QUESTIONS,
     word_it,
@@ -260,8 +262,8 @@ class SyntheticWords:
         return _Scene(to_picture(picture), nothing, (0, 0, 1, 1))
 
     def _read(self, rng: np.random.Generator, id: str, word: str) -> Record:
-        empty = rng.random() < 0.06
-        scene = self._empty(rng) if empty else self._scene(rng, word)
+        empty = rng.random() < 0.08
+        scene = self._empty(rng) if empty else self._scene(rng, word, plain=rng.random() < 0.15)
         picture = stretch_contrast(scene.picture) if rng.random() < 0.6 else scene.picture
         return Record(
             id, Task.READ, "synthetic", READ_QUESTION, images=(picture,), texts=("" if empty else word,),
@@ -298,8 +300,12 @@ class SyntheticWords:
         question, answer = _fill(rng, kind, pattern, word, scene.layout, self.split)
         if kind == "any":
             answer = "no" if empty else "yes"
+        if self.split == "train" and rng.random() < 0.15:
+            question = f"{word_it(rng, OPENINGS)} {question}"
         if rng.random() < 0.5:
             question = question[0].upper() + question[1:]
+        if self.split == "train" and rng.random() < 0.08:
+            question = f"{question} {word_it(rng, ENDINGS)}".replace(" ,", ",")
         if rng.random() < 0.5:
             question += "?"
         return Record(
@@ -308,7 +314,7 @@ class SyntheticWords:
         )  # fmt: skip
 
 
-_KIND_SHARES = [0.2, 0.13, 0.12, 0.12, 0.1, 0.13, 0.05, 0.08, 0.07]
+_KIND_SHARES = [0.14, 0.1, 0.12, 0.12, 0.12, 0.17, 0.07, 0.1, 0.06]
 
 
 def _thousandths(box: Sequence[float]) -> tuple[float, float, float, float]:

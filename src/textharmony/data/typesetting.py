@@ -166,9 +166,10 @@ def warp(rng: np.random.Generator, word: SetWord) -> SetWord:
     # What turns a long word by more would leave the strip.
     most = min(np.radians(10), np.arctan2(HEIGHT - (box[3] - box[1]) * 0.8, box[2] - box[0]))
     angle, shear, scale = rng.uniform(-most, most), rng.uniform(-0.25, 0.25), rng.uniform(0.85, 1.05)
-    tilt_x, tilt_y = rng.uniform(-0.002, 0.002), rng.uniform(-0.006, 0.006)
+    tilt_x, tilt_y = rng.uniform(-0.005, 0.005), rng.uniform(-0.008, 0.008)
     if rng.random() < 0.5:
         tilt_x = tilt_y = 0.0
+    scale /= 1 + 40 * abs(tilt_x)  # its near side is larger
     c, s = np.cos(angle), np.sin(angle)
     linear = scale * np.array([[c, -s], [s, c]]) @ np.array([[1, shear], [0, rng.uniform(0.85, 1.1)]])
     there = np.array([[*linear[0], 0], [*linear[1], 0], [tilt_x, tilt_y, 1]])

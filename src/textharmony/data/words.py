@@ -31,7 +31,7 @@ def draw_word(rng: np.random.Generator, split: str) -> str:
 
 
 def _text(rng: np.random.Generator) -> str:
-    length = int(rng.integers(1, 8)) if rng.random() < 0.72 else int(rng.integers(7, MAX_LENGTH + 1))
+    length = int(rng.integers(1, 8)) if rng.random() < 0.67 else int(rng.integers(7, MAX_LENGTH + 1))
     kind = rng.random()
     if kind < 0.13:  # two words
         first = max(1, min(length, 10) // 2 + int(rng.integers(-1, 2)))
@@ -40,17 +40,17 @@ def _text(rng: np.random.Generator) -> str:
         return cased(f"{_spoken(rng, first)} {second}")[:MAX_LENGTH].strip()
     if kind < 0.25:
         return _spoken(rng, length).upper()
-    if kind < 0.38:
+    if kind < 0.40:
         return _spoken(rng, length)
-    if kind < 0.48:
+    if kind < 0.50:
         return _spoken(rng, length).title()
-    if kind < 0.58:
+    if kind < 0.57:
         return random_text(rng, UPPER, length)
-    if kind < 0.68:
+    if kind < 0.66:
         return random_text(rng, DIGITS, length)
-    if kind < 0.79:
+    if kind < 0.74:
         return random_text(rng, UPPER + DIGITS, length)
-    if kind < 0.87:
+    if kind < 0.82:
         return random_text(rng, UPPER + LOWER + DIGITS, length)
     if kind < 0.93:  # prices, times, dates, addresses, exclamations
         number = random_text(rng, DIGITS, max(1, length // 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 import slidelora
@@ -14,11 +15,16 @@ from textharmony.model.resampler import PerceiverResampler
 from textharmony.model.word_heads import WordHeads, WordLogits
 
 
-class ConvStem(nn.Sequential):
-    """Strided convolutions that replace a ViT's single patch convolution (Xiao et al. 2021)."""
+class ConvStem(nn.Module):
+    """Strided convolutions that replace a ViT's single patch convolution (Xiao et al. 2021), and the patch's colours.
+
+    The convolutions normalise a picture, which takes its absolute colours away. Two colours of each patch are put back:
+    its mean, and the pixel that differs most from it.
+    """
 
     def __init__(self, channels: tuple[int, ...], width: int, patch: tuple[int, int]) -> None:
         """Build a convolution for each of `channels`, which halves the sides that are not a patch (h, w) yet."""
+        super().__init__()
         layers: list[nn.Module] = []
         previous, (rows, columns) = 3, patch
         for channel in channels:
@@ -28,15 +34,29 @@ class ConvStem(nn.Sequential):
             previous = channel
         kernel = (max(rows, 3), max(columns, 3))
         padding = (int(rows < 3), int(columns < 3))
-        layers.append(nn.Conv2d(previous, width, kernel, stride=(rows, columns), padding=padding))
-        super().__init__(*layers)
+        self.last = nn.Conv2d(previous, width, kernel, stride=(rows, columns), padding=padding)
+        self.layers = nn.Sequential(*layers)
+        self.colors = nn.Sequential(nn.Conv2d(6, 64, 1), nn.GELU(), nn.Conv2d(64, width, 1))
+        self.patch = patch
 
     @property
     def weight(self) -> Tensor:
         """The last convolution's weight, of which transformers reads the dtype."""
-        weight = self[-1].weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.last.weight
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Turn pictures (N, 3, H, W) into features (N, width, rows, columns) of their patches."""
+        features: Tensor = self.last(self.layers(pixels)) + self.colors(patch_colors(pixels, self.patch))
+        return features
+
+
+def patch_colors(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+    """The mean of each patch (h, w) of pictures (N, 3, H, W), and its pixel farthest from that: (N, 6, rows, columns)."""
+    patches = rearrange(pixels, "n c (rows h) (columns w) -> n c rows columns (h w)", h=patch[0], w=patch[1])
+    mean = patches.mean(-1, keepdim=True)
+    farthest = (patches - mean).square().sum(1, keepdim=True).argmax(-1, keepdim=True)
+    odd = patches.gather(-1, farthest.expand(-1, 3, -1, -1, -1))
+    return torch.cat([mean, odd], 1).squeeze(-1)
 
 
 class VisualTokenizer(nn.Module):
