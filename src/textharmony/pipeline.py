@@ -436,7 +436,8 @@ class TextHarmony(TextHarmonyModel):
                     colors[i, 0] = find_ink(fitted.pixels, fitted.region(boxes[i]))
         seeds, edited = [request.seed for request in requests], (source, regions) if edits else (None, None)
         drawn = draw(self, prompted, seeds, settings, edited[0], edited[1], colors)
-        return [blend(drawn_on[i], p, boxes[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
+        inks = [None] * len(requests) if colors is None else [*colors[:, 0]]
+        return [blend(drawn_on[i], p, boxes[i], inks[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
 
     # Files
 

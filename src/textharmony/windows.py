@@ -138,11 +138,12 @@ def find_ink(pixels: Tensor, region: Sequence[float]) -> Tensor:
     return part[:, away >= 0.8 * farthest].median(1).values
 
 
-def blend(fitted: FittedImage, painted: Tensor, box: Box) -> Image.Image:
+def blend(fitted: FittedImage, painted: Tensor, box: Box, ink: Tensor | None = None) -> Image.Image:
     """Copy the original and take the pixels that a box (thousandths) touches from `painted` (3, H, W) in -1..1.
 
     They are shifted in colour so that they meet what is around the box, as in Poisson image editing (Perez et al.
-    2003); the shift is interpolated from the four sides (Coons 1967).
+    2003); the shift is interpolated from the four sides (Coons 1967). Where the colour of the text `ink` (3,) is known,
+    the text is not shifted.
     """
     x1, y1, x2, y2 = covered_pixels(box, fitted.original.size)
     patch = np.asarray(fitted.patch(painted, box), np.float32)
@@ -153,10 +154,21 @@ def blend(fitted: FittedImage, painted: Tensor, box: Box) -> Image.Image:
         original[y1:y2, x1 - 1] - patch[:, 0] if x1 else None,
         original[y1:y2, x2] - patch[:, -1] if x2 < original.shape[1] else None,
     )
-    shifted = patch + _between_sides([None if side is None else _smooth(side) for side in sides], patch.shape[:2])
+    shift = _between_sides([None if side is None else _smooth(side) for side in sides], patch.shape[:2])
+    if ink is not None and not ink.isnan().any():
+        shift = shift * (1 - _cover(patch, np.asarray((ink + 1) * 127.5, np.float32)))
+    shifted = patch + shift
     edited = fitted.original.copy()
     edited.paste(Image.fromarray(shifted.clip(0, 255).round().astype(np.uint8)), (x1, y1))
     return edited
+
+
+def _cover(patch: np.ndarray, ink: np.ndarray) -> np.ndarray:
+    """How much of each pixel (h, w, 1) an ink (3,) covers, on the ground that the sides of a patch (h, w, 3) show."""
+    ground = _between_sides([_smooth(side) for side in (patch[0], patch[-1], patch[:, 0], patch[:, -1])], patch.shape)
+    away = ink - ground
+    share = ((patch - ground) * away).sum(-1, keepdims=True) / np.maximum((away**2).sum(-1, keepdims=True), 1.0)
+    return share.clip(0, 1)
 
 
 def _smooth(side: np.ndarray) -> np.ndarray:
@@ -170,7 +182,7 @@ def _smooth(side: np.ndarray) -> np.ndarray:
 
 def _between_sides(sides: Sequence[np.ndarray | None], size: tuple[int, ...]) -> np.ndarray:
     """Interpolate values (n, 3) at top, bottom, left and right over a size; a missing side continues the others."""
-    (top, bottom, left, right), (height, width) = sides, size
+    (top, bottom, left, right), (height, width) = sides, size[:2]
     if top is None and bottom is None and left is None and right is None:
         return np.zeros((height, width, 3), np.float32)
     top, bottom = _complete(top, bottom, left, right, width)

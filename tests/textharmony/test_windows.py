@@ -84,6 +84,21 @@ def test_a_word_keeps_its_contrast_when_it_is_blended_in() -> None:
     assert 110 < np.abs(edited - np.asarray(picture, np.float32)).max() <= 150
 
 
+def test_the_ink_of_a_word_is_not_shifted_with_its_ground() -> None:
+    """On a ground from red to blue, a shift of everything would turn black letters blue."""
+    ramp = np.linspace(0, 1, 640)[None, :, None] * np.ones((480, 1, 1))
+    picture = Image.fromarray(((1 - ramp) * (230, 60, 60) + ramp * (60, 60, 230)).astype(np.uint8))
+    box, ink = (200.0, 300.0, 800.0, 600.0), torch.tensor([-0.9, -0.9, -0.9])
+    fitted = fit_window(picture, edit_window(picture.size, box, SIZE, True), SIZE)
+    painted = torch.full((3, *SIZE), 0.5)
+    painted[:, 12:20, 30:100] = ink[:, None, None]
+    edited = np.asarray(blend(fitted, painted, box, ink), np.float32)
+    dash = edited[200:232, 240:400]
+    assert np.abs(np.median(dash, (0, 1)) - (float(ink[0]) + 1) * 127.5).max() < 8
+    before = np.asarray(picture, np.float32)
+    assert np.abs(edited - before)[150:170, 200:440].max() < 12  # above the dash the ground goes on
+
+
 @pytest.mark.parametrize("box", [(0, 0, 999, 999), (0, 200, 999, 800), (0, 0, 500, 500), (500, 0, 999, 999)])
 def test_a_box_may_touch_the_sides_of_its_picture(box: Box) -> None:
     picture = smooth(300, 200)

@@ -139,13 +139,21 @@ TINY_TRAINING = TrainConfig((
     Stage(
         name="wide", trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)",
         tasks={"read": 0.24, "locate": 0.11, "draw": 0.27, "answer": 0.23, "edit": 0.15},
-        steps=4000, batch_size=256, learning_rate=1.5e-3, decay_share=0.5,
+        steps=2000, batch_size=512, learning_rate=1.5e-3, decay_share=0.5,
     ),
     Stage(
         name="tune-wide", trainable=r"(?!image_decoder\.vae|language\.)|language\..*(lora_|slidelora_gate)",
         tasks={"read": 0.24, "locate": 0.11, "draw": 0.27, "answer": 0.23, "edit": 0.15},
         losses=("text", "image", "layout", "words", "gate"), adapters=True,
-        steps=2000, batch_size=256, learning_rate=1e-3, decay_share=0.7,
+        steps=2100, batch_size=512, learning_rate=1e-3, decay_share=0.7,
+    ),
+    # Questions once more: which of the colours that the visual tokens hold is asked for, and whether two words are equal.
+    Stage(
+        name="ask", adapters=True,
+        trainable=r"language\.|visual_tokenizer\.(?!vit)|image_decoder\.(resampler|planner|painter)|begin_image",
+        tasks={"answer": 0.64, "read": 0.13, "locate": 0.07, "draw": 0.1, "edit": 0.06},
+        losses=("text", "image", "layout", "words", "gate"), steps=3000, batch_size=64, learning_rate=1e-3,
+        decay_share=0.6,
     ),
 ))
 # fmt: on

@@ -5,7 +5,7 @@ import torch
 from closeness import relative_error
 
 from textharmony.config import ModelConfig
-from textharmony.model.visual_tokenizer import ConvStem, VisualTokenizer
+from textharmony.model.visual_tokenizer import ConvStem, VisualTokenizer, patch_colors
 
 
 @pytest.fixture
@@ -85,6 +85,24 @@ def test_the_stem_makes_one_cell_a_patch(channels: tuple[int, ...], patch: tuple
     stem = ConvStem(channels, 20, patch)
     assert stem(torch.randn(2, 3, 32, 64)).shape == (2, 20, 32 // patch[0], 64 // patch[1])
     assert stem.weight.shape[0] == 20
+
+
+def test_the_colors_of_a_patch_are_its_mean_and_the_pixel_farthest_from_it() -> None:
+    pixels = torch.full((1, 3, 4, 8), 0.5)
+    pixels[0, :, 2, 5] = torch.tensor([-1.0, 0.0, 1.0])  # in the second of two patches
+    colors = patch_colors(pixels, (4, 4))
+    assert colors.shape == (1, 6, 1, 2)
+    assert torch.equal(colors[0, :, 0, 0], torch.full((6,), 0.5))
+    assert torch.allclose(colors[0, :3, 0, 1], pixels[0, :, :, 4:].mean((1, 2)))
+    assert torch.equal(colors[0, 3:, 0, 1], torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_the_stem_tells_a_picture_from_a_brighter_one() -> None:
+    """Its convolutions alone normalise a picture, and see both alike."""
+    stem, dark = ConvStem((8, 16), 20, (8, 8)).double(), torch.rand(1, 3, 32, 64, dtype=torch.float64) * 0.2
+    with torch.no_grad():
+        change = (stem(dark + 0.5) - stem(dark)).norm() / stem(dark).norm()
+    assert change > 0.02
 
 
 def test_a_vit_may_have_patches_that_are_not_square(config: ModelConfig, pixels: torch.Tensor) -> None:
