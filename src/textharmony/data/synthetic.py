@@ -314,7 +314,7 @@ class SyntheticWords:
         )  # fmt: skip
 
 
-_KIND_SHARES = [0.06, 0.05, 0.17, 0.16, 0.09, 0.22, 0.06, 0.14, 0.05]
+_KIND_SHARES = [0.14, 0.1, 0.12, 0.12, 0.12, 0.17, 0.07, 0.1, 0.06]
 
 
 def _thousandths(box: Sequence[float]) -> tuple[float, float, float, float]:

@@ -221,7 +221,7 @@ def _run_stage(run: _Run, number: int, reached: Progress | None) -> None:
                     bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
                     report = meter.report(step, shown, optimizer, guard.skipped)
                     accelerator.log(report, sum(earlier.steps for earlier in config.stages[:number]) + step.number)
-                if last and "autoencoder" in stage.losses:
+                if last and any(p.requires_grad for p in model.image_decoder.vae.encoder.parameters()):
                     _standardise_latents(run, number)
                 if due and (last or not guard.in_a_row):
                     _require_finite(run, stage.name, step.number)
