@@ -258,15 +258,17 @@ class TextHarmonyModel(nn.Module):
         losses: Collection[str] = LOSSES,
     ) -> dict[str, Tensor]:
         """Compute the losses of a batch that textharmony.data.batch made: those that it has something for, as means."""
-        # Answers begin at their first label.
-        begins = torch.where((labels != -100).any(1), (labels != -100).int().argmax(1), labels.shape[1])  # (B,)
-        prompt_mask = attention_mask.bool() & (torch.arange(labels.shape[1], device=labels.device) < begins[:, None])
-        embeds, features, word_logits = self.embed(input_ids, pixel_values, prompt_mask, modalities, adapters)
         found: dict[str, Tensor] = {}
         if "autoencoder" in losses and target_pixel_values is not None and words is not None and words.layouts:
             found["autoencoder"] = self.image_decoder.autoencoder_loss(
                 *crop_to_words(target_pixel_values, words.layouts)
             )
+        if set(losses) <= {"autoencoder"}:
+            return found
+        # Answers begin at their first label.
+        begins = torch.where((labels != -100).any(1), (labels != -100).int().argmax(1), labels.shape[1])  # (B,)
+        prompt_mask = attention_mask.bool() & (torch.arange(labels.shape[1], device=labels.device) < begins[:, None])
+        embeds, features, word_logits = self.embed(input_ids, pixel_values, prompt_mask, modalities, adapters)
         if "words" in losses and word_logits is not None and words is not None:
             found["words"] = word_loss(word_logits, words)
         if not {"text", "image", "layout", "gate"} & set(losses):

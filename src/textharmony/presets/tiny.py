@@ -150,7 +150,7 @@ TINY_TRAINING = TrainConfig((
     # What the VAE's decoder loses, thin strokes above all, is lost to every drawing.
     Stage(
         name="strokes", trainable=r"image_decoder\.vae\.(decoder|post_quant_conv)", tasks={"draw": 0.6, "edit": 0.4},
-        losses=("autoencoder",), steps=6000, batch_size=32, learning_rate=1e-3, decay_share=0.7,
+        losses=("autoencoder",), steps=5000, batch_size=32, learning_rate=1e-3, decay_share=0.7,
     ),
 ))
 # fmt: on
