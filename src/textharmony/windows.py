@@ -125,17 +125,55 @@ def find_ink(pixels: Tensor, region: Sequence[float]) -> Tensor:
 
     It is the median of what differs most from the region's rim.
     """
+    rows, columns = _span(pixels, region)
+    return _ink_on(_rim(part), part) if min((part := pixels[:, rows, columns]).shape[1:]) >= 3 else _UNKNOWN
+
+
+_UNKNOWN = torch.full((3,), math.nan)
+
+
+def settle_colors(pixels: Tensor, region: Sequence[float], ink: Tensor, ground: Tensor) -> Tensor:
+    """Shift text and ground in a region (x1, y1, x2, y2) of pixels (3, H, W) in -1..1 to the colours that they should have.
+
+    A decoder of latents loses some of the colour of thin strokes.
+
+    Args:
+        pixels: As drawn.
+        region: Where the text is.
+        ink: (3,) of the text; NaN where any will do.
+        ground: (3,) of what is around it, likewise.
+
+    Returns:
+        Pixels (3, H, W), the same where no text stands out.
+    """
+    rows, columns = _span(pixels, region)
+    part = pixels[:, rows, columns]
+    if min(part.shape[1:]) < 3 or (found := _ink_on(rim := _rim(part), part)).isnan().any():
+        return pixels
+    away = (found - rim)[:, None, None]
+    cover = (((part - rim[:, None, None]) * away).sum(0) / away.square().sum()).clamp(0, 1)  # (h, w)
+    to_ink, to_ground = (ink - found).nan_to_num(0), (ground - rim).nan_to_num(0)
+    settled = pixels.clone()
+    settled[:, rows, columns] = part + to_ink[:, None, None] * cover + to_ground[:, None, None] * (1 - cover)
+    return settled.clamp(-1, 1)
+
+
+def _span(pixels: Tensor, region: Sequence[float]) -> tuple[slice, slice]:
+    """Rows and columns of a region (x1, y1, x2, y2) inside of pixels (3, H, W)."""
     height, width = pixels.shape[1:]
     x1, y1 = max(0, int(region[0])), max(0, int(region[1]))
-    part = pixels[:, y1 : min(height, math.ceil(region[3])), x1 : min(width, math.ceil(region[2]))]
-    if min(part.shape[1:]) < 3:
-        return pixels.new_full((3,), math.nan)
-    rim = torch.cat([part[:, 0], part[:, -1], part[:, :, 0], part[:, :, -1]], 1).median(1).values
+    return slice(y1, min(height, math.ceil(region[3]))), slice(x1, min(width, math.ceil(region[2])))
+
+
+def _rim(part: Tensor) -> Tensor:
+    """The median colour (3,) of the border of pixels (3, h, w)."""
+    return torch.cat([part[:, 0], part[:, -1], part[:, :, 0], part[:, :, -1]], 1).median(1).values
+
+
+def _ink_on(rim: Tensor, part: Tensor) -> Tensor:
     away = (part - rim[:, None, None]).norm(dim=0)  # (h, w)
     farthest = away.quantile(0.98)
-    if farthest < _STANDS_OUT:
-        return pixels.new_full((3,), math.nan)
-    return part[:, away >= 0.8 * farthest].median(1).values
+    return part[:, away >= 0.8 * farthest].median(1).values if farthest >= _STANDS_OUT else _UNKNOWN
 
 
 def blend(fitted: FittedImage, painted: Tensor, box: Box, ink: Tensor | None = None) -> Image.Image:

@@ -9,7 +9,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from textharmony.boxes import Box, covered_pixels, to_pixels
 from textharmony.images import fit_image, normalise
-from textharmony.windows import blend, edit_window, find_ink, fit_window, views_of_text
+from textharmony.windows import blend, edit_window, find_ink, fit_window, settle_colors, views_of_text
 
 SIZE = (32, 128)
 
@@ -132,3 +132,39 @@ def test_the_ink_of_a_text_is_found(ink: str, ground: str) -> None:
 @pytest.mark.parametrize("region", [(0, 0, 128, 32), (3, 3, 4, 9), (-5, -5, 400, 400), (120.5, 1.2, 127.9, 31.7)])
 def test_no_ink_is_found_where_nothing_stands_out(region: tuple[float, ...]) -> None:
     assert find_ink(_lettered("white", "white"), region).isnan().all()
+
+
+@pytest.mark.parametrize(("ink", "ground"), [("red", "white"), ("lime", "black"), ("navy", "khaki")])
+def test_text_and_ground_get_the_colors_that_they_should_have(ink: str, ground: str) -> None:
+    """Whatever a decoder made of them: here both are half as far from gray."""
+    meant = _lettered(ink, ground)
+    settled = settle_colors(meant * 0.5, (0, 0, 128, 32), meant_of(ink), meant_of(ground))
+    assert (settled - meant).abs().mean() < 0.02
+    assert torch.allclose(find_ink(settled, (0, 0, 128, 32)), meant_of(ink), atol=0.05)
+
+
+def test_a_color_that_is_not_known_stays() -> None:
+    pixels = _lettered("red", "white") * 0.5
+    unknown = torch.full((3,), torch.nan)
+    assert torch.equal(settle_colors(pixels, (0, 0, 128, 32), unknown, unknown), pixels)
+    settled = settle_colors(pixels, (0, 0, 128, 32), meant_of("blue"), unknown)
+    assert torch.equal(settled[:, 0, 0], pixels[:, 0, 0])
+
+
+def test_nothing_is_settled_where_no_text_stands_out() -> None:
+    pixels = torch.rand(3, 32, 128, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert torch.equal(settle_colors(pixels, (0, 0, 128, 32), meant_of("red"), meant_of("white")), pixels)
+    assert torch.equal(settle_colors(pixels, (5, 5, 6, 6), meant_of("red"), meant_of("white")), pixels)
+
+
+def test_settling_leaves_everything_outside_of_its_region() -> None:
+    pixels = _lettered("red", "white") * 0.5
+    settled = settle_colors(pixels, (10.5, 2, 90, 30), meant_of("blue"), meant_of("yellow"))
+    outside = torch.ones(32, 128, dtype=torch.bool)
+    outside[2:30, 10:90] = False
+    assert torch.equal(settled[:, outside], pixels[:, outside])
+    assert not torch.equal(settled, pixels)
+
+
+def meant_of(color: str) -> torch.Tensor:
+    return torch.tensor(ImageColor.getrgb(color)) / 127.5 - 1
