@@ -46,6 +46,7 @@ class LayoutConfig:
     overshoot: float = 0.0
     descent: float = 0.25
     legible: float = 0.0  # the least difference in luma, on 0..255, between the ink and the ground of a drawing
+    least_height: float = 0.0  # of capitals in a drawing, in pixels, where there is room
     steps: int = 16  # Euler steps in which a layout is sampled
     # What is read with a smaller mean log-probability of its tokens is no text: anywhere, and where the model sees no
     # text in the whole picture.

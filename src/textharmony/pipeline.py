@@ -50,7 +50,7 @@ from textharmony.model.released.files import ReleasedFiles
 from textharmony.model.released.keys import EXPERTS, POSITION_IDS, from_released, released_keys, released_shapes
 from textharmony.presets.paper import PAPER, RELEASED
 from textharmony.prompts import BOI, IMAGE, Request, Task, check_length, check_plain, compose, image_tokens, sought_text
-from textharmony.windows import blend, find_ink, fit_edit, fit_window, settle_colors, views_of_text
+from textharmony.windows import blend, find_ink, fit_edit, fit_window, views_of_text
 
 _BATCH = 50  # requests that go through the model together
 _SURE = -0.15  # the least mean log-probability of a line's tokens, where there are several lines
@@ -436,17 +436,8 @@ class TextHarmony(TextHarmonyModel):
                     colors[i, 0] = find_ink(fitted.pixels, fitted.region(boxes[i]))
         seeds, edited = [request.seed for request in requests], (source, regions) if edits else (None, None)
         drawn = draw(self, prompted, seeds, settings, edited[0], edited[1], colors)
-        if colors is None:
-            return [blend(drawn_on[i], p, boxes[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
-        pictures = []
-        for i, painted in enumerate(drawn.float().cpu()):
-            if fitted := drawn_on.get(i):
-                ink, ground = colors[i, 0], torch.full((3,), torch.nan)  # the ground goes on as it is around the box
-                painted = settle_colors(painted, fitted.region(boxes[i]), ink, ground)
-                pictures.append(blend(fitted, painted, boxes[i], ink))
-            else:
-                pictures.append(to_pil(settle_colors(painted, (0, 0, size[1], size[0]), *colors[i])))
-        return pictures
+        inks = [None] * len(requests) if colors is None else [*colors[:, 0]]
+        return [blend(drawn_on[i], p, boxes[i], inks[i]) if i in drawn_on else to_pil(p) for i, p in enumerate(drawn)]
 
     # Files
 

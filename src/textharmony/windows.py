@@ -126,14 +126,12 @@ def find_ink(pixels: Tensor, region: Sequence[float]) -> Tensor:
     It is the median of what differs most from the region's rim.
     """
     rows, columns = _span(pixels, region)
-    return _ink_on(_rim(part), part) if min((part := pixels[:, rows, columns]).shape[1:]) >= 3 else _UNKNOWN
-
-
-_UNKNOWN = torch.full((3,), math.nan)
+    part = pixels[:, rows, columns]
+    return _ink_on(_rim(part), part) if min(part.shape[1:]) >= 3 else pixels.new_full((3,), math.nan)
 
 
 def settle_colors(pixels: Tensor, region: Sequence[float], ink: Tensor, ground: Tensor) -> Tensor:
-    """Shift text and ground in a region (x1, y1, x2, y2) of pixels (3, H, W) in -1..1 to the colours that they should have.
+    """Shift text and ground in a region (x1, y1, x2, y2) of pixels (3, H, W) in -1..1 to the colours that are wanted.
 
     A decoder of latents loses some of the colour of thin strokes.
 
@@ -173,7 +171,9 @@ def _rim(part: Tensor) -> Tensor:
 def _ink_on(rim: Tensor, part: Tensor) -> Tensor:
     away = (part - rim[:, None, None]).norm(dim=0)  # (h, w)
     farthest = away.quantile(0.98)
-    return part[:, away >= 0.8 * farthest].median(1).values if farthest >= _STANDS_OUT else _UNKNOWN
+    if farthest < _STANDS_OUT:
+        return torch.full_like(rim, math.nan)
+    return part[:, away >= 0.8 * farthest].median(1).values
 
 
 def blend(fitted: FittedImage, painted: Tensor, box: Box, ink: Tensor | None = None) -> Image.Image:

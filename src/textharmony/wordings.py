@@ -202,7 +202,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "(what|which) is the (ground|background) (color|colour)",
         "(name|describe|say|give me|find) the (ground|background) (color|colour)",
         "the (word|text) (stands|is|was written) on (what|which) (color|colour)",
-        "(what|which) (color|colour) (is|has) the (wall|sign|paper|surface|board|picture)( behind it| behind the word|)",
+        "(what|which) (color|colour) (is|has) the (wall|sign|paper|surface|board|picture)"
+        "( behind it| behind the word|)",
         "(in|) (what|which) (color|colour) is the (ground|background) (painted|printed|)",
         "(tell me|say) (what|which) (color|colour) the (ground|background|paper) (is|has)",
         "(what|which) (color|colour) (is|lies) (behind|under|around) (it|the writing|the characters)",

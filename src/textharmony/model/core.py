@@ -271,11 +271,11 @@ class TextHarmonyModel(nn.Module):
         embeds, features, word_logits = self.embed(input_ids, pixel_values, prompt_mask, modalities, adapters)
         if "words" in losses and word_logits is not None and words is not None:
             found["words"] = word_loss(word_logits, words)
-        if not {"text", "image", "layout", "gate"} & set(losses):
-            return found
         gates = self.compute_gates(embeds, prompt_mask, modalities) if adapters else None
         if "gate" in losses and adapters:
             found["gate"] = self._gate_loss(modalities, pixel_values is not None)
+        if not {"text", "image", "layout"} & set(losses):
+            return found
         with self.read_under(gates, features):
             hidden = self.hidden_states(embeds, attention_mask)
         if "text" in losses:

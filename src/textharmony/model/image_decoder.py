@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from textharmony.model.layout_planner import (
     take_colors,
 )
 from textharmony.model.resampler import PerceiverResampler, sincos_positions
+from textharmony.windows import settle_colors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -189,6 +191,7 @@ class ImageDecoder(nn.Module):
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         context = self.read_context(hidden_states, last)
         kept, mask = self._kept_latents(source_pixel_values, regions, batch)
+        layouts = None
         extra = unguided = torch.cat([kept[:, :0], *self._inpainting_channels(kept, mask)], 1)
         if self.planner is not None and self.painter is not None:
             # In fp32: half precision would round the positions of a layout to half pixels and more.
@@ -214,7 +217,19 @@ class ImageDecoder(nn.Module):
             latents = diffusion.step(predicted, index, latents, generators)
             if regions is not None and not self.inpaints:  # put back what is known outside the regions
                 latents = torch.where(free > 0, latents, diffusion.noised(kept, noise, index))
-        return self.decode(latents)
+        pixels: Tensor = self.decode(latents)
+        return pixels if layouts is None else _settle(pixels, layouts, regions)
+
+
+def _settle(pixels: Tensor, layouts: Layouts, regions: Tensor | None) -> Tensor:
+    """Give drawings (B, 3, H, W) the inks and the grounds that were planned, and what edits fill the inks alone."""
+    settled = []
+    whole, unknown = pixels.new_tensor([0, 0, *pixels.shape[:1:-1]]), torch.full_like(layouts.ink[0], math.nan)
+    for i, (picture, ink, ground) in enumerate(zip(pixels, layouts.ink, layouts.ground, strict=True)):
+        edited = regions is not None and not regions[i].isnan().any()
+        region = (regions[i] if regions is not None and edited else whole).tolist()
+        settled.append(settle_colors(picture.float(), region, ink, unknown if edited else ground).to(picture))
+    return torch.stack(settled)
 
 
 def _in_float(module: M) -> M:

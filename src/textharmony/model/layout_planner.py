@@ -153,16 +153,24 @@ class LayoutPlanner(nn.Module):
         return self.fit(self.decode(line, slots, characters), region)
 
     def fit(self, layouts: Layouts, region: Tensor) -> Layouts:
-        """Move layouts into the region (B, 5) to fill, or into the picture, and squeeze those that are too large."""
+        """Move layouts into the region (B, 5) to fill, or into the picture; squeeze large and enlarge small ones."""
         height, width = self.image_size
         given = region[:, 4:] > 0
         whole = region.new_tensor([1.0, 1.0, width - 1.0, height - 1.0])
         low_x, low_y, high_x, high_y = torch.where(given, region[:, :4] * height, whole).split(1, dim=-1)  # (B, 1) each
         x1, y1, x2, y2 = layouts.boxes.unbind(-1)  # (B, S)
+        reach = _reach(layouts.characters, self.config)  # room for descenders, where there are some
         start, end = x1[:, :1], torch.where(layouts.present, x2, 0).amax(1, keepdim=True)
-        x1, x2 = _fit(x1, start, end, low_x + 1, high_x - 1), _fit(x2, start, end, low_x + 1, high_x - 1)
         top, bottom = y1[:, :1], y2[:, :1]
-        below = _reach(layouts.characters, self.config) * (bottom - top)  # room for descenders, where there are some
+        tall = (bottom - top).clamp(min=1)
+        room = torch.minimum(
+            (high_x - low_x - 2) / (end - start).clamp(min=1), (high_y - low_y - 2) / tall / (1 + reach)
+        )
+        grown = torch.where(given, 1.0, torch.minimum(self.config.least_height / tall, room).clamp(min=1))  # (B, 1)
+        x1, x2, start, end = (_grow(x, (start + end) / 2, grown) for x in (x1, x2, start, end))
+        y1, y2, top, bottom = (_grow(y, (top + bottom) / 2, grown) for y in (y1, y2, top, bottom))
+        x1, x2 = _fit(x1, start, end, low_x + 1, high_x - 1), _fit(x2, start, end, low_x + 1, high_x - 1)
+        below = reach * (bottom - top)
         y1 = _fit(y1, top, bottom + below, low_y + 1, high_y - 1)
         y2 = _fit(y2, top, bottom + below, low_y + 1, high_y - 1)
         boxes = torch.stack([x1, y1, x2, y2], -1)
@@ -264,6 +272,11 @@ def take_colors(layouts: Layouts, named: Tensor, least: float) -> Layouts:
         ink=torch.where(of_ground & ~of_ink, _stand_apart(ground, ink, least), ink),
         ground=torch.where(of_ink & ~of_ground, _stand_apart(ink, ground, least), ground),
     )
+
+
+def _grow(values: Tensor, middle: Tensor, factor: Tensor) -> Tensor:
+    """Move values (B, S) away from the middle (B, 1) by a factor (B, 1)."""
+    return middle + (values - middle) * factor
 
 
 def _fit(values: Tensor, start: Tensor, end: Tensor, low: Tensor, high: Tensor) -> Tensor:

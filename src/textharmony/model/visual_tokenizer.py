@@ -51,7 +51,7 @@ class ConvStem(nn.Module):
 
 
 def patch_colors(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
-    """The mean of each patch (h, w) of pictures (N, 3, H, W), and its pixel farthest from that: (N, 6, rows, columns)."""
+    """The mean of each patch (h, w) of pictures (N, 3, H, W), and the pixel farthest from it: (N, 6, rows, columns)."""
     patches = rearrange(pixels, "n c (rows h) (columns w) -> n c rows columns (h w)", h=patch[0], w=patch[1])
     mean = patches.mean(-1, keepdim=True)
     farthest = (patches - mean).square().sum(1, keepdim=True).argmax(-1, keepdim=True)

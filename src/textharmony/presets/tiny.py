@@ -69,7 +69,7 @@ TINY = ModelConfig(
     },
     layout=LayoutConfig(
         slots=12, fonts=12, characters="".join(map(chr, range(32, 127))), colors=tuple(BASIC),
-        palette=(*CSS, "#rrggbb"), overshoot=0.2, descent=0.35, legible=60.0,
+        palette=(*CSS, "#rrggbb"), overshoot=0.2, descent=0.35, legible=60.0, least_height=14.0,
         least_surety=-1.0, least_surety_of_part=-0.5, alike=0.6,
     ),
     max_new_tokens=24,
@@ -150,7 +150,13 @@ TINY_TRAINING = TrainConfig((
     # What the VAE's decoder loses, thin strokes above all, is lost to every drawing.
     Stage(
         name="strokes", trainable=r"image_decoder\.vae\.(decoder|post_quant_conv)", tasks={"draw": 0.6, "edit": 0.4},
-        losses=("autoencoder",), steps=5000, batch_size=32, learning_rate=1e-3, decay_share=0.7,
+        losses=("autoencoder",), steps=3600, batch_size=32, learning_rate=1e-3, decay_share=0.5,
+    ),
+    # The gate alone, on pictures of every kind with questions as with edits: it decides by the words.
+    Stage(
+        name="gate", trainable=r"language\.slidelora_gate", adapters=True, losses=("gate",),
+        tasks={"read": 0.1, "locate": 0.1, "draw": 0.25, "answer": 0.3, "edit": 0.25},
+        steps=1000, batch_size=64, learning_rate=1e-3, decay_share=0.7,
     ),
 ))
 # fmt: on

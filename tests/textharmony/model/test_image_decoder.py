@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from textharmony.data.batch import stack_pixels
 from textharmony.data.synthetic import SyntheticWords
 from textharmony.images import fit_image
+from textharmony.model import image_decoder
 from textharmony.model.image_decoder import ImageDecoder, region_mask
 from textharmony.model.layout_planner import Layouts
 from textharmony.pipeline import TextHarmony
@@ -157,6 +158,13 @@ def test_the_context_knows_the_order(decoder: ImageDecoder) -> None:
 # Drawing
 
 
+@pytest.fixture
+def unsettled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawings keep the colours that the VAE decodes."""
+    monkeypatch.setattr(image_decoder, "settle_colors", lambda pixels, *_: pixels)
+
+
+@pytest.mark.usefixtures("unsettled")
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_perfect_denoiser_leads_to_the_picture(decoder: ImageDecoder, pictures: Tensor, steps: int) -> None:
     decoder.standardise(pictures)
@@ -217,6 +225,7 @@ def test_a_seed_means_a_picture_in_a_batch_as_alone(decoder: ImageDecoder) -> No
     assert all(relative_error(a, b) > 1e-2 for a, b in zip(other, together))
 
 
+@pytest.mark.usefixtures("unsettled")
 def test_guidance(decoder: ImageDecoder) -> None:
     hidden, last = torch.randn(1, 5, 32), torch.tensor([4])
     decoder.unet = unet = ListeningUNet(decoder)
@@ -232,6 +241,26 @@ def test_guidance(decoder: ImageDecoder) -> None:
         decoder.generate(h, last, generators(0), num_inference_steps=1, guidance_scale=0) for h in (hidden, -hidden)
     ]
     assert relative_error(*blind) < 1e-3
+
+
+def test_a_drawing_gets_the_planned_colors_and_an_edit_the_ink_alone(
+    decoder: ImageDecoder, pictures: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[list[float], Tensor, Tensor]] = []
+
+    def settle(pixels: Tensor, region: list[float], ink: Tensor, ground: Tensor) -> Tensor:
+        calls.append((region, ink, ground))
+        return pixels
+
+    monkeypatch.setattr(image_decoder, "settle_colors", settle)
+    named = torch.tensor([[[1.0, -1, -1], [1, 1, 1]], [[-1, -1, 1], [math.nan] * 3]])
+    regions = torch.tensor([NAN, (20.0, 5, 70, 28)])
+    hidden, last = torch.randn(2, 5, 32), torch.tensor([4, 4])
+    decoder.generate(hidden, last, generators(0, 1), pictures[:2], regions, num_inference_steps=1, colors=named)
+    (whole, ink, ground), (region, new_ink, beneath) = calls
+    assert whole == [0, 0, 128, 32] and region == [20, 5, 70, 28]
+    assert torch.equal(ink, named[0, 0]) and torch.equal(ground, named[0, 1]) and torch.equal(new_ink, named[1, 0])
+    assert beneath.isnan().all()
 
 
 # Editing

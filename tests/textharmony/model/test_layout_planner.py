@@ -30,7 +30,7 @@ BLANK = 95  # the planner's class of an empty slot
 
 @pytest.fixture(scope="module")
 def layout_config() -> LayoutConfig:
-    return replace(TINY.layout or LayoutConfig(), width=16, depth=1, heads=2, steps=4)
+    return replace(TINY.layout or LayoutConfig(), width=16, depth=1, heads=2, steps=4, least_height=0.0)
 
 
 @pytest.fixture
@@ -176,6 +176,22 @@ def test_layouts_are_fitted_into_their_region(
                 squeeze = min(1.0, room / span)
                 moved = (sides - sides[0, 0]) * squeeze
                 assert relative_error(new[:, [axis, axis + 2]] - new[0, axis], moved) < 1e-4
+
+
+def test_small_layouts_are_enlarged_where_there_is_room(layout_config: LayoutConfig, layouts: Layouts) -> None:
+    planner = LayoutPlanner(replace(layout_config, overshoot=0, descent=0, least_height=14.0), 12, SIZE)
+    small = layouts._replace(boxes=layouts.boxes * 0.4 + 10)
+    nowhere = region_features(None, 16, SIZE, torch.device("cpu"))
+    for before, after, present in zip(small.boxes, planner.fit(small, nowhere).boxes, layouts.present, strict=True):
+        old, new = before[present], after[present]
+        height, width = float(old[0, 3] - old[0, 1]), float(old[:, 2].max() - old[0, 0])
+        factor = max(1.0, min(14 / height, 124 / width, 28 / height))
+        assert relative_error(new - new[0, :2].repeat(2), (old - old[0, :2].repeat(2)) * factor) < 1e-4
+        assert new[:, 0].min() >= 1 and new[:, 2].max() <= 127 and new[:, 3].max() <= 31
+    # What an edit fills has the size of its box.
+    boxed = region_features(torch.tensor([[4.0, 2, 120, 30]] * 16), 16, SIZE, torch.device("cpu"))
+    heights = (planner.fit(small, boxed).boxes - small.boxes)[..., [1, 3]]
+    assert (heights[..., 1] - heights[..., 0])[layouts.present].abs().max() < 1e-3
 
 
 def test_region_features() -> None:
