@@ -69,10 +69,11 @@ TINY = ModelConfig(
     },
     layout=LayoutConfig(
         slots=12, fonts=12, characters="".join(map(chr, range(32, 127))), colors=tuple(BASIC),
-        palette=(*CSS, "#rrggbb"), overshoot=0.2, descent=0.35, legible=60.0, least_height=14.0,
-        least_surety=-1.0, least_surety_of_part=-0.5, alike=0.6,
+        palette=(*CSS, "#rrggbb"), overshoot=0.2, descent=0.35, legible=60.0, least_height=14.0, steps=8,
+        least_surety=-0.5, least_surety_of_part=-0.25, alike=0.6,
     ),
     max_new_tokens=24,
+    inference_steps=4,
 )
 
 _ALL_TASKS = {"read": 0.2, "locate": 0.14, "draw": 0.28, "answer": 0.22, "edit": 0.16}
