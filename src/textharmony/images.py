@@ -138,7 +138,10 @@ def _open(source: Picture) -> Image.Image:
         size = found.st_size
     if size > MOST_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MOST_BYTES}")
-    picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+    try:
+        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it has more pixels than Pillow opens, expected at most {MOST_PIXELS} ({error})") from error
     if picture.width * picture.height > MOST_PIXELS:
         picture.close()
         raise ValueError(f"it has {picture.width} x {picture.height} pixels, expected at most {MOST_PIXELS} in all")

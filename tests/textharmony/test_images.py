@@ -571,3 +571,12 @@ def test_pixels_that_are_no_colours_are_refused(number: float, reason: str) -> N
 def test_arrays_that_are_no_pictures_are_named_without_their_numbers() -> None:
     with pytest.raises(ValueError, match=r"an array float32 \(4, 6, 3\) is not a picture"):
         open_image(np.full((4, 6, 3), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("side", [9_000, 90_000])
+def test_pictures_of_too_many_pixels_are_refused_by_our_limit(side: int) -> None:
+    """From 179 million pixels on, Pillow refuses first, by a limit of its own."""
+    size = side.to_bytes(4, "little") * 2
+    header = b"BM" + bytes(12) + bytes([40, 0, 0, 0]) + size + bytes([1, 0, 24, 0]) + bytes(24)
+    with pytest.raises(ValueError, match=r"an image of 54 bytes .*pixels.*, expected at most 67108864"):
+        open_image(header)

@@ -201,9 +201,9 @@ class SyntheticWords:
         """A word as people photograph and set it, or as one is drawn; if plain, its colours can be told."""
         if rng.random() < 0.15:  # else a clean picture would mean that it is to be edited
             ink, ground, _, _ = _colors(rng, LEGIBLE)
-            (picture,), (layout,), (box,) = self._clean(rng, [word], [ink], ground, wild=False)
+            (drawing,), (layout,), (box,) = self._clean(rng, [word], [ink], ground, wild=False)
             names = [basic_name(color.tolist()) if plain else "" for color in (ink, ground)]
-            return _Scene(picture, replace(layout, ink_name=names[0], ground_name=names[1]), box)
+            return _Scene(drawing, replace(layout, ink_name=names[0], ground_name=names[1]), box)
         known = not self.fonts or rng.random() < 0.2
         font = int(rng.integers(len(FONTS)))
         path = drawing_fonts()[font]

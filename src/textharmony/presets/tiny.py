@@ -135,8 +135,8 @@ TINY_TRAINING = TrainConfig((
         tasks={"read": 0.5, "locate": 0.2, "answer": 0.25, "edit": 0.05}, losses=("text", "words", "gate"),
         steps=700, batch_size=48, learning_rate=1e-3, decay_share=0.8,
     ),
-    # The last two on one GPU, which renders and trains five times as many pictures in ten minutes as two cores in an
-    # hour. First all that has no adapters, then as in the paper's stage 2 once more.
+    # These two on one GPU, which sees more pictures in ten minutes than two cores in six hours. First all that is no
+    # adapter, then as in the paper's stage 2 once more.
     Stage(
         name="wide", trainable=r"(?!image_decoder\.vae|.*lora_|.*slidelora_gate)",
         tasks={"read": 0.24, "locate": 0.11, "draw": 0.27, "answer": 0.23, "edit": 0.15},

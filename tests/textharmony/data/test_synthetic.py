@@ -246,7 +246,7 @@ def test_answers_are_true() -> None:
         record = data[index]
         question, answer, layout = record.prompt.lower().rstrip("?"), record.texts[0], record.layout
         assert layout is not None
-        word, asked = layout.text, re.search(r'"([^"]+)"', record.prompt)
+        word, asked = layout.text, re.search(r'"(.+)"', record.prompt)
         if answer == CANNOT_TELL:
             kinds["other"] += 1
             assert "letter" not in question and "text" not in question
@@ -259,7 +259,7 @@ def test_answers_are_true() -> None:
         elif "color" in question or "colour" in question:
             kinds["color"] += 1
             assert answer in BASIC and answer in (layout.ink_name, layout.ground_name)
-        elif re.search(r"\b(how|count|number of|length)\b", question):
+        elif re.search(r"\b(how (many|long|large|big)|count|number of|length)\b", question):
             kinds["count"] += 1
             assert answer == str(len(word))
         elif len(answer) == 1 and len(word) > 1:

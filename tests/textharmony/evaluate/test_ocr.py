@@ -29,7 +29,7 @@ def test_a_missing_rapidocr_is_named() -> None:
 def test_the_judge_reads_real_renders() -> None:
     pytest.importorskip("rapidocr")
     data = SyntheticWords(2024, "held_out", {Task.DRAW: 1})
-    records = [data[i] for i in range(25)]
+    records = [record for record in map(data.__getitem__, range(100)) if record.words[0].isalnum()][:25]
     words = [record.words[0] for record in records]
     read = [recognise(target) for record in records if (target := record.load_target()) is not None]
     right = sum(map(same_text, read, words))

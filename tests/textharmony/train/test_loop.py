@@ -245,12 +245,12 @@ def test_the_spelling_stage_leaves_the_vit_alone(model: TextHarmony, free: set[s
     assert {"language.model.embed_tokens.weight", "image_decoder.planner.line_out.weight"} <= free
 
 
-def test_only_the_autoencoder_stage_trains_the_vae(model: TextHarmony) -> None:
+def test_only_stages_of_the_autoencoder_train_the_vae(model: TextHarmony) -> None:
     flags = [p.requires_grad for p in model.parameters()]
     for stage in TINY_TRAINING.stages:
         select_parameters(model, stage)
-        vae = {p.requires_grad for p in model.image_decoder.vae.parameters()}
-        assert vae == {"autoencoder" in stage.losses}, stage.name
+        trained = any(p.requires_grad for p in model.image_decoder.vae.parameters())
+        assert trained == ("autoencoder" in stage.losses), stage.name
     for p, flag in zip(model.parameters(), flags):
         p.requires_grad_(flag)
 
