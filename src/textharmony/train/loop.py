@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -221,7 +222,7 @@ def _run_stage(run: _Run, number: int, reached: Progress | None) -> None:
                     bar.set_postfix({name: f"{mean:.3f}" for name, mean in shown.items()}, refresh=False)
                     report = meter.report(step, shown, optimizer, guard.skipped)
                     accelerator.log(report, sum(earlier.steps for earlier in config.stages[:number]) + step.number)
-                if last and any(p.requires_grad for p in model.image_decoder.vae.encoder.parameters()):
+                if last and "autoencoder" in stage.losses and _trains(model.image_decoder.vae.encoder):
                     _standardise_latents(run, number)
                 if due and (last or not guard.in_a_row):
                     _require_finite(run, stage.name, step.number)
@@ -266,6 +267,10 @@ def _seed(run: _Run, number: int) -> int:
 def _render(run: _Run, number: int) -> SyntheticWords:
     tasks = {Task(name): weight for name, weight in run.config.stages[number].tasks.items()}
     return SyntheticWords(_seed(run, number), "train", tasks, training_fonts(run.config.fonts))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _standardise_latents(run: _Run, number: int) -> None:

@@ -255,6 +255,18 @@ def test_only_stages_of_the_autoencoder_train_the_vae(model: TextHarmony) -> Non
         p.requires_grad_(flag)
 
 
+def test_a_stage_for_the_decoder_alone_leaves_latents_as_they_were(config: ModelConfig, tmp_path: Path) -> None:
+    """The UNet was trained on them: neither the encoder nor their mean and spread may change."""
+    first = CONFIG.stages[0]
+    decoder = replace(first, name="strokes", trainable=r"image_decoder\.vae\.decoder")
+    seen = []
+    for count in (1, 2):
+        model = train(config, replace(CONFIG, stages=(first, decoder)[:count]), tmp_path / str(count))
+        seen.append({name: value.clone() for name, value in model.image_decoder.state_dict().items()})
+    different = changed(*seen)
+    assert different and all(name.startswith("vae.decoder.") for name in different)
+
+
 def test_a_stage_with_an_unknown_loss_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stage 'x' has losses \['sound'\]"):
         Stage("x", ".", {"read": 1}, 1, 1, 1e-3, losses=("text", "sound"))
