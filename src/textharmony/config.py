@@ -52,6 +52,7 @@ class LayoutConfig:
     # text in the whole picture.
     least_surety: float = -1000.0
     least_surety_of_part: float = -1000.0
+    least_surety_of_answer: float = -1000.0  # an answer to a question that is less sure becomes "I cannot tell"
     alike: float = 0.0  # the least share of a text that must be read where it is located; 0: that is not read
 
 

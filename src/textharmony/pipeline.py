@@ -51,6 +51,7 @@ from textharmony.model.released.keys import EXPERTS, POSITION_IDS, from_released
 from textharmony.presets.paper import PAPER, RELEASED
 from textharmony.prompts import BOI, IMAGE, Request, Task, check_length, check_plain, compose, image_tokens, sought_text
 from textharmony.windows import blend, find_ink, fit_edit, fit_window, views_of_text
+from textharmony.wordings import CANNOT_TELL
 
 _BATCH = 50  # requests that go through the model together
 _SURE = -0.15  # the least mean log-probability of a line's tokens, where there are several lines
@@ -98,7 +99,11 @@ class TextHarmony(TextHarmonyModel):
         num_beams: int = 1,
         streamer: Any = None,
     ) -> Any:
-        """Answer a question about a picture: a str, or a list for a list of pictures or questions; else as `read`."""
+        """Answer a question about a picture: a str, or a list for a list of pictures or questions; else as `read`.
+
+        An answer that the model is not sure of is "I cannot tell", where its configuration has `least_surety_of_answer`;
+        a streamer shows what the model writes first, and then that is the answer.
+        """
         settings = GenerationSettings(max_new_tokens, num_beams)
         return self._map(Task.ANSWER, settings, streamer, image=image, prompt=question)
 
@@ -268,10 +273,12 @@ class TextHarmony(TextHarmonyModel):
         replies: list[str | Image.Image] = []
         for drawn in range(max_pictures + 1):
             prompted = prompt(self, [ids], _stack(pixels), "text", prompt_length)
-            written = write(self, prompted, settings, streamer)[0].tolist()
+            rows, surety = write_surely(self, prompted, settings, streamer)
+            written = rows[0].tolist()
             draws = self.boi_id in written and drawn < max_pictures
             if reply := str(self.tokenizer.decode(written, skip_special_tokens=True)).strip():
-                replies.append(reply)
+                answers = pixels and not draws and streamer is None
+                replies.append(CANNOT_TELL if answers and self._unsure(float(surety)) else reply)
             if not draws:
                 break
             ids += written[: written.index(self.boi_id) + 1]
@@ -367,7 +374,9 @@ class TextHarmony(TextHarmonyModel):
                     best = max(agreed, key=lambda i: (located[i][0], answers[i].surety))
                     results[row] = [views[best].to_original(box) for box in located[best][1]]
             else:  # the likeliest answer
-                results[row] = answers[max(mine, key=lambda i: answers[i].surety * answers[i].tokens)].text
+                likeliest = max((answers[i] for i in mine), key=lambda answer: answer.surety * answer.tokens)
+                unsure = streamer is None and self._unsure(likeliest.surety)
+                results[row] = CANNOT_TELL if unsure else likeliest.text
         return results
 
     def _answer_views(
@@ -385,6 +394,10 @@ class TextHarmony(TextHarmonyModel):
                 counts = (ids != self.tokenizer.pad_token_id).sum(1).tolist()
                 answers |= zip(several, map(_Answer, texts, surety.tolist(), counts), strict=True)
         return [answers[row] for row in range(len(views))]
+
+    def _unsure(self, surety: float) -> bool:
+        """Whether an answer whose tokens have this mean log-probability is not to be given."""
+        return self.config.layout is not None and surety < self.config.layout.least_surety_of_answer
 
     def _read_located(
         self, asked: Sequence[Request], layout: LayoutConfig, views: Sequence[FittedImage], answers: Sequence[_Answer]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -31,6 +32,7 @@ from textharmony.manifest import write_manifest
 from textharmony.model.generation import draw, prompt
 from textharmony.pipeline import TextHarmony, _Answer, _join_lines
 from textharmony.prompts import BOI, IMAGE, READ_QUESTION, Request, Task
+from textharmony.wordings import CANNOT_TELL
 
 Make = Callable[..., TextHarmony]
 EMBEDDED = Path(textharmony.__file__).parent / "weights" / "tiny"
@@ -129,6 +131,23 @@ def test_a_box_counts_where_the_text_is_read(
         assert len(given) == 2
     given = make_say(model, monkeypatch, [encode(model, "none")])
     assert model.locate(strip, "OPEN") == [] and len(given) == 1
+
+
+def test_an_unsure_answer_is_not_given(
+    make_model: Make, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by `answer` nor in a chat about a picture; what is read, and what a streamer has shown, stays."""
+    layout = make_model().config.layout
+    assert layout is not None
+    surety = -math.log(len(make_model().tokenizer))  # of the answers below, in which all tokens are equally likely
+    strip = pictures[0].resize((256, 64))
+    for least, said in ((surety - 0.1, "red"), (surety + 0.1, CANNOT_TELL)):
+        model = make_model(layout=replace(layout, least_surety_of_answer=least))
+        make_say(model, monkeypatch, *[[encode(model, "red")]] * 5)
+        assert model.answer(strip, "what color is it") == said
+        assert model.chat([strip, "what color is it"]) == [said]
+        assert model.chat(["hello"]) == ["red"] and model.read(strip) == "red"
+        assert model.answer(strip, "what color is it", streamer=TextStreamer(model.tokenizer)) == "red"
 
 
 def test_what_is_hardly_read_is_no_text() -> None:
@@ -676,6 +695,16 @@ def test_the_embedded_model_reads(embedded: TextHarmony) -> None:
     records = [data[i] for i in range(40)]
     read = embedded.read([record.images[0] for record in records])
     assert sum(text == record.texts[0] for text, record in zip(read, records, strict=True)) >= 28
+
+
+def test_the_embedded_model_answers_rightly_or_says_that_it_cannot(embedded: TextHarmony) -> None:
+    """At most one answer in twenty is wrong; about positions and counts it is right."""
+    words = SyntheticWords(3, "held_out", {Task.ANSWER: 1})
+    records = [words[i] for i in range(120)]
+    said = embedded.answer([record.images[0] for record in records], [record.prompt for record in records])
+    right = sum(answer == record.texts[0] for record, answer in zip(records, said, strict=True))
+    refused = sum(answer == CANNOT_TELL != record.texts[0] for record, answer in zip(records, said, strict=True))
+    assert right >= 0.4 * len(records) and right + refused >= 0.95 * len(records)
 
 
 def test_the_embedded_model_draws(embedded: TextHarmony) -> None:

@@ -412,7 +412,7 @@ def measure_questions(exam: Exam) -> list[Row]:
     """Ask questions in held-out wordings about words in known fonts, and in the end report what the gate preferred."""
     rng = np.random.default_rng(_SEED)
     fonts, count = fonts_of(_ASKED, exam.fonts), exam.counts.questions
-    rows, total = [], []
+    rows, total, all_refused = [], list[bool](), 0
     for kind, patterns in HELD_OUT_QUESTIONS.items():
         requests, answers = [], []
         for i in range(count):
@@ -427,14 +427,24 @@ def measure_questions(exam: Exam) -> list[Row]:
             question, answer = _question(rng, kind, patterns[i % len(patterns)], sample.word)
             requests.append(Request(Task.ANSWER, question, sample.picture))
             answers.append({"ink": ink, "ground": ground}.get(kind, answer))
-        right = []
+        right, refused = [], 0
         for request, answer, given in zip(requests, answers, exam.ask(requests, held_out=True), strict=True):
             right.append(given == answer)
+            refused += given == CANNOT_TELL != answer
             if not right[-1] and isinstance(request.image, Image.Image):
-                exam.miss("questions", 1, request.image, f"{request.prompt} {answer} [{given}]")
-        rows.append(Row(f"- of these, about {_ABOUT[kind]}", sum(right), len(right), 0.90))
+                badness = 0.5 if given == CANNOT_TELL else 1
+                exam.miss("questions", badness, request.image, f"{request.prompt} {answer} [{given}]")
+        name = f"- of these, about {_ABOUT[kind]}"
+        rows.append(Row(name, sum(right), len(right), 0.90, beside=_beside(refused, len(right))))
         total += right
-    return [Row("questions in held-out wordings, exact", sum(total), len(total), 0.90), *rows]
+        all_refused += refused
+    name = "questions in held-out wordings, exact"
+    return [Row(name, sum(total), len(total), 0.90, beside=_beside(all_refused, len(total))), *rows]
+
+
+def _beside(refused: int, count: int) -> str:
+    """What stands beside the share of right answers: how often the model said that it cannot tell what it should."""
+    return f'"{CANNOT_TELL}" {100 * refused / count:.1f}%' if refused else ""
 
 
 _ABOUT = {

@@ -21,6 +21,7 @@ class Row:
     judge_alike: int | None = None  # the same, if characters that look alike count as equal
     absolute: bool = False  # the judge is shown beside the figure, and does not lower the bar
     note: str = ""  # why the row was not measured
+    beside: str = ""  # what is said after the figure
 
     @property
     def passed(self) -> bool | None:
@@ -43,6 +44,7 @@ class Row:
         elif self.judge_right is not None:
             figure += f"; judge on real renders {100 * self.judge_right / self.count:.1f}%"
             bar += " of the judge's score"
+        figure += f"; {self.beside}" if self.beside else ""
         return f"| {self.name} | {figure} | {bar} | {'yes' if self.passed else 'no'} |"
 
 
