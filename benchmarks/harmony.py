@@ -41,7 +41,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,13 @@ def run_all(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = {pool.submit(work, options, asdict(run), 1): run for run in missing}
         try:
-            for number, (future, run) in enumerate(waiting.items(), 1):
+            for number, future in enumerate(as_completed(waiting), 1):
                 future.result()
-                done = load(run, options)
+                done = load(run := waiting[future], options)
                 seconds = sum(row["seconds"] for row in done["log"]) if done else 0
                 print(f"[{number}/{len(missing)}] {run.file}: {seconds:.0f} s of steps", flush=True)
-        except BaseException:  # what runs saves itself when this process ends
+        except BaseException as error:
+            print(f"{error}\nthe runs that go on end first", flush=True)
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [result for run in runs if (result := load(run, options)) is not None]

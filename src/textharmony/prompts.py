@@ -134,6 +134,11 @@ def compose(task: Task, prompt: str, visual_tokens: int, bos: str, released: boo
     return bos + (text.replace(f" {BOI}", BOI).rstrip() if released else text)
 
 
+def quoted_text(text: str) -> str:
+    """A text to fill in, in double quotes, within which nothing is taken for a colour or an instruction."""
+    return text if '"' in text else f'"{text}"'
+
+
 def sought_text(question: str) -> str:
     """The text that a LOCATE_QUESTION asks for."""
     before, after = LOCATE_QUESTION.split("{text}")

@@ -25,7 +25,7 @@ from textharmony.evaluate.ocr import ground_color, read_line, read_text, recogni
 from textharmony.evaluate.table import Limit, Row, same_text
 from textharmony.images import contact_sheet, save_picture, shorten
 from textharmony.pipeline import TextHarmony
-from textharmony.prompts import Request, Task
+from textharmony.prompts import Request, Task, quoted_text
 from textharmony.wordings import CANNOT_TELL, CAPTIONS, HELD_OUT_CAPTIONS, HELD_OUT_QUESTIONS, ORDINALS, word_it
 
 _BATCH, _SEED = 50, 15
@@ -321,7 +321,7 @@ def measure_editing(exam: Exam) -> list[Row | Limit]:
         boxes = [_around(sample) for sample in samples]
         words = [draw_word(rng, "upper", *_similar(sample.word)) for sample in samples]
         asked = zip(samples, words, boxes, strict=True)
-        requests = [Request(Task.EDIT, word, sample.picture, box, i) for i, (sample, word, box) in enumerate(asked)]
+        requests = [Request(Task.EDIT, quoted_text(word), sample.picture, box, i) for i, (sample, word, box) in enumerate(asked)]
         right = []
         for sample, word, box, edited in zip(samples, words, boxes, exam.ask(requests), strict=True):
             region = covered_pixels(box, sample.picture.size)

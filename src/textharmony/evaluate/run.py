@@ -25,7 +25,7 @@ from textharmony.evaluate.metrics import Prediction, measure
 from textharmony.files import replace_file
 from textharmony.journal import Journal
 from textharmony.pipeline import TextHarmony
-from textharmony.prompts import Request, Task
+from textharmony.prompts import Request, Task, quoted_text
 
 PREDICTIONS, RUN = "predictions.jsonl", "run.json"  # the files in a folder of predictions
 Row = dict[str, Any]  # a line of predictions.jsonl
@@ -171,7 +171,9 @@ def request_for(record: Record) -> Request:
     if len(prompts) != 1 or (task is not Task.DRAW and len(record.images) != 1):
         raise ValueError(f"got {len(record.images)} images and {len(prompts)} words or texts, expected one of each")
     picture = None if task is Task.DRAW else record.load()
-    return Request(task, prompts[0], picture, record.edit_box() if task is Task.EDIT else None)
+    if task is Task.EDIT:
+        return Request(task, quoted_text(prompts[0]), picture, record.edit_box())
+    return Request(task, prompts[0], picture)
 
 
 def _perform(model: TextHarmony, requests: Sequence[Request], settings: GenerationSettings) -> list[Any]:

@@ -19,6 +19,7 @@ from textharmony.evaluate.digests import digest_record
 from textharmony.evaluate.metrics import MEASURES
 from textharmony.evaluate.run import PREDICTIONS, claim, load_rows, load_run, predict, request_for
 from textharmony.pipeline import TextHarmony
+from textharmony.presets import TINY
 from textharmony.prompts import Request, Task
 
 NAMES = tuple(name for name in MEASURES if name != "TextVQA accuracy")
@@ -94,11 +95,16 @@ def test_each_task_is_asked_with_its_prompt() -> None:
     assert (a.task, a.prompt, a.box) == (Task.ANSWER, "what color is the text", None)
     assert (read.task, read.prompt) == (Task.READ, "read all the text")
     assert (locate.task, locate.prompt, locate.box) == (Task.LOCATE, "A1", None)
-    assert (edit.task, edit.prompt, edit.box) == (Task.EDIT, "B2", BOX)
+    assert (edit.task, edit.prompt, edit.box) == (Task.EDIT, '"B2"', BOX)
     assert (draw.task, draw.prompt, draw.image) == (Task.DRAW, '"A1" in red', None)
     assert all(isinstance(request.image, Image.Image) for request in (a, locate, edit, read))
     mask = Image.new("L", (100, 40))
     mask.paste(255, (10, 20, 30, 40))
+    for text in ("kof of", "red on", "'A'", 'a"b'):  # what would be taken for an instruction, and what quotes would break
+        asked = request_for(make("edit", Task.EDIT, "fill", boxes=(BOX,), texts=(text,)))
+        assert asked.completed(None).prompt == f'Fill the masked part in this image with "{text}"'
+        if '"' not in text:
+            assert asked.completed(TINY.layout).prompt == asked.completed(None).prompt
     masked = request_for(make("mask", Task.EDIT, "fill", mask=mask, texts=("a",)))
     assert masked.box == pytest.approx((99.9, 499.5, 299.7, 999))
 
