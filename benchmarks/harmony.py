@@ -14,18 +14,19 @@ the samples of both tasks in each step, and its loss is the sum of what the arms
 have the same rank in total: three experts of a third of it each. The learning rate is the best one of the arm "both",
 which Slide-LoRA has to beat; no other arm has a rate of its own.
 
-The embedded model. Text: read, answer, locate; image: draw, edit. ViT, VAE, UNet, layout planner and painter are those
-of the embedded weights, frozen. The language model is new: it has the same architecture, and was trained to predict
-the next token of Python's reference manual (pydoc_data.topics) and nothing else, so it has seen neither task. It is
-frozen, too. Both resamplers train in all arms, unless the regime freezes them.
+The embedded model. Text: read, answer, locate; image: draw, edit; all texts are of 2 to 6 random capitals. Everything
+but the adapter is frozen. The language model is that of the embedded weights without experts, but spells in another
+alphabet: each capital has the embedding of another one, in what it reads and in what it writes. So it can do neither
+task at the start, and both need the same letters: to write those that it sees, and to draw those that it is told.
 
 SmolLM2-135M (--model smollm2). Text against text: to write three words in capitals, or in reverse order.
 
 The rule of the pilot. Its seeds are not used again. First the rate: the one of RATES with which "both" has the lowest
-losses (held out, each relative to the lowest found). Then the regimes in their order, with the arms for one task and
-"both": the first counts in which the arms for one task have learnt something (5% to 98% exact) and in which the harm is
-at least 2% for each seed (SmolLM2: 10%). Harm is the mean over the tasks of loss("both") / loss(one task) - 1, held
-out. If none does, the regime with the largest mean harm is taken, and the pilot says that it found no interference.
+losses (held out, each relative to the lowest found), at the largest rank. Then the ranks in their order, with the arms
+for one task and "both": the first counts in which the arms for one task have learnt something (5% to 98% exact) and in
+which the harm is at least 2% for each seed (SmolLM2: 10%). Harm is the mean over the tasks of
+loss("both") / loss(one task) - 1, held out. If none does, the rank with the largest mean harm is taken, and the pilot
+says that it found no interference.
 """
 
 from __future__ import annotations
@@ -49,23 +50,20 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from harmony_arms import BOTH, CONNECTORS, PROBLEMS, Run, train
+from harmony_arms import BOTH, PROBLEMS, Run, train
 
 from textharmony.files import replace_file
 
 RESULTS = Path(__file__).parent / "results" / "harmony"
-REGIMES = {  # total rank, and whether the resamplers train: from the paper's regime to the tightest
-    "embedded": {"rank 12": (12, True), "rank 6": (6, True), "rank 12, resamplers frozen": (12, False)},
-    "smollm2": {"rank 6": (6, False), "rank 3": (3, False)},
-}
-RATES = (5e-4, 1e-3, 2e-3)
+REGIMES = {"embedded": (12, 6, 3), "smollm2": (6, 3)}  # total ranks, to the tightest
+RATES = {"embedded": (2e-3, 5e-3, 1e-2), "smollm2": (5e-4, 1e-3, 2e-3)}
 PILOT_SEEDS, LEARNT = (100, 101), (0.05, 0.98)
 HARM = {"embedded": 0.02, "smollm2": 0.1}  # the least; held-out losses of SmolLM2 are near 0, and vary by more
-DEFAULTS = {"embedded": (500, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
+DEFAULTS = {"embedded": (200, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
 ARMS = {"embedded": BOTH, "smollm2": ("both", "table", "sequence")}  # besides those for one task
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "placement": ("vision", "both"),  # instead of "language"
-    "rank": (0.5, 2),  # of the regime's
+    "rank": (2, 4),  # times the pilot's
     "experts": (2, 6),  # instead of 3
     "scaling": (0.5, 2.0),  # instead of 1
     "weight": (0.3, 0.1),  # instead of 1: of the second task's loss
@@ -81,7 +79,7 @@ Result = dict[str, Any]
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What all results in a folder must have in common."""
-    names = ("model", "steps", "batch", "samples", "longest", "pretrain_steps")
+    names = ("model", "steps", "batch", "samples")
     return {name: getattr(options, name) for name in names} | {"weights": digest(options)}
 
 
@@ -111,46 +109,28 @@ def load(run: Run, options: argparse.Namespace) -> Result | None:
     return result
 
 
-def carry_out(options: argparse.Namespace, values: dict[str, Any] | None) -> None:
-    """Make one run and write its result; without values, pretrain the language model."""
-    problem, out = PROBLEMS[options.model](options), Path(options.out)
-    if values is None:
-        return problem.pretrain(out / "language.safetensors", about_language(options))
-    run = Run(**values)
-    file = out / run.file
+def carry_out(options: argparse.Namespace, run: Run) -> None:
+    """Make one run and write its result."""
+    problem, file = PROBLEMS[options.model](options), Path(options.out) / run.file
     file.parent.mkdir(parents=True, exist_ok=True)
     model = problem.build(run)
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     about = json.dumps({**asdict(run), **settings(options)})
     log = train(problem, model, run, options.steps, file.with_suffix(".part"), about)
-    adapter = sum(count for name, count in trained.items() if not CONNECTORS.match(name))
     result = {
         **{"run": asdict(run), "settings": settings(options), "metrics": problem.evaluate(model, run)},
-        **{"adapter": adapter, "trained": sum(trained.values()), "log": log},
+        **{"adapter": trained, "log": log},
     }
     replace_file(file, json.dumps(result).encode())
     file.with_suffix(".part").unlink(missing_ok=True)
 
 
-def about_language(options: argparse.Namespace) -> str:
-    """What the pretrained language model depends on."""
-    return f"{options.pretrain_steps} steps from {digest(options)}"
-
-
 def run_all(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
     """The results of runs; those that are not there yet are made, `jobs` at a time, each in a process of its own."""
     missing = [run for run in dict.fromkeys(runs) if load(run, options) is None]
-    language = Path(options.out) / "language.safetensors"
     Path(options.out).mkdir(parents=True, exist_ok=True)
-    if missing and options.model == "embedded" and not language.exists():
-        print("the language model is trained on Python's reference manual", flush=True)
-        work(options, None, options.jobs)
-    if language.exists() and (found := json.loads(language.with_suffix(".json").read_text())["about"]) != (
-        wanted := about_language(options)
-    ):
-        raise SystemExit(f"{language} was trained for {found}, expected {wanted}: choose another --out")
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = {pool.submit(work, options, asdict(run), 1): run for run in missing}
+        waiting = {pool.submit(work, options, run): run for run in missing}
         try:
             for number, future in enumerate(as_completed(waiting), 1):
                 future.result()
@@ -164,16 +144,15 @@ def run_all(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
     return [result for run in runs if (result := load(run, options)) is not None]
 
 
-def work(options: argparse.Namespace, run: dict[str, Any] | None, threads: int) -> None:
-    """Let a process of its own make a run; raise SystemExit if it fails."""
-    told = json.dumps({"options": vars(options), "run": run})
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+def work(options: argparse.Namespace, run: Run) -> None:
+    """Let a process of its own make a run, with one thread; raise SystemExit if it fails."""
+    told = json.dumps({"options": vars(options), "run": asdict(run)})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
         [sys.executable, __file__, "--worker", told], env=environment, stderr=subprocess.PIPE, text=True, check=False
     )
     if found.returncode:
-        name = "the language model" if run is None else Run(**run).file
-        raise SystemExit(f"{name} ended with {found.returncode}:\n{found.stderr[-2000:]}")
+        raise SystemExit(f"{run.file} ended with {found.returncode}:\n{found.stderr[-2000:]}")
 
 
 # The pilot
@@ -183,20 +162,19 @@ def pilot(options: argparse.Namespace) -> None:
     """Choose learning rate and regime by the rule above, and write pilot.json."""
     problem, regimes = PROBLEMS[options.model], REGIMES[options.model]
 
-    def runs(regime: str, rate: float, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-        folder = "pilot/" + re.sub(r"\W+", "-", f"{regime} {rate:g}")
-        return [Run(folder, arm, seed, *regimes[regime], rate) for seed in seeds for arm in arms]
+    def runs(rank: int, rate: float, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+        folder = "pilot/" + re.sub(r"\W+", "-", f"rank {rank} {rate:g}")
+        return [Run(folder, arm, seed, rank, rate) for seed in seeds for arm in arms]
 
-    rated = run_all(
-        [run for rate in RATES for run in runs(next(iter(regimes)), rate, ["both"], PILOT_SEEDS[:1])], options
-    )
+    rates = RATES[options.model]
+    rated = run_all([run for rate in rates for run in runs(regimes[0], rate, ["both"], PILOT_SEEDS[:1])], options)
     losses = {result["run"]["rate"]: [result["metrics"][f"{task} loss"] for task in problem.tasks] for result in rated}
     least = [min(column) for column in zip(*losses.values())]
     relative = {rate: sum(loss / low for loss, low in zip(row, least)) for rate, row in losses.items()}
     rate = min(relative, key=lambda rate: relative[rate])
     tried = []
-    for regime in regimes:
-        results = run_all(runs(regime, rate, [*problem.tasks, "both"], PILOT_SEEDS), options)
+    for rank in regimes:
+        results = run_all(runs(rank, rate, [*problem.tasks, "both"], PILOT_SEEDS), options)
         found = {(r["run"]["arm"], r["run"]["seed"]): r["metrics"] for r in results}
         harms = {
             task: [found["both", seed][f"{task} loss"] / found[task, seed][f"{task} loss"] - 1 for seed in PILOT_SEEDS]
@@ -209,7 +187,7 @@ def pilot(options: argparse.Namespace) -> None:
         of_seeds = [statistics.mean(column) for column in zip(*harms.values())]
         learnt = all(LEARNT[0] <= value <= LEARNT[1] for value in exact.values())
         tried.append(
-            {"regime": regime, "harms": harms, "harm": of_seeds, "exact": exact, "learnt": learnt}
+            {"rank": rank, "harms": harms, "harm": of_seeds, "exact": exact, "learnt": learnt}
             | {"passed": learnt and min(of_seeds) >= HARM[options.model]}
         )
         print(json.dumps(tried[-1]), flush=True)
@@ -217,7 +195,7 @@ def pilot(options: argparse.Namespace) -> None:
             break
     passed = [row for row in tried if row["passed"]]
     best = max(tried, key=lambda row: (row["passed"], row["learnt"], statistics.mean(row["harm"])))
-    choice = {"regime": best["regime"], "rate": rate, "interference": bool(passed), "rates": losses, "tried": tried}
+    choice = {"rank": best["rank"], "rate": rate, "interference": bool(passed), "rates": losses, "tried": tried}
     choice |= {
         "settings": settings(options),
         "seeds": PILOT_SEEDS,
@@ -226,31 +204,27 @@ def pilot(options: argparse.Namespace) -> None:
     }
     replace_file(Path(options.out) / "pilot.json", (json.dumps(choice, indent=2) + "\n").encode())
     if not any(row["learnt"] for row in tried):
-        print("no regime is between the bounds of what counts as learnt: use more --steps, or a smaller --longest")
+        print("no regime is between the bounds of what counts as learnt: use other --steps")
     seen = "interference was seen" if passed else "NO INTERFERENCE was seen"
-    print(f"regime {best['regime']!r}, learning rate {rate:g}; {seen}")
+    print(f"rank {best['rank']}, learning rate {rate:g}; {seen}")
 
 
-def chosen(options: argparse.Namespace) -> tuple[int, bool, float]:
-    """Rank, whether the resamplers train, and learning rate: as told, or as a pilot chose."""
-    regimes, regime, rate = REGIMES[options.model], options.regime, options.rate
-    if regime is None or rate is None:
+def chosen(options: argparse.Namespace) -> tuple[int, float]:
+    """Rank and learning rate: as told, or as a pilot chose."""
+    rank, rate = options.rank, options.rate
+    if rank is None or rate is None:
         places = [Path(options.out), RESULTS / options.model]
         files = [folder / "pilot.json" for folder in places if (folder / "pilot.json").exists()]
         if not files:
             raise SystemExit(
-                f"there is no pilot.json in {options.out}: run with --pilot first, or say --regime and --rate"
+                f"there is no pilot.json in {options.out}: run with --pilot first, or say --rank and --rate"
             )
         choice = json.loads(files[0].read_text())
         if other := {n: v for n, v in settings(options).items() if choice["settings"][n] != v}:
             before = {name: choice["settings"][name] for name in other}
-            raise SystemExit(
-                f"{files[0]} is of {before}, expected {other}: run with --pilot, or say --regime and --rate"
-            )
-        regime, rate = regime or choice["regime"], rate or choice["rate"]
-    if regime not in regimes:
-        raise SystemExit(f"regime is {regime!r}, expected one of {list(regimes)}")
-    return *regimes[regime], rate
+            raise SystemExit(f"{files[0]} is of {before}, expected {other}: run with --pilot, or say --rank and --rate")
+        rank, rate = rank or choice["rank"], rate or choice["rate"]
+    return rank, rate
 
 
 # The report
@@ -407,12 +381,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ablate", nargs="+", choices=list(ABLATIONS), default=[], help="instead of the core arms")
     parser.add_argument("--arms", nargs="+", help="names of tasks, or some of " + ", ".join(BOTH))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--regime", help="its name; default: as the pilot chose")
+    parser.add_argument("--rank", type=int, help="of the plain LoRA, a multiple of 3; default: as the pilot chose")
     parser.add_argument("--rate", type=float, help="of learning; default: as the pilot chose")
-    parser.add_argument("--steps", type=int, help="of each run; default: 500, smollm2 40")
+    parser.add_argument("--steps", type=int, help="of each run; default: 200, smollm2 40")
     parser.add_argument("--batch", type=int, help="samples of each task in a step; default: 16, smollm2 8")
-    parser.add_argument("--pretrain-steps", type=int, default=1000, help="of the language model on the manual")
-    parser.add_argument("--longest", type=int, default=6, help="characters of a word")
     parser.add_argument("--samples", type=float, default=1.0, help="how many held-out samples, relative to the default")
     parser.add_argument("--weights", default="tiny", help="a folder instead of the embedded weights, or of SmolLM2's")
     parser.add_argument("--out", help="default: benchmarks/results/harmony/MODEL")
@@ -436,18 +408,18 @@ def main() -> None:
     options = parse()
     if options.worker:
         told = json.loads(options.worker)
-        return carry_out(argparse.Namespace(**told["options"]), told["run"])
+        return carry_out(argparse.Namespace(**told["options"]), Run(**told["run"]))
     if options.pilot:
         return pilot(options)
-    rank, connectors, rate = chosen(options)
-    core = [Run("core", arm, seed, rank, connectors, rate) for seed in options.seeds for arm in options.arms]
+    rank, rate = chosen(options)
+    core = [Run("core", arm, seed, rank, rate) for seed in options.seeds for arm in options.arms]
     if options.ablate:
         core = []
     for name in options.ablate:
         arms = ["sequence"] if name == "experts" else ["both", "sequence"]
         for value in ABLATIONS[name]:
             changed = {name: round(rank * value) if name == "rank" else value}
-            runs = [Run("core", arm, seed, rank, connectors, rate) for seed in options.seeds for arm in arms]
+            runs = [Run("core", arm, seed, rank, rate) for seed in options.seeds for arm in arms]
             core += [replace(run, folder=f"ablation/{name}-{value}", **changed) for run in runs]
     run_all(core, options)
     report(options)

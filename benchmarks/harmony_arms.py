@@ -6,12 +6,11 @@ import argparse
 import copy
 import hashlib
 import io
-import json
 import math
 import os
 import random
 import re
-import sys
+import string
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +42,6 @@ class Run:
     arm: str  # one of BOTH, or a task
     seed: int
     rank: int  # of all experts together
-    connectors: bool  # whether the resamplers train
     rate: float  # of learning
     placement: str = "language"  # or "vision" or "both": where the adapter is
     experts: int = 3  # one for each task and a shared one; 2: no shared one; 6: two of each
@@ -211,7 +210,7 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, abou
     """
     tasks = [run.arm] if run.arm in problem.tasks else problem.tasks
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shared = [p for name, p in trained.items() if not CONNECTORS.match(name) and not ROUTERS.search(name)]
+    shared = [p for name, p in trained.items() if not ROUTERS.search(name)]
     every, earlier = max(2, steps // 30), dict[str, Tensor]()
 
     def step(number: int) -> dict[str, float]:
@@ -241,12 +240,30 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, abou
 
 # The embedded model
 
-CONNECTORS = re.compile(r"visual_tokenizer\.(resampler|project|positions)|image_decoder\.resampler|begin_image")
 ROUTERS = re.compile(r"slidelora_gate|\.gate\.|router|classifier")
 MIXTURES = {"text": {"read": 0.4, "answer": 0.35, "locate": 0.25}, "image": {"draw": 0.65, "edit": 0.35}}
 WEIGHTS = {"text": 1.0, "image": 10.0, "layout": 1.0, "gate": 1.0}  # of losses; text and image as released
 EVALUATED = {"read": 150, "answer": 100, "locate": 50, "draw": 150, "edit": 50}  # held-out samples
 HELD_OUT_SEED = 4077
+LETTERS = string.ascii_uppercase
+
+
+def exchanged(letters: str) -> str:
+    """The letters in another order, always the same, in which none keeps its place."""
+    order, rng = list(letters), random.Random(0)
+    while any(a == b for a, b in zip(letters, order)):
+        rng.shuffle(order)
+    return "".join(order)
+
+
+def draw_letters(rng: np.random.Generator, split: str) -> str:
+    """Draw 2 to 6 capitals, any letters in any order; one text in ten is held out, by its hash."""
+    from textharmony.data.words import is_held_out, random_text
+
+    while True:
+        text = random_text(rng, LETTERS, int(rng.integers(2, 7)))
+        if is_held_out(text) == (split == "held_out"):
+            return text
 
 
 class Embedded:
@@ -257,71 +274,44 @@ class Embedded:
 
     def __init__(self, options: argparse.Namespace) -> None:
         from textharmony.data.batch import Collator
-        from textharmony.data.words import MAX_LENGTH
         from textharmony.pipeline import TextHarmony
 
         self.options = options
         self.parts = TextHarmony.from_pretrained(options.weights)
-        config = replace(self.parts.config, slide=None, slide_vision=None)
-        if config.layout is None or config.layout.slots < MAX_LENGTH:
-            raise SystemExit(
-                f"{options.weights} does not draw words of {MAX_LENGTH} characters, expected weights that do"
-            )
+        layout = self.parts.config.layout
+        if layout is None or not {*LETTERS} <= {*layout.characters}:
+            raise SystemExit(f"{options.weights} does not draw capitals, expected weights that do")
+        # What an arm says counts, however unsure it is.
+        least = dict.fromkeys(("least_surety", "least_surety_of_part", "least_surety_of_answer"), -1000.0)
+        layout = replace(layout, **least, alike=0.0)
+        config = replace(self.parts.config, slide=None, slide_vision=None, layout=layout)
         self.config, self.tokenizer = config, self.parts.tokenizer
         self.collator = Collator(config, self.tokenizer)
 
-    def pretrain(self, file: Path, about: str) -> None:
-        """Train the language model to predict the next token of Python's reference manual, and write it to `file`."""
-        from safetensors.torch import save
-
-        language = self._language().to(self.options.device)
-        tokens = torch.tensor(self._manual())
-        language.requires_grad_(True)
-        length, rows = 160, 24
-
-        def step(number: int) -> dict[str, float]:
-            generator = torch.Generator().manual_seed(seed_of("manual", number))
-            starts = torch.randint(len(tokens) - length, (rows,), generator=generator)
-            ids = torch.stack([tokens[start : start + length] for start in starts])
-            ids[:, 0] = self.tokenizer.bos_token_id
-            ids = ids.to(self.options.device)
-            loss = language.train()(input_ids=ids, labels=ids).loss
-            loss.backward()
-            return {"loss": float(loss.detach())}
-
-        steps, checkpoint = self.options.pretrain_steps, file.with_suffix(".part")
-        log = descend(dict(language.named_parameters()), step, steps, 2e-3, checkpoint, about)
-        told = {"about": about, "python": sys.version, "tokens": len(tokens), "log": log}
-        replace_file(file.with_suffix(".json"), json.dumps(told).encode())
-        replace_file(file, save({name: p.detach().cpu().contiguous() for name, p in language.named_parameters()}))
-        checkpoint.unlink(missing_ok=True)
-
     def _language(self) -> nn.Module:
+        """The embedded weights without experts, in which each letter has the embedding of another one."""
         from textharmony.model.backbones import build_language
 
-        torch.manual_seed(0)
-        return build_language(self.config, self.tokenizer)
-
-    def _manual(self) -> list[int]:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            raise SystemExit("pydoc_data is missing, expected a whole Python: install libpython3-stdlib") from None
-        lines = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore").decode().split("\n")
-        return [token for ids in self.tokenizer([f"{line}\n" for line in lines])["input_ids"] for token in ids]
+        language: Any = build_language(self.config, self.tokenizer)
+        own = {n.removeprefix("language."): p for n, p in self.parts.state_dict().items() if n.startswith("language.")}
+        own = {n.replace(".base_layer", ""): p.clone() for n, p in own.items() if not ROUTERS.search(n)}
+        found = language.load_state_dict({n: p for n, p in own.items() if "lora_" not in n}, strict=False)
+        assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}
+        language.tie_weights()
+        letters = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(LETTERS)))
+        others = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(exchanged(LETTERS))))
+        with torch.no_grad():
+            table = language.get_input_embeddings().weight
+            table[letters] = table[others].clone()
+        return language
 
     def build(self, run: Run) -> Any:
-        """The model of an arm, in which only the adapter and perhaps the resamplers train."""
-        from safetensors.torch import load_file
-
+        """The model of an arm, in which only the adapter trains."""
         from textharmony.config import put_experts_on
         from textharmony.model.backbones import Backbones
         from textharmony.pipeline import TextHarmony
 
-        language: Any = self._language()
-        language.load_state_dict(load_file(Path(self.options.out) / "language.safetensors"), strict=False)
-        language.tie_weights()
-        model: Any = TextHarmony(self.config, self.tokenizer, Backbones(language=language))
+        model: Any = TextHarmony(self.config, self.tokenizer, Backbones(language=self._language()))
         parts = {n: p for n, p in self.parts.state_dict().items() if not n.startswith("language.")}
         found = model.load_state_dict(parts, strict=False)
         assert not found.unexpected_keys and all(name.startswith("language.") for name in found.missing_keys)
@@ -339,22 +329,15 @@ class Embedded:
                     model.config = replace(model.config, **{field: fields})
             else:
                 setattr(model, name, adapt(getattr(model, name), run, targets[part]))
-        for name, parameter in model.named_parameters():
-            if CONNECTORS.match(name):
-                parameter.requires_grad_(run.connectors)
         return model.to(self.options.device)
 
     def records(self, seed: int, split: str, task: str, start: int = 0) -> Iterator[Any]:
-        """Samples of a task, or of the mixture of one of `tasks`; those with long words are left out."""
+        """Samples of a task, or of the mixture of one of `tasks`, from the `start`-th on."""
         from textharmony.data.synthetic import SyntheticWords
         from textharmony.prompts import Task
 
-        words = SyntheticWords(seed, split, {Task(t): w for t, w in MIXTURES.get(task, {task: 1.0}).items()})
-        number = start
-        while True:  # each sample has 64 tries of its own, so that it does not depend on the samples before it
-            tries = (words[64 * number + i] for i in range(64))
-            yield next(r for r in tries if all(len(w) <= self.options.longest for w in r.words))
-            number += 1
+        tasks = {Task(t): w for t, w in MIXTURES.get(task, {task: 1.0}).items()}
+        return SyntheticWords(seed, split, tasks, words=draw_letters).records(start=start)
 
     def _collate(self, records: Sequence[Any]) -> dict[str, Any]:
         batch = self.collator.stack([self.collator.encode(record) for record in records])

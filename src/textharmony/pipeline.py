@@ -101,8 +101,8 @@ class TextHarmony(TextHarmonyModel):
     ) -> Any:
         """Answer a question about a picture: a str, or a list for a list of pictures or questions; else as `read`.
 
-        An answer that the model is not sure of is "I cannot tell", where its configuration has `least_surety_of_answer`;
-        a streamer shows what the model writes first, and then that is the answer.
+        An answer that the model is not sure of is "I cannot tell", where its configuration has a
+        `least_surety_of_answer`. With a streamer, which shows what the model writes, that is the answer.
         """
         settings = GenerationSettings(max_new_tokens, num_beams)
         return self._map(Task.ANSWER, settings, streamer, image=image, prompt=question)

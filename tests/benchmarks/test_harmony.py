@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pytest
 import torch
 from closeness import relative_error
 
+import slidelora
 from textharmony.config import ModelConfig
+from textharmony.data.words import is_held_out
 from textharmony.pipeline import TextHarmony
 from textharmony.presets.tiny import TINY, build_tokenizer
 
@@ -58,20 +61,16 @@ def harmony() -> Any:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory, harmony: Any) -> Namespace:
-    """A miniature with random weights, and its language model."""
+    """A miniature with random weights."""
     folder = tmp_path_factory.mktemp("harmony")
     torch.manual_seed(0)
     TextHarmony(miniature(), build_tokenizer()).save_pretrained(folder / "weights")
-    sizes = {"steps": 1, "batch": 2, "pretrain_steps": 1, "longest": 6, "samples": 0.005}
-    found = Namespace(model="embedded", weights=str(folder / "weights"), out=str(folder), device="cpu", jobs=1, **sizes)
-    harmony.carry_out(found, None)
-    return found
+    sizes = {"steps": 1, "batch": 2, "samples": 0.005}
+    return Namespace(model="embedded", weights=str(folder / "weights"), out=str(folder), device="cpu", jobs=1, **sizes)
 
 
 def run_of(harmony: Any, arm: str, **values: Any) -> Any:
-    return harmony.Run(
-        **{"folder": "core", "arm": arm, "seed": 0, "rank": 6, "connectors": True, "rate": 1e-3} | values
-    )
+    return harmony.Run(**{"folder": "core", "arm": arm, "seed": 0, "rank": 6, "rate": 1e-3} | values)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +79,12 @@ def problem(harmony: Any, options: Namespace) -> Any:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_trains_its_adapter_and_the_resamplers(harmony: Any, problem: Any, arm: str, tmp_path: Path) -> None:
+def test_an_arm_trains_its_adapter_alone(harmony: Any, problem: Any, arm: str, tmp_path: Path) -> None:
     model = problem.build(run_of(harmony, arm))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     log = harmony.train(problem, model, run_of(harmony, arm), 2, tmp_path / "part")
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    adapters = {name for name in moved if not harmony.CONNECTORS.match(name)}
-    assert adapters and all(name.startswith("language.") for name in adapters)
-    assert moved - adapters
+    assert moved and all(name.startswith("language.") for name in moved)
     expected = {arm} if arm in TASKS else set(TASKS)
     assert {name for name in log[0] if name.endswith("loss")} == {f"{task} loss" for task in expected}
     assert ("cosine" in log[0]) == (len(expected) == 2)
@@ -112,6 +109,35 @@ def test_an_adapter_has_as_many_weights_as_the_plain_lora(harmony: Any, problem:
     assert count_adapter(problem, run_of(harmony, arm, experts=experts)) == plain > 0
 
 
+def test_the_language_model_spells_in_another_alphabet(harmony: Any, problem: Any) -> None:
+    """Each capital stands for another one, in what it reads and in what it writes; the rest is as it was."""
+    arms = sys.modules["harmony_arms"]
+    letters = arms.LETTERS
+    others = arms.exchanged(letters)
+    assert sorted(others) == sorted(letters) and all(a != b for a, b in zip(letters, others))
+    language = problem.build(run_of(harmony, "full")).language
+    own = problem.parts.language
+
+    def rows(alphabet: str) -> list[int]:
+        return problem.tokenizer.convert_tokens_to_ids([*alphabet])
+
+    def logits(model: Any, word: str) -> torch.Tensor:
+        return model(input_ids=torch.tensor([rows(word)])).logits[0, -1].detach()
+
+    with slidelora.disabled(own):
+        assert relative_error(logits(language, letters)[rows(letters)], logits(own, others)[rows(others)]) < 1e-5
+        assert relative_error(logits(language, "abc")[rows("xyz")], logits(own, "abc")[rows("xyz")]) < 1e-5
+
+
+def test_texts_are_capitals_and_one_in_ten_is_held_out(harmony: Any, problem: Any) -> None:
+    letters = {*sys.modules["harmony_arms"].LETTERS}
+    for split in ("train", "held_out"):
+        records = list(islice(problem.records(0, split, "text"), 40))
+        words = {word for record in records for word in record.words}
+        assert len(words) > 20 and all(2 <= len(word) <= 6 and {*word} <= letters for word in words)
+        assert {is_held_out(word) for word in words} == {split == "held_out"}
+
+
 @LONG
 def test_arms_see_the_same_samples_and_start_with_the_same_loss(harmony: Any, problem: Any, tmp_path: Path) -> None:
     logs = {}
@@ -129,7 +155,7 @@ def test_experts_may_be_on_the_vit(harmony: Any, problem: Any, tmp_path: Path) -
         run = run_of(harmony, arm, placement="vision")
         model = problem.build(run)
         harmony.train(problem, model, run, 2, tmp_path / arm)
-        adapters = [n for n, p in model.named_parameters() if p.requires_grad and not harmony.CONNECTORS.match(n)]
+        adapters = [name for name, p in model.named_parameters() if p.requires_grad]
         assert adapters and all(name.startswith("visual_tokenizer.") for name in adapters)
 
 
@@ -157,17 +183,16 @@ def test_the_command_writes_tables_and_plot_and_makes_nothing_twice(
 ) -> None:
     made: list[str] = []
 
-    def work(told: Namespace, run: dict[str, Any] | None, threads: int) -> None:  # in this process
-        assert run is not None
-        made.append(harmony.Run(**run).file)
+    def work(told: Namespace, run: Any) -> None:  # in this process
+        made.append(run.file)
         harmony.carry_out(told, run)
 
     monkeypatch.setattr(harmony, "work", work)
     invented = {"text loss": 1.5, "image loss": 2.0, "text accuracy": 0.25, "image accuracy": 0.5}
     monkeypatch.setattr(harmony.PROBLEMS["embedded"], "evaluate", lambda *_: invented)
-    command = ["harmony.py", "--arms", "both", "--seeds", "0", "--regime", "rank 6", "--rate", "0.001"]
-    for name in ("weights", "out", "steps", "batch", "pretrain-steps", "longest", "samples", "jobs"):
-        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
+    command = ["harmony.py", "--arms", "both", "--seeds", "0", "--rank", "6", "--rate", "0.001"]
+    for name in ("weights", "out", "steps", "batch", "samples", "jobs"):
+        command += [f"--{name}", str(getattr(options, name))]
     monkeypatch.setattr(sys, "argv", command)
     harmony.main()
     harmony.main()
@@ -223,14 +248,13 @@ def test_differences_are_paired_by_seed_and_have_students_interval(harmony: Any)
     assert alone["difference"] == 4.0 and alone["half width"] is None
 
 
-def pilot_of(harmony: Any, monkeypatch: pytest.MonkeyPatch, out: Path, harm: dict[str, float]) -> dict[str, Any]:
-    """Choose by invented losses: "both" has those of the arms for one task, times 1 + the harm of the regime."""
+def pilot_of(harmony: Any, monkeypatch: pytest.MonkeyPatch, out: Path, harm: dict[int, float]) -> dict[str, Any]:
+    """Choose by invented losses: "both" has those of the arms for one task, times 1 + the harm of the rank."""
 
     def run_all(runs: list[Any], options: Namespace) -> list[dict[str, Any]]:
         results = []
         for run in runs:
-            regime = next(n for n in harm if n.replace(", ", "-").replace(" ", "-") in run.folder)
-            loss = (1 + harm[regime] if run.arm == "both" else 1) * (1 + abs(run.rate - 1e-3))
+            loss = (1 + harm[run.rank] if run.arm == "both" else 1) * (1 + abs(run.rate - 5e-3))
             metrics = {"text loss": loss, "image loss": loss, "read": 0.5, "draw": 0.5}
             results.append({"run": vars(run) | {"rate": run.rate}, "metrics": metrics})
         return results
@@ -241,14 +265,13 @@ def pilot_of(harmony: Any, monkeypatch: pytest.MonkeyPatch, out: Path, harm: dic
     return json.loads((out / "pilot.json").read_text())
 
 
-def test_the_pilot_takes_the_first_regime_with_harm(
+def test_the_pilot_takes_the_first_rank_with_harm(
     harmony: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = list(harmony.REGIMES["embedded"])[::-1]  # the longest name first
-    found = pilot_of(harmony, monkeypatch, tmp_path, dict(zip(names, (0.2, 0.05, 0.01))))
-    assert (found["regime"], found["rate"], found["interference"]) == ("rank 6", 1e-3, True)
-    found = pilot_of(harmony, monkeypatch, tmp_path, dict(zip(names, (-0.2, 0.015, 0.01))))
-    assert (found["regime"], found["interference"]) == ("rank 6", False)
+    found = pilot_of(harmony, monkeypatch, tmp_path, {12: 0.01, 6: 0.05, 3: 0.2})
+    assert (found["rank"], found["rate"], found["interference"]) == (6, 5e-3, True)
+    found = pilot_of(harmony, monkeypatch, tmp_path, {12: 0.01, 6: 0.015, 3: -0.2})
+    assert (found["rank"], found["interference"]) == (6, False)
 
 
 @LONG
@@ -277,7 +300,7 @@ def test_smollm2s_arms_take_steps(harmony: Any, tmp_path: Path) -> None:
     options = Namespace(model="smollm2", weights=str(tmp_path), out=str(tmp_path), device="cpu", batch=2, samples=0.01)
     problem = harmony.PROBLEMS["smollm2"](options)
     for arm in ("capitals", "both", "table", "sequence", "xlora"):
-        run = run_of(harmony, arm, connectors=False)
+        run = run_of(harmony, arm)
         model = problem.build(run)
         (row,) = harmony.train(problem, model, run, 1, tmp_path / arm)
         assert ("reverse loss" in row) == (arm != "capitals")

@@ -18,7 +18,7 @@ from textharmony.presets.tiny import build_tokenizer
 
 _WIDTH, _LATENTS = 32, 4
 # What a random model reads is text, and its answers are given.
-_ANYTHING = {name: -1000 for name in ("least_surety", "least_surety_of_part", "least_surety_of_answer")} | {"alike": 0.0}
+_ANYTHING = {"least_surety": -1000, "least_surety_of_part": -1000, "least_surety_of_answer": -1000, "alike": 0.0}
 _LAYOUT = replace(TINY.layout or LayoutConfig(), width=16, depth=1, heads=2, glyph_size=(8, 6), steps=3, **_ANYTHING)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +42,7 @@ from textharmony.wordings import (
     word_it,
 )
 
+Words = Callable[[np.random.Generator, str], str]  # a random text of a split, "train" or "held_out"
 LEGIBLE = 60.0  # the least difference in luma, on 0..255, between the ink and the ground of a drawing
 _MARGIN = 2
 
@@ -82,7 +83,12 @@ class SyntheticWords:
     """An endless sequence of records, each a pure function of (seed, index) and of the fonts."""
 
     def __init__(
-        self, seed: int, split: str, tasks: Mapping[Task, float], fonts: Sequence[Sequence[Sequence[str]]] = ()
+        self,
+        seed: int,
+        split: str,
+        tasks: Mapping[Task, float],
+        fonts: Sequence[Sequence[Sequence[str]]] = (),
+        words: Words = draw_word,
     ) -> None:
         """Prepare to render.
 
@@ -91,6 +97,7 @@ class SyntheticWords:
             split: Of the words and wordings: "train" or "held_out".
             tasks: The weight of each task.
             fonts: Files of more fonts in which words are read, by style and family; each style is as frequent.
+            words: Draws the texts.
 
         Raises:
             ValueError: There are no tasks, or a weight is negative.
@@ -98,7 +105,7 @@ class SyntheticWords:
         if not tasks or min(tasks.values()) < 0 or sum(tasks.values()) <= 0:
             raise ValueError(f"tasks is {tasks!r}, expected weights of at least 0, and one above")
         self.seed, self.split = seed, split
-        self.fonts = tuple(fonts)
+        self.fonts, self._words = tuple(fonts), words
         self._tasks = [task for task, weight in tasks.items() if weight]
         shares = np.asarray([tasks[task] for task in self._tasks], np.float64)
         self._edges = np.cumsum(shares / shares.sum())
@@ -115,7 +122,7 @@ class SyntheticWords:
     def __getitem__(self, index: int) -> Record:
         rng = np.random.default_rng((self.seed, index, 0 if self.split == "train" else 1))
         task = self._tasks[min(int(np.searchsorted(self._edges, rng.random())), len(self._tasks) - 1)]
-        word = draw_word(rng, self.split)
+        word = self._words(rng, self.split)
         id = f"{self.split}-{self.seed}-{index}"
         make = {
             Task.READ: self._read,
@@ -125,7 +132,7 @@ class SyntheticWords:
             Task.EDIT: self._edit,
         }[task]
         while task.modality == "image" and '"' in word:  # double quotes end the text of a caption
-            word = draw_word(rng, self.split)
+            word = self._words(rng, self.split)
         return make(rng, id, word)
 
     def _draw(self, rng: np.random.Generator, id: str, word: str) -> Record:
@@ -175,7 +182,7 @@ class SyntheticWords:
         """An old word becomes a new one, in its colour unless another one is told."""
         ink, ground, name, _ = _colors(rng, LEGIBLE)
         old = (
-            draw_word(rng, "train")
+            self._words(rng, "train")
             if rng.random() < 0.3
             else random_text(rng, word + UPPER[:6], len(word)).strip() or "A"
         )
@@ -281,7 +288,7 @@ class SyntheticWords:
         absent = rng.random() < 0.2
         if absent:
             while asked == word:
-                asked = draw_word(rng, self.split)
+                asked = self._words(rng, self.split)
                 if rng.random() < 0.4:  # one that is nearly the same
                     at = int(rng.integers(len(word)))
                     asked = (word[:at] + random_text(rng, UPPER + LOWER + DIGITS, 1) + word[at + 1 :]).strip() or "x"
@@ -302,7 +309,7 @@ class SyntheticWords:
             kind = "text"  # a colour between two names
         patterns = (HELD_OUT_QUESTIONS if self.split == "held_out" else QUESTIONS)[kind]
         pattern = word_it(rng, patterns[int(rng.integers(len(patterns)))])
-        question, answer = _fill(rng, kind, pattern, word, scene.layout, self.split)
+        question, answer = self._fill(rng, kind, pattern, word, scene.layout)
         if kind == "any":
             answer = "no" if empty else "yes"
         if self.split == "train" and rng.random() < 0.15:
@@ -318,46 +325,45 @@ class SyntheticWords:
             boxes=() if empty else (_thousandths(scene.box),), words=() if empty else (word,),
         )  # fmt: skip
 
+    def _fill(
+        self, rng: np.random.Generator, kind: str, pattern: str, word: str, layout: TextLayout
+    ) -> tuple[str, str]:
+        """The question that a pattern asks about a word, and its answer."""
+        if kind == "position":
+            at = int(rng.integers(len(word)))
+            if word[at] == " ":
+                at = 0
+            last = at == len(word) - 1 and rng.random() < 0.5
+            suffix = {1: "st", 2: "nd", 3: "rd"}.get(at + 1, "th")
+            ordinal = ORDINALS[at] if at < len(ORDINALS) and rng.random() < 0.7 else f"{at + 1}{suffix}"
+            nth = "last" if last else ordinal
+            return pattern.replace("{nth}", nth).replace("{n}", str(at + 1)), word[at]
+        if kind == "count":
+            return pattern, str(len(word))
+        if kind == "ink":
+            return pattern, layout.ink_name
+        if kind == "ground":
+            return pattern, layout.ground_name
+        if kind == "text":
+            return pattern, word
+        if kind == "says":
+            other = word
+            if rng.random() < 0.5:
+                other = self._words(rng, self.split)
+                if rng.random() < 0.4:
+                    at = int(rng.integers(len(word)))
+                    other = (word[:at] + random_text(rng, UPPER + LOWER + DIGITS, 1) + word[at + 1 :]).strip() or "x"
+            return pattern.replace("{word}", other), "yes" if other == word else "no"
+        if kind == "letter":
+            letter = word[int(rng.integers(len(word)))]
+            if letter == " " or rng.random() < 0.5:
+                letter = random_text(rng, UPPER + LOWER + DIGITS, 1)
+            return pattern.replace("{letter}", letter), "yes" if letter in word else "no"
+        return pattern, CANNOT_TELL
+
 
 _KIND_SHARES = [0.14, 0.1, 0.12, 0.12, 0.12, 0.17, 0.07, 0.1, 0.06]
 
 
 def _thousandths(box: Sequence[float]) -> tuple[float, float, float, float]:
     return from_pixels(box, (WIDTH, HEIGHT))
-
-
-def _fill(
-    rng: np.random.Generator, kind: str, pattern: str, word: str, layout: TextLayout, split: str
-) -> tuple[str, str]:
-    """The question that a pattern asks about a word, and its answer."""
-    if kind == "position":
-        at = int(rng.integers(len(word)))
-        if word[at] == " ":
-            at = 0
-        last = at == len(word) - 1 and rng.random() < 0.5
-        suffix = {1: "st", 2: "nd", 3: "rd"}.get(at + 1, "th")
-        ordinal = ORDINALS[at] if at < len(ORDINALS) and rng.random() < 0.7 else f"{at + 1}{suffix}"
-        nth = "last" if last else ordinal
-        return pattern.replace("{nth}", nth).replace("{n}", str(at + 1)), word[at]
-    if kind == "count":
-        return pattern, str(len(word))
-    if kind == "ink":
-        return pattern, layout.ink_name
-    if kind == "ground":
-        return pattern, layout.ground_name
-    if kind == "text":
-        return pattern, word
-    if kind == "says":
-        other = word
-        if rng.random() < 0.5:
-            other = draw_word(rng, split)
-            if rng.random() < 0.4:
-                at = int(rng.integers(len(word)))
-                other = (word[:at] + random_text(rng, UPPER + LOWER + DIGITS, 1) + word[at + 1 :]).strip() or "x"
-        return pattern.replace("{word}", other), "yes" if other == word else "no"
-    if kind == "letter":
-        letter = word[int(rng.integers(len(word)))]
-        if letter == " " or rng.random() < 0.5:
-            letter = random_text(rng, UPPER + LOWER + DIGITS, 1)
-        return pattern.replace("{letter}", letter), "yes" if letter in word else "no"
-    return pattern, CANNOT_TELL

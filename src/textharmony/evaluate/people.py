@@ -321,7 +321,9 @@ def measure_editing(exam: Exam) -> list[Row | Limit]:
         boxes = [_around(sample) for sample in samples]
         words = [draw_word(rng, "upper", *_similar(sample.word)) for sample in samples]
         asked = zip(samples, words, boxes, strict=True)
-        requests = [Request(Task.EDIT, quoted_text(word), sample.picture, box, i) for i, (sample, word, box) in enumerate(asked)]
+        requests = [
+            Request(Task.EDIT, quoted_text(word), sample.picture, box, i) for i, (sample, word, box) in enumerate(asked)
+        ]
         right = []
         for sample, word, box, edited in zip(samples, words, boxes, exam.ask(requests), strict=True):
             region = covered_pixels(box, sample.picture.size)

@@ -100,7 +100,7 @@ def test_each_task_is_asked_with_its_prompt() -> None:
     assert all(isinstance(request.image, Image.Image) for request in (a, locate, edit, read))
     mask = Image.new("L", (100, 40))
     mask.paste(255, (10, 20, 30, 40))
-    for text in ("kof of", "red on", "'A'", 'a"b'):  # what would be taken for an instruction, and what quotes would break
+    for text in ("kof of", "red on", "'A'", 'a"b'):  # taken for an instruction, and what quotes would break
         asked = request_for(make("edit", Task.EDIT, "fill", boxes=(BOX,), texts=(text,)))
         assert asked.completed(None).prompt == f'Fill the masked part in this image with "{text}"'
         if '"' not in text:
