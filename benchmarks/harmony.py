@@ -23,8 +23,8 @@ SmolLM2-135M (--model smollm2). Text against text: to write three words in capit
 
 The rule of the pilot. Its seeds are not used again. First the rate: the one of RATES with which "both" has the lowest
 losses (held out, each relative to the lowest found), at the largest rank. Then the ranks in their order, with the arms
-for one task and "both": the first counts in which the arms for one task have learnt something (5% to 98% exact) and in
-which the harm is at least 2% for each seed (SmolLM2: 10%). Harm is the mean over the tasks of
+for one task and "both": the first counts in which the arms for one task have learnt something (5% to 90% exact;
+SmolLM2: 98%) and in which the harm is at least 2% for each seed (SmolLM2: 10%). Harm is the mean over the tasks of
 loss("both") / loss(one task) - 1, held out. If none does, the rank with the largest mean harm is taken, and the pilot
 says that it found no interference.
 """
@@ -57,7 +57,8 @@ from textharmony.files import replace_file
 RESULTS = Path(__file__).parent / "results" / "harmony"
 REGIMES = {"embedded": (12, 6, 3), "smollm2": (6, 3)}  # total ranks, to the tightest
 RATES = {"embedded": (2e-3, 5e-3, 1e-2), "smollm2": (5e-4, 1e-3, 2e-3)}
-PILOT_SEEDS, LEARNT = (100, 101), (0.05, 0.98)
+PILOT_SEEDS = (100, 101)
+LEARNT = {"embedded": (0.05, 0.9), "smollm2": (0.05, 0.98)}  # what share is exact
 HARM = {"embedded": 0.02, "smollm2": 0.1}  # the least; held-out losses of SmolLM2 are near 0, and vary by more
 DEFAULTS = {"embedded": (200, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
 ARMS = {"embedded": BOTH, "smollm2": ("both", "table", "sequence")}  # besides those for one task
@@ -185,7 +186,8 @@ def pilot(options: argparse.Namespace) -> None:
             for task, name in zip(problem.tasks, problem.learnt)
         }
         of_seeds = [statistics.mean(column) for column in zip(*harms.values())]
-        learnt = all(LEARNT[0] <= value <= LEARNT[1] for value in exact.values())
+        low, high = LEARNT[options.model]
+        learnt = all(low <= value <= high for value in exact.values())
         tried.append(
             {"rank": rank, "harms": harms, "harm": of_seeds, "exact": exact, "learnt": learnt}
             | {"passed": learnt and min(of_seeds) >= HARM[options.model]}
@@ -200,7 +202,7 @@ def pilot(options: argparse.Namespace) -> None:
         "settings": settings(options),
         "seeds": PILOT_SEEDS,
         "least harm": HARM[options.model],
-        "bounds of exact": LEARNT,
+        "bounds of exact": LEARNT[options.model],
     }
     replace_file(Path(options.out) / "pilot.json", (json.dumps(choice, indent=2) + "\n").encode())
     if not any(row["learnt"] for row in tried):
