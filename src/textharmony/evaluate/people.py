@@ -437,14 +437,14 @@ def measure_questions(exam: Exam) -> list[Row]:
                 badness = 0.5 if given == CANNOT_TELL else 1
                 exam.miss("questions", badness, request.image, f"{request.prompt} {answer} [{given}]")
         name = f"- of these, about {_ABOUT[kind]}"
-        rows.append(Row(name, sum(right), len(right), 0.90, beside=_beside(refused, len(right))))
+        rows.append(Row(name, sum(right), len(right), 0.90, beside=share_refused(refused, len(right))))
         total += right
         all_refused += refused
     name = "questions in held-out wordings, exact"
-    return [Row(name, sum(total), len(total), 0.90, beside=_beside(all_refused, len(total))), *rows]
+    return [Row(name, sum(total), len(total), 0.90, beside=share_refused(all_refused, len(total))), *rows]
 
 
-def _beside(refused: int, count: int) -> str:
+def share_refused(refused: int, count: int) -> str:
     """What stands beside the share of right answers: how often the model said that it cannot tell what it should."""
     return f'"{CANNOT_TELL}" {100 * refused / count:.1f}%' if refused else ""
 
