@@ -60,7 +60,7 @@ RATES = {"embedded": (2e-3, 5e-3, 1e-2), "smollm2": (5e-4, 1e-3, 2e-3)}
 PILOT_SEEDS = (100, 101)
 LEARNT = {"embedded": (0.05, 0.9), "smollm2": (0.05, 0.98)}  # what share is exact
 HARM = {"embedded": 0.02, "smollm2": 0.1}  # the least; held-out losses of SmolLM2 are near 0, and vary by more
-DEFAULTS = {"embedded": (200, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
+DEFAULTS = {"embedded": (100, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
 ARMS = {"embedded": BOTH, "smollm2": ("both", "table", "sequence")}  # besides those for one task
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "placement": ("vision", "both"),  # instead of "language"
@@ -382,10 +382,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pilot", action="store_true", help="choose learning rate and regime")
     parser.add_argument("--ablate", nargs="+", choices=list(ABLATIONS), default=[], help="instead of the core arms")
     parser.add_argument("--arms", nargs="+", help="names of tasks, or some of " + ", ".join(BOTH))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rank", type=int, help="of the plain LoRA, a multiple of 3; default: as the pilot chose")
     parser.add_argument("--rate", type=float, help="of learning; default: as the pilot chose")
-    parser.add_argument("--steps", type=int, help="of each run; default: 200, smollm2 40")
+    parser.add_argument("--steps", type=int, help="of each run; default: 100, smollm2 40")
     parser.add_argument("--batch", type=int, help="samples of each task in a step; default: 16, smollm2 8")
     parser.add_argument("--samples", type=float, default=1.0, help="how many held-out samples, relative to the default")
     parser.add_argument("--weights", default="tiny", help="a folder instead of the embedded weights, or of SmolLM2's")
