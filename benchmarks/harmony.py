@@ -1,7 +1,7 @@
 """Does Slide-LoRA harmonise two tasks on one frozen language model? Arms that differ in nothing but the adapter.
 
     python benchmarks/harmony.py --pilot                    # chooses the regime, by a rule that is fixed below
-    python benchmarks/harmony.py                            # the arms, three seeds each; then table and plot
+    python benchmarks/harmony.py                            # the arms, five seeds each; then table and plot
     python benchmarks/harmony.py --ablate placement rank experts scaling weight
     python benchmarks/harmony.py --model smollm2 --pilot && python benchmarks/harmony.py --model smollm2
 
@@ -418,7 +418,7 @@ def main() -> None:
     if options.ablate:
         core = []
     for name in options.ablate:
-        arms = ["sequence"] if name == "experts" else ["both", "sequence"]
+        arms = {"experts": ["sequence"], "scaling": ["both", "table", "sequence"]}.get(name, ["both", "sequence"])
         for value in ABLATIONS[name]:
             changed = {name: round(rank * value) if name == "rank" else value}
             runs = [Run("core", arm, seed, rank, rate) for seed in options.seeds for arm in arms]
