@@ -66,7 +66,7 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "placement": ("vision", "both"),  # instead of "language"
     "rank": (2, 4),  # times the pilot's
     "experts": (2, 6),  # instead of 3
-    "scaling": (0.5, 2.0),  # instead of 1
+    "scaling": (2.0,),  # instead of 1: gates that add up to 1 halve the scale of the experts that act
     "weight": (0.3, 0.1),  # instead of 1: of the second task's loss
 }
 # 97.5% quantiles of Student's t by degrees of freedom, from 1 on; the last one counts for more, too.
