@@ -1,7 +1,7 @@
 """Does Slide-LoRA harmonise two tasks on one frozen language model? Arms that differ in nothing but the adapter.
 
     python benchmarks/harmony.py --pilot                    # chooses the regime, by a rule that is fixed below
-    python benchmarks/harmony.py                            # the arms, three seeds each; then table and plot
+    python benchmarks/harmony.py                            # the arms, five seeds each; then table and plot
     python benchmarks/harmony.py --ablate placement rank experts scaling weight
     python benchmarks/harmony.py --model smollm2 --pilot && python benchmarks/harmony.py --model smollm2
 
@@ -60,13 +60,13 @@ RATES = {"embedded": (2e-3, 5e-3, 1e-2), "smollm2": (5e-4, 1e-3, 2e-3)}
 PILOT_SEEDS = (100, 101)
 LEARNT = {"embedded": (0.05, 0.9), "smollm2": (0.05, 0.98)}  # what share is exact
 HARM = {"embedded": 0.02, "smollm2": 0.1}  # the least; held-out losses of SmolLM2 are near 0, and vary by more
-DEFAULTS = {"embedded": (200, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
+DEFAULTS = {"embedded": (100, 16), "smollm2": (40, 8)}  # steps, and samples of a task in a step
 ARMS = {"embedded": BOTH, "smollm2": ("both", "table", "sequence")}  # besides those for one task
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "placement": ("vision", "both"),  # instead of "language"
     "rank": (2, 4),  # times the pilot's
     "experts": (2, 6),  # instead of 3
-    "scaling": (0.5, 2.0),  # instead of 1
+    "scaling": (2.0,),  # instead of 1: gates that add up to 1 halve the scale of the experts that act
     "weight": (0.3, 0.1),  # instead of 1: of the second task's loss
 }
 # 97.5% quantiles of Student's t by degrees of freedom, from 1 on; the last one counts for more, too.
@@ -382,10 +382,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pilot", action="store_true", help="choose learning rate and regime")
     parser.add_argument("--ablate", nargs="+", choices=list(ABLATIONS), default=[], help="instead of the core arms")
     parser.add_argument("--arms", nargs="+", help="names of tasks, or some of " + ", ".join(BOTH))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rank", type=int, help="of the plain LoRA, a multiple of 3; default: as the pilot chose")
     parser.add_argument("--rate", type=float, help="of learning; default: as the pilot chose")
-    parser.add_argument("--steps", type=int, help="of each run; default: 200, smollm2 40")
+    parser.add_argument("--steps", type=int, help="of each run; default: 100, smollm2 40")
     parser.add_argument("--batch", type=int, help="samples of each task in a step; default: 16, smollm2 8")
     parser.add_argument("--samples", type=float, default=1.0, help="how many held-out samples, relative to the default")
     parser.add_argument("--weights", default="tiny", help="a folder instead of the embedded weights, or of SmolLM2's")
@@ -418,7 +418,7 @@ def main() -> None:
     if options.ablate:
         core = []
     for name in options.ablate:
-        arms = ["sequence"] if name == "experts" else ["both", "sequence"]
+        arms = {"experts": ["sequence"], "scaling": ["both", "table", "sequence"]}.get(name, ["both", "sequence"])
         for value in ABLATIONS[name]:
             changed = {name: round(rank * value) if name == "rank" else value}
             runs = [Run("core", arm, seed, rank, rate) for seed in options.seeds for arm in arms]
