@@ -253,7 +253,7 @@ class TextHarmony(TextHarmonyModel):
             guidance_scale: As in `draw`.
 
         Returns:
-            Texts and PIL images in their order.
+            Texts and PIL images in their order. A text about a picture is "I cannot tell" where `answer` says so.
 
         Raises:
             ValueError: There are no parts, a text holds special tokens, or a picture cannot be read.
@@ -273,12 +273,16 @@ class TextHarmony(TextHarmonyModel):
         replies: list[str | Image.Image] = []
         for drawn in range(max_pictures + 1):
             prompted = prompt(self, [ids], _stack(pixels), "text", prompt_length)
-            rows, surety = write_surely(self, prompted, settings, streamer)
+            unsure = False
+            if self.config.layout is None or streamer is not None or not pixels:
+                rows = write(self, prompted, settings, streamer)
+            else:
+                rows, surety = write_surely(self, prompted, settings)
+                unsure = float(surety) < self.config.layout.least_surety_of_answer
             written = rows[0].tolist()
             draws = self.boi_id in written and drawn < max_pictures
             if reply := str(self.tokenizer.decode(written, skip_special_tokens=True)).strip():
-                answers = pixels and not draws and streamer is None
-                replies.append(CANNOT_TELL if answers and self._unsure(float(surety)) else reply)
+                replies.append(CANNOT_TELL if unsure and not draws else reply)
             if not draws:
                 break
             ids += written[: written.index(self.boi_id) + 1]
@@ -375,7 +379,7 @@ class TextHarmony(TextHarmonyModel):
                     results[row] = [views[best].to_original(box) for box in located[best][1]]
             else:  # the likeliest answer
                 likeliest = max((answers[i] for i in mine), key=lambda answer: answer.surety * answer.tokens)
-                unsure = streamer is None and self._unsure(likeliest.surety)
+                unsure = streamer is None and likeliest.surety < layout.least_surety_of_answer
                 results[row] = CANNOT_TELL if unsure else likeliest.text
         return results
 
@@ -394,10 +398,6 @@ class TextHarmony(TextHarmonyModel):
                 counts = (ids != self.tokenizer.pad_token_id).sum(1).tolist()
                 answers |= zip(several, map(_Answer, texts, surety.tolist(), counts), strict=True)
         return [answers[row] for row in range(len(views))]
-
-    def _unsure(self, surety: float) -> bool:
-        """Whether an answer whose tokens have this mean log-probability is not to be given."""
-        return self.config.layout is not None and surety < self.config.layout.least_surety_of_answer
 
     def _read_located(
         self, asked: Sequence[Request], layout: LayoutConfig, views: Sequence[FittedImage], answers: Sequence[_Answer]
