@@ -1,6 +1,6 @@
 """Does Slide-LoRA harmonise two tasks on one frozen language model? Arms that differ in nothing but the adapter.
 
-    python benchmarks/harmony.py --pilot                    # chooses the regime, by a rule that is fixed below
+    python benchmarks/harmony.py --pilot                    # chooses rate and rank, by a rule that is fixed below
     python benchmarks/harmony.py                            # the arms, five seeds each; then table and plot
     python benchmarks/harmony.py --ablate placement rank experts scaling weight
     python benchmarks/harmony.py --model smollm2 --pilot && python benchmarks/harmony.py --model smollm2
@@ -37,7 +37,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -55,7 +54,7 @@ from harmony_arms import BOTH, PROBLEMS, Run, train
 from textharmony.files import replace_file
 
 RESULTS = Path(__file__).parent / "results" / "harmony"
-REGIMES = {"embedded": (12, 6, 3), "smollm2": (6, 3)}  # total ranks, to the tightest
+RANKS = {"embedded": (12, 6, 3), "smollm2": (6, 3)}  # total ranks, to the tightest
 RATES = {"embedded": (2e-3, 5e-3, 1e-2), "smollm2": (5e-4, 1e-3, 2e-3)}
 PILOT_SEEDS = (100, 101)
 LEARNT = {"embedded": (0.05, 0.9), "smollm2": (0.05, 0.98)}  # what share is exact
@@ -118,10 +117,8 @@ def carry_out(options: argparse.Namespace, run: Run) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     about = json.dumps({**asdict(run), **settings(options)})
     log = train(problem, model, run, options.steps, file.with_suffix(".part"), about)
-    result = {
-        **{"run": asdict(run), "settings": settings(options), "metrics": problem.evaluate(model, run)},
-        **{"adapter": trained, "log": log},
-    }
+    metrics = problem.evaluate(model, run)
+    result = {"run": asdict(run), "settings": settings(options), "metrics": metrics, "adapter": trained, "log": log}
     replace_file(file, json.dumps(result).encode())
     file.with_suffix(".part").unlink(missing_ok=True)
 
@@ -161,20 +158,19 @@ def work(options: argparse.Namespace, run: Run) -> None:
 
 def pilot(options: argparse.Namespace) -> None:
     """Choose learning rate and regime by the rule above, and write pilot.json."""
-    problem, regimes = PROBLEMS[options.model], REGIMES[options.model]
+    problem, ranks, rates = PROBLEMS[options.model], RANKS[options.model], RATES[options.model]
 
     def runs(rank: int, rate: float, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-        folder = "pilot/" + re.sub(r"\W+", "-", f"rank {rank} {rate:g}")
+        folder = f"pilot/rank-{rank}-{rate:g}".replace(".", "-")
         return [Run(folder, arm, seed, rank, rate) for seed in seeds for arm in arms]
 
-    rates = RATES[options.model]
-    rated = run_all([run for rate in rates for run in runs(regimes[0], rate, ["both"], PILOT_SEEDS[:1])], options)
+    rated = run_all([run for rate in rates for run in runs(ranks[0], rate, ["both"], PILOT_SEEDS[:1])], options)
     losses = {result["run"]["rate"]: [result["metrics"][f"{task} loss"] for task in problem.tasks] for result in rated}
     least = [min(column) for column in zip(*losses.values())]
     relative = {rate: sum(loss / low for loss, low in zip(row, least)) for rate, row in losses.items()}
     rate = min(relative, key=lambda rate: relative[rate])
     tried = []
-    for rank in regimes:
+    for rank in ranks:
         results = run_all(runs(rank, rate, [*problem.tasks, "both"], PILOT_SEEDS), options)
         found = {(r["run"]["arm"], r["run"]["seed"]): r["metrics"] for r in results}
         harms = {
@@ -206,7 +202,7 @@ def pilot(options: argparse.Namespace) -> None:
     }
     replace_file(Path(options.out) / "pilot.json", (json.dumps(choice, indent=2) + "\n").encode())
     if not any(row["learnt"] for row in tried):
-        print("no regime is between the bounds of what counts as learnt: use other --steps")
+        print("no rank is between the bounds of what counts as learnt: use other --steps")
     seen = "interference was seen" if passed else "NO INTERFERENCE was seen"
     print(f"rank {best['rank']}, learning rate {rate:g}; {seen}")
 
@@ -379,7 +375,7 @@ def report(options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=list(PROBLEMS), default="embedded")
-    parser.add_argument("--pilot", action="store_true", help="choose learning rate and regime")
+    parser.add_argument("--pilot", action="store_true", help="choose learning rate and rank")
     parser.add_argument("--ablate", nargs="+", choices=list(ABLATIONS), default=[], help="instead of the core arms")
     parser.add_argument("--arms", nargs="+", help="names of tasks, or some of " + ", ".join(BOTH))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])

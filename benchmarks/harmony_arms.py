@@ -221,7 +221,7 @@ def train(problem: Any, model: nn.Module, run: Run, steps: int, file: Path, abou
             torch.manual_seed(seed_of("noise", task, run.seed, number))
             batch = problem.batch(task, run.seed, number)
             total, row[f"{task} loss"] = problem.loss(model, run, task, batch)
-            if total.requires_grad:  # not where drawings alone meet an adapter on the ViT, and frozen resamplers
+            if total.requires_grad:  # not where drawings alone meet an adapter on the ViT
                 (total * (run.weight if task == problem.tasks[1] else 1)).backward()
             if probed:
                 now = flat_gradient(shared)
@@ -290,14 +290,9 @@ class Embedded:
 
     def _language(self) -> nn.Module:
         """The embedded weights without experts, in which each letter has the embedding of another one."""
-        from textharmony.model.backbones import build_language
-
-        language: Any = build_language(self.config, self.tokenizer)
-        own = {n.removeprefix("language."): p for n, p in self.parts.state_dict().items() if n.startswith("language.")}
-        own = {n.replace(".base_layer", ""): p.clone() for n, p in own.items() if not ROUTERS.search(n)}
-        found = language.load_state_dict({n: p for n, p in own.items() if "lora_" not in n}, strict=False)
-        assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}
-        language.tie_weights()
+        language: Any = copy.deepcopy(self.parts.language)
+        if self.parts.config.slide is not None:
+            slidelora.remove(language)
         letters = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(LETTERS)))
         others = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(exchanged(LETTERS))))
         with torch.no_grad():

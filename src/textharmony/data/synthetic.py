@@ -288,10 +288,7 @@ class SyntheticWords:
         absent = rng.random() < 0.2
         if absent:
             while asked == word:
-                asked = self._words(rng, self.split)
-                if rng.random() < 0.4:  # one that is nearly the same
-                    at = int(rng.integers(len(word)))
-                    asked = (word[:at] + random_text(rng, UPPER + LOWER + DIGITS, 1) + word[at + 1 :]).strip() or "x"
+                asked = self._another(rng, word)
             if rng.random() < 0.1:
                 scene = self._empty(rng)
         return Record(
@@ -347,12 +344,7 @@ class SyntheticWords:
         if kind == "text":
             return pattern, word
         if kind == "says":
-            other = word
-            if rng.random() < 0.5:
-                other = self._words(rng, self.split)
-                if rng.random() < 0.4:
-                    at = int(rng.integers(len(word)))
-                    other = (word[:at] + random_text(rng, UPPER + LOWER + DIGITS, 1) + word[at + 1 :]).strip() or "x"
+            other = self._another(rng, word) if rng.random() < 0.5 else word
             return pattern.replace("{word}", other), "yes" if other == word else "no"
         if kind == "letter":
             letter = word[int(rng.integers(len(word)))]
@@ -360,6 +352,14 @@ class SyntheticWords:
                 letter = random_text(rng, UPPER + LOWER + DIGITS, 1)
             return pattern.replace("{letter}", letter), "yes" if letter in word else "no"
         return pattern, CANNOT_TELL
+
+    def _another(self, rng: np.random.Generator, word: str) -> str:
+        """Another word to ask about, or one that is nearly the same; it may be the same."""
+        other = self._words(rng, self.split)
+        if rng.random() < 0.4:
+            at = int(rng.integers(len(word)))
+            other = (word[:at] + random_text(rng, UPPER + LOWER + DIGITS, 1) + word[at + 1 :]).strip() or "x"
+        return other
 
 
 _KIND_SHARES = [0.14, 0.1, 0.12, 0.12, 0.12, 0.17, 0.07, 0.1, 0.06]

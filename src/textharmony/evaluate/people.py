@@ -414,7 +414,7 @@ def measure_questions(exam: Exam) -> list[Row]:
     """Ask questions in held-out wordings about words in known fonts, and in the end report what the gate preferred."""
     rng = np.random.default_rng(_SEED)
     fonts, count = fonts_of(_ASKED, exam.fonts), exam.counts.questions
-    rows, total, all_refused = [], list[bool](), 0
+    rows, total = [], list[tuple[str, str]]()
     for kind, patterns in HELD_OUT_QUESTIONS.items():
         requests, answers = [], []
         for i in range(count):
@@ -429,24 +429,23 @@ def measure_questions(exam: Exam) -> list[Row]:
             question, answer = _question(rng, kind, patterns[i % len(patterns)], sample.word)
             requests.append(Request(Task.ANSWER, question, sample.picture))
             answers.append({"ink": ink, "ground": ground}.get(kind, answer))
-        right, refused = [], 0
-        for request, answer, given in zip(requests, answers, exam.ask(requests, held_out=True), strict=True):
-            right.append(given == answer)
-            refused += given == CANNOT_TELL != answer
-            if not right[-1] and isinstance(request.image, Image.Image):
-                badness = 0.5 if given == CANNOT_TELL else 1
-                exam.miss("questions", badness, request.image, f"{request.prompt} {answer} [{given}]")
-        name = f"- of these, about {_ABOUT[kind]}"
-        rows.append(Row(name, sum(right), len(right), 0.90, beside=share_refused(refused, len(right))))
-        total += right
-        all_refused += refused
-    name = "questions in held-out wordings, exact"
-    return [Row(name, sum(total), len(total), 0.90, beside=share_refused(all_refused, len(total))), *rows]
+        given = exam.ask(requests, held_out=True)
+        for request, said, answer in zip(requests, given, answers, strict=True):
+            if said != answer and isinstance(request.image, Image.Image):
+                badness = 0.5 if said == CANNOT_TELL else 1
+                exam.miss("questions", badness, request.image, f"{request.prompt} {answer} [{said}]")
+        asked = list(zip(given, answers, strict=True))
+        rows.append(answers_row(f"- of these, about {_ABOUT[kind]}", asked))
+        total += asked
+    return [answers_row("questions in held-out wordings, exact", total), *rows]
 
 
-def share_refused(refused: int, count: int) -> str:
-    """What stands beside the share of right answers: how often the model said that it cannot tell what it should."""
-    return f'"{CANNOT_TELL}" {100 * refused / count:.1f}%' if refused else ""
+def answers_row(name: str, answers: Sequence[tuple[str, str]]) -> Row:
+    """The row about answers and what they should be; how often the model cannot tell what it should stands beside."""
+    right = sum(said == expected for said, expected in answers)
+    refused = sum(said == CANNOT_TELL != expected for said, expected in answers)
+    beside = f'"{CANNOT_TELL}" {100 * refused / len(answers):.1f}%' if refused else ""
+    return Row(name, right, len(answers), 0.90, beside=beside)
 
 
 _ABOUT = {

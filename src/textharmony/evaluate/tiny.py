@@ -28,6 +28,7 @@ from textharmony.evaluate.people import (
     Caption,
     Counts,
     Exam,
+    answers_row,
     colors_near,
     gate_row,
     measure_drawing,
@@ -35,7 +36,6 @@ from textharmony.evaluate.people import (
     measure_questions,
     measure_reading,
     measure_speed,
-    share_refused,
 )
 from textharmony.evaluate.run import request_for
 from textharmony.evaluate.table import Limit, Row, markdown_table, same_text
@@ -43,7 +43,6 @@ from textharmony.files import replace_file
 from textharmony.images import contact_sheet, open_image, save_picture
 from textharmony.pipeline import TextHarmony
 from textharmony.prompts import Task, sought_text
-from textharmony.wordings import CANNOT_TELL
 
 COUNTS = {Task.READ: 500, Task.DRAW: 200, Task.EDIT: 100, Task.LOCATE: 200, Task.ANSWER: 400}  # held-out samples
 _SEED, _BATCH = 2024, 50  # of the samples; training uses other seeds
@@ -114,9 +113,7 @@ def _own_words(model: TextHarmony, out: Path, counts: Mapping[Task, int]) -> lis
     located = [_is_located(record, boxes) for record, boxes in exam.take(Task.LOCATE)]
     rows.append(_row("locating, IoU >= 0.5, or none for an absent word", located, 0.90))
     answered = [(text, record.texts[0]) for record, text in exam.take(Task.ANSWER)]
-    refused = sum(text == CANNOT_TELL != expected for text, expected in answered)
-    row = _row("questions, exact", [text == expected for text, expected in answered], 0.90)
-    rows.append(replace(row, beside=share_refused(refused, len(answered))))
+    rows.append(answers_row("questions, exact", answered))
     rows.append(_row("gate on held-out prompts: right modality", exam.gates, 0.99))
     return [*rows]
 

@@ -70,8 +70,7 @@ TINY = ModelConfig(
     layout=LayoutConfig(
         slots=12, fonts=12, characters="".join(map(chr, range(32, 127))), colors=tuple(BASIC),
         palette=(*CSS, "#rrggbb"), overshoot=0.2, descent=0.35, legible=60.0, least_height=14.0, steps=8,
-        least_surety=-0.5, least_surety_of_part=-0.25, least_surety_of_answer=-0.1,
-        alike=0.6,
+        least_surety=-0.5, least_surety_of_part=-0.25, least_surety_of_answer=-0.1, alike=0.6,
     ),
     max_new_tokens=24,
     inference_steps=4,
