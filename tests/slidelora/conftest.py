@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from injected_models import randomise
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 import slidelora
 from slidelora.ops.fused import launch
@@ -24,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if kernels and not launch.triton_version():
         for item in kernels:
             item.add_marker(pytest.mark.skip("the fused backend needs triton >= 3.4"))
+
+
+@pytest.fixture
+def transformers_adapters() -> None:
+    """Skip where transformers' own calls for adapters refuse the installed PEFT: 5.24.0 wants one that is not out."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
 
 
 @pytest.fixture

@@ -220,6 +220,7 @@ def test_the_dtype_is_that_of_peft_lora(make_base: Make, tmp_path: Path, gate: s
         assert dtypes(loaded) == {torch.float32 if cast else torch.bfloat16}
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_peft_and_transformers_share_one_layout(
     make_base: Make, make_peft: Any, input_ids: Tensor, tmp_path: Path
 ) -> None:
@@ -239,6 +240,7 @@ def test_peft_and_transformers_share_one_layout(
     assert torch.equal(slidelora.load_pretrained(make_base(), tmp_path / "own")(input_ids).logits, expected)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_a_disabled_adapter_leaves_the_base_model(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
     base, model = make_base()(input_ids).logits, make_peft(frozen=["text"])
     expected, trains = model(input_ids).logits, trained(model)
@@ -526,6 +528,7 @@ def test_adapter_names_are_refused(make_peft: Any, input_ids: Tensor) -> None:
     assert torch.equal(model(input_ids=input_ids).logits, expected)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_other_bad_calls_are_named(make_base: Make, make_peft: Any, input_ids: Tensor) -> None:
     base = make_base()
     before = snapshot(base)

@@ -152,6 +152,7 @@ def test_copies_have_adapters_of_their_own(make_two: Any, input_ids: Tensor, dup
     assert sum(one.numel() for one in part.parameters()) < sum(one.numel() for one in model.parameters()) / 2
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 @pytest.mark.parametrize("second", ["sequence", "token"])
 def test_models_of_transformers(
     make_base: Make, make_two: Any, input_ids: Tensor, tmp_path: Path, second: str, capfd: Any
@@ -474,6 +475,7 @@ def test_bad_calls_are_named(make_base: Make, make_two: Any, input_ids: Tensor) 
     assert model.supports_lora_conversion() and peft.convert_to_lora(model, rank=8)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 @pytest.mark.parametrize("onto", ["lora", "slide"])
 def test_another_method_is_refused(make_base: Make, onto: str) -> None:
     model, lora = make_base(), LoraConfig(r=2, target_modules=["q_proj"])

@@ -167,6 +167,7 @@ def test_the_documented_loss_equals_that_of_the_accumulated_batch(tmp_path: Path
     assert not any(torch.equal(expected[name], trained[name]) for name in trained)
 
 
+@pytest.mark.usefixtures("transformers_adapters")
 def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}

@@ -94,7 +94,7 @@ TOKENS = (16, 1024)  # a group of at most so many tokens takes the first and the
 # By kind of input: bf16 is multiplied in bf16, fp16 in TF32, fp32 in fp32 (and fp64 in fp64).
 CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "shrink": {
-        "bf16": (Config(16, 64, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(128, 64, 128, 8, 2, 128)),
+        "bf16": (Config(16, 64, 32, 4, 3), Config(64, 32, 128, 4, 3, 128), Config(64, 64, 128, 4, 2, 128)),
         "fp16": (Config(16, 128, 32, 4, 2), Config(64, 64, 64, 4, 2, 128), Config(64, 64, 64, 4, 2, 128)),
         "fp32": (Config(16, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(64, 64, 32, 8, 2)),
     },
