@@ -147,8 +147,7 @@ class SlideLoRALinear(nn.Module):
         if frozen is None:
             return lora
         trained = [name for name in self.names if name not in self.frozen]
-        # torch.compile of torch 2.6 knows no dict | dict.
-        rows = {**dict(zip(trained, lora.split(self.r))), **dict(zip(self.frozen, frozen.split(self.r)))}
+        rows = dict(zip(trained, lora.split(self.r))) | dict(zip(self.frozen, frozen.split(self.r)))
         return torch.cat([rows[name] for name in self.names])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

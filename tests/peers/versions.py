@@ -54,8 +54,8 @@ def main() -> int:
         if options.dry_run:
             return 0
         python = folder / "venv" / "bin" / "python"
-        steps = [
-            [*uv, "venv", "--clear", "--python", find(options.python) or options.python, folder / "venv"],
+        steps = [  # --seed as in `python -m venv`: the compiler of torch 2.9 imports setuptools
+            [*uv, "venv", "--clear", "--seed", "--python", find(options.python) or options.python, folder / "venv"],
             [*uv, "pip", "install", "--python", python, "-r", chosen],
             [*uv, "pip", "install", "--python", python, "--no-deps", ROOT],
         ]

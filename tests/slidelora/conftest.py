@@ -22,11 +22,11 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the kernels' tests where there is no triton, or one before 3.4, as torch before 2.8 wants it."""
+    """Skip the kernels' tests where there is no triton, or one before 3.5."""
     kernels = [item for item in items if "fused" in item.nodeid]
     if kernels and not launch.triton_version():
         for item in kernels:
-            item.add_marker(pytest.mark.skip("the fused backend needs triton >= 3.4"))
+            item.add_marker(pytest.mark.skip("the fused backend needs triton >= 3.5"))
 
 
 @pytest.fixture

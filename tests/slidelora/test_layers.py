@@ -351,7 +351,7 @@ def test_the_output_may_be_changed_in_place(
     found = gradients(backend, changed_in_place, run)
     expected = gradients("reference", lambda y: changed_in_place(y.clone()), "eager")
     assert found.keys() == expected.keys() and "layer.lora_A" in found
-    assert_close(found, expected, 1e-10)
+    assert_close(found, expected, 1e-6)  # the compiler of torch 2.9 rounds the gate to fp32
 
 
 def test_gradients_through_frozen_layers() -> None:

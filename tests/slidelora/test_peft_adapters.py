@@ -212,7 +212,8 @@ def test_a_unet() -> None:
     unet.fuse_lora()
     assert_close(denoise(), second)
     unet.unfuse_lora()
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         unet.delete_adapters("other")
     assert torch.equal(denoise(), first)
 
@@ -287,7 +288,8 @@ def test_merging_several(make_base: Make, make_two: Any, input_ids: Tensor) -> N
         assert torch.equal(logits(model, input_ids), logits(base, input_ids))
     assert torch.equal(logits(model, input_ids), outputs["default"]) and is_unchanged(model, before)
     model.merge_adapter(["other", "default"])
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model.set_adapter("other")
     assert torch.equal(logits(model, input_ids), outputs["other"])
     model.set_adapter("default")

@@ -27,7 +27,7 @@ def resolve(backend: str, device: torch.device) -> str:
         return "fused" if device.type == "cuda" and fused.available(device) else "stacked"
     if backend == "fused" and not fused.available(device):
         raise RuntimeError(
-            f"backend is 'fused' with the input on {device}, expected a CUDA or ROCm device and triton >= 3.4 "
+            f"backend is 'fused' with the input on {device}, expected a CUDA or ROCm device and triton >= 3.5 "
             "installed, or TRITON_INTERPRET=1 in the environment; 'auto' chooses a backend that can run"
         )
     return backend

@@ -25,7 +25,7 @@ FEW_TOKENS = 64  # up to this many tokens are not sorted by expert
 TABLE = Path(__file__).parent / "tuned.json"
 
 INSTALLED = find_spec("triton") is not None
-OLDEST = (3, 4)  # version of triton
+OLDEST = (3, 5)  # version of triton
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on any device
 
 
@@ -106,7 +106,7 @@ CONFIGS: dict[str, dict[str, tuple[Config, ...]]] = {
     "weight_gradient": {
         "bf16": (Config(16, 128, 64, 8, 2), Config(32, 64, 128, 8, 3, 128), Config(32, 128, 128, 8, 3, 128)),
         "fp16": (Config(16, 64, 64, 4, 2), Config(32, 64, 64, 8, 2), Config(32, 64, 64, 8, 2)),
-        "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 2), Config(32, 64, 32, 8, 3)),
+        "fp32": (Config(16, 32, 32, 4, 3), Config(32, 32, 32, 8, 2), Config(64, 32, 32, 8, 3)),
     },
     "linear": {"bf16": (Config(256, 16, 64, 2, 4),), "fp16": (Config(128, 16, 32, 4, 3),)},
 }
@@ -144,7 +144,7 @@ def architecture() -> str:
 
 def launches_early(name: str) -> bool:
     """Say whether kernels of an architecture can be launched before those before them end: NVIDIA's since Hopper."""
-    return name.startswith("sm_") and int(name[3:]) >= 90 and _numbers(triton_version()) >= (3, 5)
+    return name.startswith("sm_") and int(name[3:]) >= 90
 
 
 def tuning_key(kernel: str, dtype: torch.dtype, tokens: int, columns: int) -> str:
