@@ -6,14 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What models call the state that they keep between calls.
-CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# What models call the state that they keep between calls; in transformers 5.24 the first name replaces the next two.
+CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 WEIGHTS_KEY = "slidelora_weights"  # under which a cache, or the output of an encoder, keeps its prompts' weights
 
 
 def find_filled(inputs: Mapping[str, Any]) -> str | None:
     """Return the name of the argument that holds the tokens before those of a call, None if there is none."""
     return next((name for name in CACHES if is_filled(inputs.get(name))), None)
+
+
+def kept_in(output: Any) -> Any:
+    """Return the state that an output of a model has for the next call, None if there is none."""
+    names = CACHES[:1] if hasattr(output, CACHES[0]) else CACHES  # the older names would warn
+    return next((kept for name in names if (kept := getattr(output, name, None)) is not None), None)
 
 
 def is_filled(cache: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slidelora.caches import CACHES, WEIGHTS_KEY, find_filled, keep_weights
+from slidelora.caches import CACHES, WEIGHTS_KEY, find_filled, keep_weights, kept_in
 from slidelora.inputs import (
     PROMPT_KEY,
     batch_size,
@@ -327,9 +327,8 @@ class HostCall:
             return
         if self.model is not None and isinstance(output, MutableMapping):
             output[WEIGHTS_KEY] = gates.weights
-        for name in CACHES:
-            for kept in (kwargs.get(name), getattr(output, name, None)):
-                keep_weights(kept, gates.weights)
+        for kept in (*map(kwargs.get, CACHES), kept_in(output)):
+            keep_weights(kept, gates.weights)
 
     @contextmanager
     def generating(

@@ -60,7 +60,7 @@ _PAPER_CLASSES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One thing that a user asks for."""
 

@@ -2,6 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +115,35 @@ def test_the_supervised_term_teaches_the_gate(make_base: Make, input_ids: Tensor
         optimizer.step()
         optimizer.zero_grad()
     assert slidelora.routing(model).weights[:, :2].argmax(1).tolist() == [0, 1, 0]
+
+
+class NamesItCache(LlamaForCausalLM):
+    """As transformers names a cache since 5.24."""
+
+    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if "cache" in signature(LlamaForCausalLM.forward).parameters:
+            return super().forward(input_ids, cache=cache, **kwargs)
+        output = super().forward(input_ids, past_key_values=cache, **kwargs)
+        return SimpleNamespace(logits=output.logits, cache=output.past_key_values)
+
+
+def test_a_cache_by_its_newer_name_keeps_the_weights_of_its_prompt(make_base: Make, input_ids: Tensor) -> None:
+    base = make_base()
+    base.__class__ = NamesItCache
+    model = randomise(slidelora.inject(base, r=4))
+    told = DynamicCache(config=model.config)
+    for cache in (told, None):
+        prefill = model(input_ids[:, :5], cache=cache)
+        weights = slidelora.routing(model).weights.detach()
+        expected, found = logits(model, input_ids, weights), [prefill.logits]
+        for column in range(5, 9):
+            model(input_ids.flip(1))  # another prompt between two steps
+            found.append(model(input_ids[:, column : column + 1], cache=prefill.cache).logits)
+        assert_close(torch.cat(found, 1), expected)
+    with slidelora.disabled(model):
+        plain = model(input_ids, cache=DynamicCache()).cache
+    with pytest.raises(RuntimeError, match="cache was filled without this model's gate"):
+        model(input_ids[:, :1], cache=plain)
 
 
 def test_decoding_with_a_cache_equals_decoding_without(make_model: Make, input_ids: Tensor) -> None:

@@ -111,7 +111,7 @@ def test_a_request_is_written_out(name: str) -> None:
     request, prompt = ASKED[name]
     found = request.completed(LAYOUT)
     assert found.prompt == prompt and found.image is request.image
-    assert replace(found, prompt=request.prompt, image=None) == replace(request, image=None)
+    assert vars(found) == {**vars(request), "prompt": prompt}
 
 
 @pytest.mark.parametrize("task", [Task.DRAW, Task.EDIT])
@@ -174,7 +174,7 @@ def test_a_request_that_lacks_something_is_named(
 
 def test_a_request_takes_the_name_of_its_task() -> None:
     request = Request("edit", "A", PICTURE, BOX)  # type: ignore[arg-type]
-    assert request.task is Task.EDIT and request == Request(Task.EDIT, "A", PICTURE, BOX)
+    assert request.task is Task.EDIT and request != Request(Task.EDIT, "A", PICTURE.copy(), BOX)  # a request is itself
 
 
 def test_a_box_becomes_numbers() -> None:

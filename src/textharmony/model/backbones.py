@@ -253,8 +253,8 @@ def _vision_part(config: Any) -> Any:
     found = getattr(config, "vision_config", config)
     if not found.model_type.endswith("vision_model") or "siglip2" in found.model_type:
         raise ValueError(f"the vision model is a {config.model_type}, expected CLIP or SigLIP")
-    if hasattr(found, "vision_use_head"):
-        found.vision_use_head = False  # SigLIP's pooling head, which is not used
+    if found.model_type.startswith("siglip"):
+        found.vision_use_head = False  # the pooling head is not used; transformers before 5.21 has no default for it
     return found
 
 

@@ -124,7 +124,7 @@ def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         try:
             stream = _Limited(_decompressed(file))
             with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
-                while (member := tar.next()) is not None:
+                for member in tar:  # tar.next() fails on an empty file in Python 3.10
                     tar.members = []  # else it would hold them all
                     stream.left = _MOST_HEADER + member.size
                     if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own notes

@@ -87,26 +87,25 @@ class PictureLayer(LlamaDecoderLayer):
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.pictures = pictures
-        # A hook, since a checkpointed forward runs again in backward, when the context is gone.
-        self.register_forward_pre_hook(_look, with_kwargs=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Look at the pictures that are visible now: a checkpointed layer runs again, when the context is gone."""
+        return super().__call__(*args, **kwargs, visible=_VISIBLE.get().get(self))
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, visible: Visible | None = None, past_key_values: Any = None, **kwargs: Any
+        self, hidden_states: Tensor, visible: Visible | None = None, **kwargs: Any
     ) -> Tensor:
         """Map hidden states (B, T, D) as LlamaDecoderLayer does; without visible pictures exactly so."""
         normalised = self.input_layernorm(hidden_states)
-        attended, _ = self.self_attn(hidden_states=normalised, past_key_values=past_key_values, **kwargs)
+        attended, _ = self.self_attn(hidden_states=normalised, **kwargs)
         hidden_states = hidden_states + attended
         if visible is not None:
             length, start = hidden_states.shape[1], 0
-            if past_key_values is not None:  # it holds this layer's new tokens already
-                start = int(past_key_values.get_seq_length(self.self_attn.layer_idx)) - length
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers before 5.24 says the latter
+            if cache is not None:  # it holds this layer's new tokens already
+                start = int(cache.get_seq_length(self.self_attn.layer_idx)) - length
             hidden_states = hidden_states + self.pictures(hidden_states, visible, start)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-def _look(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "visible": _VISIBLE.get().get(layer)}
 
 
 class ReleasedHead(nn.Linear):
