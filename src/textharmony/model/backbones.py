@@ -254,7 +254,7 @@ def _vision_part(config: Any) -> Any:
     if not found.model_type.endswith("vision_model") or "siglip2" in found.model_type:
         raise ValueError(f"the vision model is a {config.model_type}, expected CLIP or SigLIP")
     if found.model_type.startswith("siglip"):
-        found.vision_use_head = False  # the pooling head is not used; transformers before 5.21 has no default for it
+        found.vision_use_head = False  # the pooling head is not used; transformers before 5.23 has no default for it
     return found
 
 
