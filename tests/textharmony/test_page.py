@@ -139,7 +139,7 @@ def test_faults_are_one_line_without_folders(desk: Any, tmp_path: Path) -> None:
         (desk.read, "huge.ppm is not a picture.*9000 x 9000 pixels", str(bad.with_name("huge.ppm"))),
         (desk.read, "No such file", str(bad.with_name("none.png"))),
         (desk.locate, "expected a word", str(bad), " "),
-        (desk.draw, "cannot draw &#x27;&lt;b&gt;", "<b>", 0),
+        (desk.draw, "cannot draw.*&lt;", "<é>", 0),
         (desk.draw, "seed|overflow|range|Overflow", '"A"', 1e30),
         (desk.chat, "nothing to send", None, ""),
     ]
@@ -232,7 +232,7 @@ def test_a_client_asks_a_running_server(desk: Any, address: str, picture: str, t
     assert text == desk.model.read(picture)
     assert {each["label"] for each in weights["confidences"]} == {"text", "image", "shared"}
     with pytest.raises(Exception, match="cannot draw"):
-        client.predict("abc", 0, page.GATE, api_name="/draw")
+        client.predict("é", 0, page.GATE, api_name="/draw")
     with pytest.raises(Exception, match="all of them"):
         client.predict(handle_file(picture), "all of them", api_name="/read")
     large = tmp_path / "large.png"
