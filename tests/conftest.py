@@ -1,6 +1,7 @@
 """What every test runs under: no network, one seed, few threads, and uninitialised memory that shows."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+# A shell ignores Ctrl-C for what it runs in the background, and what that starts would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1))
 torch.set_num_threads(THREADS)  # here for fixtures of a session or module, which run before those of a test
