@@ -351,7 +351,8 @@ def test_the_output_may_be_changed_in_place(
     found = gradients(backend, changed_in_place, run)
     expected = gradients("reference", lambda y: changed_in_place(y.clone()), "eager")
     assert found.keys() == expected.keys() and "layer.lora_A" in found
-    assert_close(found, expected, 1e-6)  # the compiler of torch 2.9 rounds the gate to fp32
+    # The compiler of torch 2.9 rounds a gate that reads the prompt to fp32.
+    assert_close(found, expected, 1e-6 if (run, gate) == ("compiled", "sequence") else 1e-10)
 
 
 def test_gradients_through_frozen_layers() -> None:
